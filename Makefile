@@ -1,0 +1,43 @@
+# make demo, make test, make lint: each sets up .venv first.
+# In an environment of your own, without network: make test PYTHON=python3 NO_INSTALL=1
+
+PYTHON ?= python3
+VENV ?= .venv
+# The CUDA wheels of JAX where there is an NVIDIA GPU; CUDA=cuda12 for drivers before 580, CUDA= for the CPU alone.
+CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),cuda13)
+EXTRAS ?= torch,transformers,dev$(if $(CUDA),$(comma)$(CUDA))
+PYTEST_FLAGS ?= -n auto
+comma := ,
+
+ifdef NO_INSTALL
+RUN := $(PYTHON)
+READY :=
+else
+RUN := $(VENV)/bin/python
+READY := $(VENV)/ready-$(subst $(comma),-,$(EXTRAS))
+endif
+
+.PHONY: demo test lint format clean
+
+demo: $(READY)
+	$(RUN) -m benchmarks demo
+
+test: $(READY)
+	$(RUN) -m pytest $(PYTEST_FLAGS)
+
+lint: $(READY)
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+
+format: $(READY)
+	$(RUN) -m ruff check --fix
+	$(RUN) -m ruff format
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]" --constraint constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,193 @@
+"""The only place where input errors are raised: before any array work, from shapes, dtypes and static values alone."""
+
+import math
+import numbers
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ACTIVATION_DTYPES = ("float16", "bfloat16", "float32")
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def check_sizes(num_q_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int) -> tuple[int, ...]:
+    """The four sizes as Python ints."""
+    sizes = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    for name, value in (sizes | {"rotary_dim": rotary_dim}).items():
+        if not _is_integer(value):
+            raise TypeError(f"{name} must be an integer known when tracing, got {_describe(value)}. Pass a Python int.")
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}. Pass the number that this device's arrays hold.")
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        raise ValueError(
+            "rotary_dim must be a positive even integer <= head_dim, "  # the original's words
+            f"got rotary_dim={rotary_dim}, head_dim={head_dim}. "
+            "For a config with a partial_rotary_factor, pass int(partial_rotary_factor * head_dim)."
+        )
+    return tuple(map(operator.index, (num_q_heads, num_kv_heads, head_dim, rotary_dim)))
+
+
+def check_num_tokens(num_tokens: int) -> int:
+    if not _is_integer(num_tokens):
+        raise TypeError(f"num_tokens must be an integer, got {_describe(num_tokens)}. Pass a Python int.")
+    if num_tokens < 0:
+        raise ValueError(f"num_tokens must be at least 0, got {num_tokens}. Pass the size of the tokens' axis.")
+    return operator.index(num_tokens)
+
+
+def check_activation_dtype(name: str, dtype) -> str:
+    """The name of an activation dtype."""
+    try:
+        found = str(jnp.dtype(dtype))
+    except TypeError:
+        found = _describe(dtype)
+    if found not in ACTIVATION_DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16 or float32, got {found}. Cast it with astype.")
+    return found
+
+
+def check_platform(platform: str | None) -> None:
+    if platform is not None and platform not in PLATFORMS:
+        names = ", ".join(repr(name) for name in PLATFORMS)
+        raise ValueError(
+            f"platform must be None or one of {names}, got {platform!r}. None means the default device's platform."
+        )
+
+
+def check_eps(eps: float) -> float:
+    """`eps` as a Python float."""
+    _check_real("eps", eps)
+    if not math.isfinite(eps) or eps < 0:
+        raise ValueError(
+            f"eps must be finite and at least 0, got {eps}. Model configs call it rms_norm_eps and the like."
+        )
+    return float(eps)
+
+
+def check_norm_beta(norm_beta: float) -> float:
+    """`norm_beta` as a Python float."""
+    _check_real("norm_beta", norm_beta)
+    if not math.isfinite(norm_beta):
+        raise ValueError(
+            f"norm_beta must be finite, got {norm_beta}. "
+            "Pass 1.0 for weights stored minus one (Gemma, Qwen3.5), else 0.0."
+        )
+    return float(norm_beta)
+
+
+def _check_real(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"{name} must be a real number known when tracing, got {_describe(value)}. "
+            "Pass a Python float, and mark it static (static_argnames) in a jit of your own."
+        )
+
+
+def check_mrope_section(mrope_section, rotary_dim: int) -> tuple[int, int, int] | None:
+    """None, or the section as a tuple of three ints."""
+    if mrope_section is None:
+        return None
+    rule = f"mrope_section must be three integers >= 0 that sum to rotary_dim // 2 = {rotary_dim // 2}"
+    remedy = "Pass the counts of time, height and width frequencies, such as (11, 11, 10) for rotary_dim=64."
+    if not isinstance(mrope_section, list | tuple) or not all(_is_integer(n) for n in mrope_section):
+        raise TypeError(f"{rule}, got {_describe(mrope_section)}. {remedy}")
+    section = tuple(operator.index(n) for n in mrope_section)
+    if len(section) != 3 or min(section) < 0 or sum(section) != rotary_dim // 2:
+        raise ValueError(f"{rule}, got {section}. {remedy}")
+    return section
+
+
+def check_implementation(implementation: str | None, known: tuple[str, ...]) -> None:
+    if implementation is not None and implementation not in known:
+        names = ", ".join(repr(name) for name in known)
+        raise ValueError(
+            f"implementation must be None or one of {names}, got {implementation!r}. None picks the fastest that runs."
+        )
+
+
+def check_arrays(
+    q_gate: jax.Array | np.ndarray,
+    k: jax.Array | np.ndarray,
+    q_weight: jax.Array | np.ndarray,
+    k_weight: jax.Array | np.ndarray,
+    cos_sin_cache: jax.Array | np.ndarray,
+    positions: jax.Array | np.ndarray,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    mrope: bool,
+) -> None:
+    arrays = {
+        "q_gate": q_gate,
+        "k": k,
+        "q_weight": q_weight,
+        "k_weight": k_weight,
+        "cos_sin_cache": cos_sin_cache,
+        "positions": positions,
+    }
+    for name, array in arrays.items():
+        if not isinstance(array, jax.Array | np.ndarray):
+            convert = "pallas_qk.dlpack.from_torch" if type(array).__module__.startswith("torch") else "jnp.asarray"
+            raise TypeError(f"{name} must be a JAX or NumPy array, got {_describe(array)}. Convert it with {convert}.")
+
+    dtype = q_gate.dtype
+    check_activation_dtype("q_gate", dtype)
+    if k.dtype != dtype:
+        raise TypeError(f"k must have the dtype of q_gate, {dtype}, got {k.dtype}. Cast one to the other.")
+    for name in ("q_weight", "k_weight", "cos_sin_cache"):
+        if arrays[name].dtype not in (dtype, jnp.float32):
+            allowed = "float32" if dtype == jnp.float32 else f"{dtype} (as q_gate) or float32"
+            raise TypeError(f"{name} must be {allowed}, got {arrays[name].dtype}. Cast it with astype.")
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise TypeError(f"positions must be integers, got {positions.dtype}. Cast them with astype(jnp.int32).")
+
+    _check_shape("q_gate", q_gate, ("num_tokens", num_q_heads * 2 * head_dim), "num_q_heads * 2 * head_dim")
+    num_tokens = q_gate.shape[0]
+    _check_shape("k", k, (num_tokens, num_kv_heads * head_dim), "num_kv_heads * head_dim")
+    _check_shape("q_weight", q_weight, (head_dim,), "head_dim")
+    _check_shape("k_weight", k_weight, (head_dim,), "head_dim")
+    _check_shape("cos_sin_cache", cos_sin_cache, ("max_position", rotary_dim), "rotary_dim, each row [cos | sin]")
+    if cos_sin_cache.shape[0] < 1:
+        got = cos_sin_cache.shape
+        raise ValueError(f"cos_sin_cache must have at least one row, got shape {got}. Build it for max_position >= 1.")
+    if mrope:
+        hint = "one row each for time, height and width; leave mrope_section out for 1-D positions"
+        _check_shape("positions", positions, (3, num_tokens), hint)
+    else:
+        hint = "(3, num_tokens) positions need mrope_section"
+        _check_shape("positions", positions, (num_tokens,), hint)
+
+
+def _check_shape(name: str, array, shape: tuple[int | str, ...], remedy: str) -> None:
+    matches = array.ndim == len(shape) and all(
+        isinstance(want, str) or got == want for got, want in zip(array.shape, shape, strict=True)
+    )
+    if not matches:
+        inner = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
+        raise ValueError(f"{name} must have shape ({inner}), got {tuple(array.shape)}. Its sizes: {remedy}.")
+
+
+def canonical_positions(positions: jax.Array | np.ndarray, max_position: int) -> jax.Array | np.ndarray:
+    """Keeps NumPy's 64-bit positions outside the table outside it where JAX would narrow them to 32 bits."""
+    if isinstance(positions, np.ndarray) and positions.dtype.itemsize == 8 and not jax.config.read("jax_enable_x64"):
+        return np.where((positions >= 0) & (positions < max_position), positions, -1).astype(np.int32)
+    return positions
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _describe(value) -> str:
+    """What an error says of a value that it can't take; never reads a device."""
+    if isinstance(value, jax.core.Tracer):
+        return f"a traced value {value.aval.str_short()}"
+    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"a {kind} of shape {tuple(value.shape)} and dtype {value.dtype}"
+    return f"{value!r:.80} of type {kind}"

@@ -1,0 +1,122 @@
+"""Static descriptions of a call, and the rules that pick a launch configuration from them.
+
+Every rule is a pure function of shapes and dtype; nothing here looks at a device.
+"""
+
+import dataclasses
+import math
+
+Layout = str  # "chunks", "halves" or "row": see TritonForward
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What one call fixes besides shapes and dtypes."""
+
+    rotary_dim: int
+    eps: float
+    norm_beta: float = 0.0
+    mrope_section: tuple[int, int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """The sizes and activation dtype by which an implementation is chosen and configured."""
+
+    num_tokens: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The NVIDIA GPU that code is made for."""
+
+    compute_capability: tuple[int, int]
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def is_power_of_2(n: int) -> bool:
+    return n & (n - 1) == 0
+
+
+def chunk_lanes(head_dim: int, rotary_dim: int) -> int:
+    """Lanes of a chunk: the largest power of two that divides R/2 and D, so that RoPE partners are whole chunks."""
+    return math.gcd(rotary_dim // 2, head_dim, 1 << 30)
+
+
+def tree_order(num_lanes: int) -> list[int]:
+    """Bits of the lane index in the order in which the sum of squares adds them, for a power of two of lanes.
+
+    It is the order of the serving kernel's `tl.sum` over one row, with num_lanes/64 warps and two lanes a thread:
+    the neighbouring pair, a butterfly 16 … 1 over the 32 threads of a warp, then the warps from the top bit down.
+    Up to 32 lanes a thread holds one lane and there are no pairs.
+    """
+    bits = num_lanes.bit_length() - 1
+    if bits <= 5:
+        return list(range(bits - 1, -1, -1))
+    return [0, *range(5, 0, -1), *range(bits - 1, 5, -1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonForward:
+    """Launch configuration of the forward kernel on Pallas Triton.
+
+    `layout` says how a row of D lanes is cut into tiles. "chunks": D/C tiles of C lanes, RoPE partners at the same
+    place of two chunks. "halves": two tiles of D/2 lanes, RoPE partners at the same place of the two. "row": one
+    tile of next_power_of_2(D) lanes, the partners loaded once more.
+    """
+
+    layout: Layout
+    rows_per_program: int = 4
+    num_warps: int = 2
+    num_stages: int = 1
+
+
+def triton_forward(spec: Spec) -> TritonForward:
+    """The configuration for `spec`.
+
+    Four rows and two warps a program served every size best (H200, bf16, T = 16384, 16/2 heads: 1, 2, 8, 16 and 32
+    rows cost 139 to 145 us against 137). Chunks lead while a launch is bound by latency and instructions (2.50
+    against 2.78 us at T = 256), halves with their 16-byte accesses from T = 1024 (135.8 against 137.3 us at T =
+    16384). More than 16 chunks compile for seconds (up to 26 with chunks of one lane), so such rows take halves
+    where R/2 and D/R are powers of two and the row layout elsewhere.
+    """
+    d, r = spec.head_dim, spec.rotary_dim
+    halves = is_power_of_2(r // 2) and d % r == 0 and is_power_of_2(d // r)
+    chunks = d // chunk_lanes(d, r) <= 16
+    if halves and (spec.num_tokens >= 1024 or not chunks):
+        return TritonForward("halves")
+    return TritonForward("chunks" if chunks else "row")
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicForward:
+    """Launch configuration of the forward kernel on Pallas Mosaic GPU.
+
+    `layout` says which lanes of a row one thread holds. "chunks": the same few lanes of each of the D/C chunks of C
+    lanes. "halves": vectors in pairs R/2 lanes apart. "row": consecutive vectors, the partners loaded once more.
+    A row has 32/rows_per_warp threads, or fewer where it is too short. With `late_weights` the weights are loaded
+    after the sum of squares, for fewer registers.
+    """
+
+    layout: Layout
+    rows_per_warp: int
+    num_warpgroups: int = 1
+    late_weights: bool = False
+
+
+def mosaic_forward(spec: Spec) -> MosaicForward:
+    """The configuration for `spec`: eight lanes a thread, as far as a warp has threads for them."""
+    d, r = spec.head_dim, spec.rotary_dim
+    rows_per_warp = max(1, 32 * 8 // next_power_of_2(d))
+    late_weights = spec.num_tokens >= 1024
+    if is_power_of_2(d) and is_power_of_2(r) and r >= 16:
+        return MosaicForward("halves", rows_per_warp, late_weights=late_weights)
+    return MosaicForward("row", rows_per_warp, late_weights=late_weights)

@@ -1,0 +1,153 @@
+"""The implementations by name, and the choice among them by shapes, GPU generation and platform."""
+
+import functools
+import importlib
+from types import ModuleType
+from typing import NamedTuple
+
+import jax
+from jax.extend import backend
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+from pallas_qk import _reference
+from pallas_qk._config import Options, Spec, Target
+
+IMPLEMENTATIONS = ("triton", "xla")
+_GPU_MODULES = {"triton": "pallas_qk._triton"}  # in the order in which None takes them on an NVIDIA GPU
+
+_HOPPER = (9, 0)
+# For lowering without the GPU at hand: an abstract device carries a kind and no compute capability.
+_CAPABILITY_OF_KIND = {
+    "V100": (7, 0),
+    "T4": (7, 5),
+    "A100": (8, 0),
+    "A30": (8, 0),
+    "A10": (8, 6),
+    "A40": (8, 6),
+    "L4": (8, 9),
+    "L40": (8, 9),
+    "L40S": (8, 9),
+    "H100": (9, 0),
+    "H200": (9, 0),
+    "GH200": (9, 0),
+    "B200": (10, 0),
+    "GB200": (10, 0),
+    "B300": (10, 3),
+    "GB300": (10, 3),
+}
+
+
+class Choice(NamedTuple):
+    """The implementation that None resolves to, and for each other name why it was not taken."""
+
+    name: str
+    not_taken: dict[str, str]
+
+
+def module(name: str) -> ModuleType:
+    """The module of an implementation; a GPU backend is imported on first use (70 ms and more beyond JAX)."""
+    return _reference if name == "xla" else importlib.import_module(_GPU_MODULES[name])
+
+
+def choose(spec: Spec, platform: str | None = None) -> Choice:
+    """The choice on a platform ("cuda", "cpu", …); None means the default device's."""
+    platform = platform or _default_platform()
+    if platform != "cuda":
+        return Choice("xla", dict.fromkeys(_GPU_MODULES, f"it needs an NVIDIA GPU, got platform {platform}"))
+    target = cuda_target()
+    reasons = {name: module(name).unsupported(spec, target) for name in (*_GPU_MODULES, "xla")}
+    taken = next(name for name, reason in reasons.items() if reason is None)  # "xla" runs everything
+    del reasons[taken]
+    return Choice(taken, {name: reason or f"{taken!r} runs this and is faster" for name, reason in reasons.items()})
+
+
+def _default_platform() -> str:
+    platform = jax.default_backend()
+    if platform == "gpu":
+        return "cuda" if "cuda" in backend.backends() else "rocm"
+    return platform
+
+
+def cuda_target() -> Target:
+    """The NVIDIA GPU to make code for: the abstract mesh's, else the oldest local one, else Hopper."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.platform in ("cuda", "gpu"):
+        for word in device.device_kind.replace("-", " ").split():
+            if word in _CAPABILITY_OF_KIND:
+                return Target(_CAPABILITY_OF_KIND[word])
+        return Target(_HOPPER)
+    client = backend.backends().get("cuda")
+    if client is None:
+        return Target(_HOPPER)
+    # The oldest: code for it runs on each of them, whichever device the call goes to.
+    major, minor = min(tuple(map(int, d.compute_capability.split("."))) for d in client.local_devices())
+    return Target((major, minor))
+
+
+def forward(
+    q_gate: jax.Array,
+    k: jax.Array,
+    q_weight: jax.Array,
+    k_weight: jax.Array,
+    cos_sin_cache: jax.Array,
+    positions: jax.Array,
+    *,
+    options: Options,
+    implementation: str | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The contract of `_reference.forward` by the implementation asked for, or by the fastest that runs.
+
+    The platform is chosen at lowering: a model traced on a CPU host and lowered for CUDA holds the GPU kernel.
+    """
+    args = (q_gate, k, q_weight, k_weight, cos_sin_cache, positions)
+    num_tokens, num_q_heads, _ = q_gate.shape
+    _, num_kv_heads, head_dim = k.shape
+    spec = Spec(num_tokens, num_q_heads, num_kv_heads, head_dim, options.rotary_dim, str(q_gate.dtype))
+    name = implementation or choose(spec, "cuda").name
+    if name == "xla":
+        return _reference.forward(*args, options=options)
+    if implementation and (reason := module(name).unsupported(spec, cuda_target())) is not None:
+        raise NotImplementedError(
+            f"implementation={name!r} can't run this: {reason}. Leave implementation out, or pass 'xla'."
+        )
+    return tuple(_forward_p.bind(*args, options=options, implementation=name, elsewhere_xla=implementation is None))
+
+
+# One primitive with a lowering a platform. lax.platform_dependent would do but for a lowering for several platforms at
+# once, where Pallas lowers its call for each of them and refuses the CPU.
+_forward_p = Primitive("fused_qk_rmsnorm_rope_gate")
+_forward_p.multiple_results = True
+
+
+@_forward_p.def_abstract_eval
+def _forward_abstract_eval(q_gate, k, *_, **params):
+    del params
+    return tuple(x.update(shape=(*x.shape[:-1], k.shape[-1]), weak_type=False) for x in (q_gate, k, q_gate))
+
+
+@_forward_p.def_impl
+def _forward_impl(*args, **params):
+    with jax.disable_jit(False):  # under disable_jit the call is eager up to here
+        return jax.jit(functools.partial(_forward_p.bind, **params))(*args)
+
+
+def _forward_on_cuda(ctx, *args, options, implementation, elsewhere_xla):
+    del elsewhere_xla
+    kernel = functools.partial(module(implementation).forward, options=options)
+    return mlir.lower_fun(kernel, multiple_results=True)(ctx, *args)
+
+
+def _forward_elsewhere(ctx, *args, options, implementation, elsewhere_xla):
+    if elsewhere_xla:
+        xla = functools.partial(_reference.forward, options=options)
+        return mlir.lower_fun(xla, multiple_results=True)(ctx, *args)
+    platforms = [p for p in ctx.platforms or ctx.module_context.platforms if p != "cuda"]
+    raise NotImplementedError(
+        f"implementation={implementation!r} must run on an NVIDIA GPU, got platform {', '.join(platforms)}. "
+        "Leave implementation out, or pass 'xla'."
+    )
+
+
+mlir.register_lowering(_forward_p, _forward_on_cuda, platform="cuda")
+mlir.register_lowering(_forward_p, _forward_elsewhere)

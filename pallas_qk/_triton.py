@@ -1,0 +1,380 @@
+"""The op as a Pallas GPU kernel on the Triton backend.
+
+T num_tokens, Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim, B rows of a program.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_qk import _reference
+from pallas_qk._config import (
+    Options,
+    Spec,
+    Target,
+    TritonForward,
+    chunk_lanes,
+    next_power_of_2,
+    tree_order,
+    triton_forward,
+)
+
+FORWARD_NAME = "pallas_qk_triton_forward"
+
+
+def unsupported(spec: Spec, target: Target) -> str | None:
+    """Why this implementation can't run `spec` on `target`; None if it can."""
+    del spec
+    if target.compute_capability < (8, 0):
+        major, minor = target.compute_capability
+        return f"it needs compute capability 8.0 or later (packed 16-bit conversions), got {major}.{minor}"
+    return None
+
+
+def forward(
+    q_gate: jax.Array,
+    k: jax.Array,
+    q_weight: jax.Array,
+    k_weight: jax.Array,
+    cos_sin_cache: jax.Array,
+    positions: jax.Array,
+    *,
+    options: Options,
+    config: TritonForward | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The contract of `_reference.forward`. `interpret` runs the kernel in plain XLA, without inline assembly."""
+    num_tokens, num_q_heads, _ = q_gate.shape
+    _, num_kv_heads, head_dim = k.shape
+    dtype = q_gate.dtype
+    q_shape = jax.ShapeDtypeStruct((num_tokens, num_q_heads, head_dim), dtype)
+    k_shape = jax.ShapeDtypeStruct((num_tokens, num_kv_heads, head_dim), dtype)
+    if num_tokens == 0:
+        return jnp.zeros(q_shape.shape, dtype), jnp.zeros(k_shape.shape, dtype), jnp.zeros(q_shape.shape, dtype)
+    if config is None:
+        spec = Spec(num_tokens, num_q_heads, num_kv_heads, head_dim, options.rotary_dim, str(dtype))
+        config = triton_forward(spec)
+    q_programs = pl.cdiv(num_tokens * num_q_heads, config.rows_per_program)
+    k_programs = pl.cdiv(num_tokens * num_kv_heads, config.rows_per_program)
+    kernel = functools.partial(
+        _forward_kernel,
+        q_programs=q_programs,
+        k_programs=k_programs,
+        options=options,
+        config=config,
+        arithmetic=_plain_arithmetic(dtype) if interpret else _ptx_arithmetic(dtype),
+    )
+    return pl.pallas_call(
+        kernel,
+        grid=(q_programs + k_programs,),
+        out_shape=(q_shape, k_shape, q_shape),
+        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        interpret=interpret,
+        name=FORWARD_NAME,
+    )(q_gate.reshape(num_tokens, num_q_heads, 2, head_dim), k, q_weight, k_weight, cos_sin_cache, positions)
+
+
+def _forward_kernel(
+    q_gate_ref,
+    k_ref,
+    q_weight_ref,
+    k_weight_ref,
+    cache_ref,
+    positions_ref,
+    q_out_ref,
+    k_out_ref,
+    gate_out_ref,
+    *,
+    q_programs: int,
+    k_programs: int,
+    options: Options,
+    config: TritonForward,
+    arithmetic: "_Arithmetic",
+):
+    """One program: B consecutive rows (token, head) of q with their gates, or of k.
+
+    RoPE partners lie at the same place of two tiles, so in one thread: no shuffle for the rotation, no shared memory,
+    no barrier. Every load is issued before the first store. H200, bf16, T = 16384, 16/2 heads: 135.8 us of a 133.5
+    us copy.
+    """
+    num_rows_per_program, head_dim = config.rows_per_program, k_ref.shape[-1]
+    layout = _LAYOUTS[config.layout](num_rows_per_program, head_dim, options.rotary_dim)
+
+    def norm_and_rope(block, x_ref, half, weight_ref, out_ref, gate_out_ref=None):
+        def rows(lanes):
+            return _rows(block, num_rows_per_program, x_ref.shape[0], x_ref.shape[1], lanes)
+
+        masks, xs, weights = [], [], []
+        for columns, exists in zip(layout.columns, layout.exists, strict=True):
+            token, head, in_rows = rows(columns.shape[1])
+            masks.append(_and(in_rows, exists))
+            xs.append(_load(x_ref, (token, head, *half, columns), masks[-1]))
+            weights.append(_load(weight_ref, (columns,), exists))
+        token, _, in_rows = rows(1)
+        table_rows = _table_rows(positions_ref, token, in_rows, cache_ref.shape[0], options)
+        angles = [_cos_and_sin(cache_ref, table_rows, f, layout.rotated, options) for f in layout.frequencies]
+        if gate_out_ref is not None:
+            # One tile over the whole row: 16 bytes a thread in every layout.
+            lanes = next_power_of_2(head_dim)
+            columns = _iota((num_rows_per_program, lanes), 1)
+            token, head, in_rows = rows(lanes)
+            mask = _and(in_rows, None if lanes == head_dim else columns < head_dim)
+            gate = _load(x_ref, (token, head, 1, columns), mask)
+            _store(gate_out_ref, (token, head, columns), gate, mask)
+
+        xs = [x.astype(jnp.float32) for x in xs]
+        squares = {offset: x * x for offset, x in zip(layout.offsets, xs, strict=False)}
+        inv_rms = lax.rsqrt(arithmetic.mean_plus_eps(_tree_sum(squares, layout.bits, head_dim), head_dim, options.eps))
+        weights = [arithmetic.effective_weight(w, options.norm_beta) for w in weights]
+        ys = [arithmetic.round_trip(x * inv_rms * w) for x, w in zip(xs, weights, strict=True)]
+        angles = [(cos.astype(jnp.float32), sin.astype(jnp.float32), inside) for cos, sin, inside in angles]
+        # NaN in cos alone spoils both halves of the pair.
+        angles = [(jnp.where(inside, cos, jnp.nan), sin) for cos, sin, inside in angles]
+        ys = layout.rotate(ys, angles, arithmetic.rotate)
+        for columns, y, mask in zip(layout.columns, ys, masks, strict=False):
+            token, head, _ = rows(columns.shape[1])
+            _store(out_ref, (token, head, columns), arithmetic.narrow(y), mask)
+
+    # Every period-th program is a k program, so that k rows are spread evenly among q rows (0.4 to 1.4 us of 139).
+    program, period = pl.program_id(0), (q_programs + k_programs) // k_programs
+    group = _div(program, period)
+    is_k = (_rem(program, period) == period - 1) & (group < k_programs)
+
+    @pl.when(is_k)
+    def _():
+        norm_and_rope(group, k_ref, (), k_weight_ref, k_out_ref)
+
+    @pl.when(jnp.logical_not(is_k))
+    def _():
+        block = program - jnp.minimum(group, k_programs)
+        norm_and_rope(block, q_gate_ref, (0,), q_weight_ref, q_out_ref, gate_out_ref)
+
+
+def _rows(block, num_rows_per_program: int, num_tokens: int, num_heads: int, lanes: int):
+    """Token, head and mask (None: every row exists) of a program's rows, over a tile (B, lanes).
+
+    Where B divides the heads the token is one scalar, whose table row is then one address.
+    """
+    first, row = block * num_rows_per_program, _iota((num_rows_per_program, lanes), 0)
+    mask = None if num_tokens * num_heads % num_rows_per_program == 0 else first + row < num_tokens * num_heads
+    if num_heads % num_rows_per_program == 0:
+        return _div(first, num_heads), _rem(first, num_heads) + row, mask
+    return _div(first + row, num_heads), _rem(first + row, num_heads), mask
+
+
+def _table_rows(positions_ref, token, in_rows, max_position: int, options: Options):
+    """The table row of each token, and whether its position lies inside the table: one pair per row of positions."""
+    axes = (0,) if options.mrope_section is None else (0, 1, 2)
+    mask = in_rows if jnp.ndim(token) else None
+    return [_reference.table_rows(_load(positions_ref, (axis, token), mask), max_position) for axis in axes]
+
+
+def _cos_and_sin(cache_ref, table_rows, frequency, rotated, options: Options):
+    """cos, sin and whether they lie inside the table, over a tile of frequencies (B, lanes)."""
+    row, inside = (jnp.broadcast_to(a, frequency.shape) for a in table_rows[0])
+    if options.mrope_section is not None:
+        for axis in (1, 2):
+            reads = _reference.mrope_mask(frequency, axis, options.mrope_section)
+            axis_row, axis_inside = (jnp.broadcast_to(a, frequency.shape) for a in table_rows[axis])
+            row, inside = jnp.where(reads, axis_row, row), jnp.where(reads, axis_inside, inside)
+    half = options.rotary_dim // 2
+    return _load(cache_ref, (row, frequency), rotated), _load(cache_ref, (row, half + frequency), rotated), inside
+
+
+class _Layout(NamedTuple):
+    """How a program's rows are cut into tiles (B, lanes)."""
+
+    columns: list[jax.Array]  # column of x at each place of each tile; the first len(offsets) tiles make up the row
+    exists: list[jax.Array | None]  # which places of each tile exist; None: all
+    offsets: list[int]  # lane at the first place of each tile that is summed and stored
+    bits: list[int]  # bit of the lane index that each axis of a tile stands for, as axes of two, major to minor
+    frequencies: list[jax.Array]  # column of cos for each tile of angles
+    rotated: jax.Array | None  # which places of a tile of angles exist; None: all
+    rotate: Callable  # (tiles, angles, rotation of a pair) -> the tiles to store
+
+
+def _chunks(num_rows: int, head_dim: int, rotary_dim: int) -> _Layout:
+    """D/C tiles of C lanes; chunk j and chunk j + R/2/C are partners."""
+    lanes = chunk_lanes(head_dim, rotary_dim)
+    pairs = rotary_dim // 2 // lanes
+    offsets = list(range(0, head_dim, lanes))
+    lane = _iota((num_rows, lanes), 1)
+    columns = [offset + lane for offset in offsets]
+
+    def rotate(ys, angles, rotate_pair):
+        first, second = zip(
+            *(rotate_pair(ys[j], ys[j + pairs], cos, sin) for j, (cos, sin) in enumerate(angles)), strict=True
+        )
+        return [*first, *second, *ys[2 * pairs :]]
+
+    bits = list(range(lanes.bit_length() - 2, -1, -1))
+    return _Layout(columns, [None] * len(columns), offsets, bits, columns[:pairs], None, rotate)
+
+
+def _halves(num_rows: int, head_dim: int, rotary_dim: int) -> _Layout:
+    """Two tiles of D/2 lanes whose equal places are R/2 apart, for powers of two R/2 and D/R.
+
+    16 bytes a lane, half the accesses of the chunks and a third fewer shuffles; the rotation is computed on all
+    lanes and selected.
+    """
+    half = rotary_dim // 2
+    lane = _iota((num_rows, head_dim // 2), 1)
+    # lax.div and lax.rem: Python's // and % lose contiguity and make every access 2 bytes wide.
+    first = _div(lane, half) * rotary_dim + _rem(lane, half)
+    rotated = lane < half
+
+    def rotate(ys, angles, rotate_pair):
+        ((cos, sin),) = angles
+        return [jnp.where(rotated, o, y) for o, y in zip(rotate_pair(*ys, cos, sin), ys, strict=True)]
+
+    bits = [bit for bit in range(head_dim.bit_length() - 2, -1, -1) if 1 << bit != half]
+    return _Layout([first, first + half], [None, None], [0, half], bits, [lane], rotated, rotate)
+
+
+def _row(num_rows: int, head_dim: int, rotary_dim: int) -> _Layout:
+    """One tile of the whole row, and the partners loaded once more: any D and R, a second of compile time."""
+    half, lanes = rotary_dim // 2, next_power_of_2(head_dim)
+    lane = _iota((num_rows, lanes), 1)
+    is_first, rotated = lane < half, lane < rotary_dim
+    partner = jnp.where(is_first, lane + half, lane - half)
+    frequency = jnp.where(is_first, lane, lane - half)
+
+    def rotate(ys, angles, rotate_pair):
+        (cos, sin), (own, other) = angles[0], ys
+        o1, o2 = rotate_pair(jnp.where(is_first, own, other), jnp.where(is_first, other, own), cos, sin)
+        return [jnp.where(is_first, o1, jnp.where(rotated, o2, own))]
+
+    bits = list(range(lanes.bit_length() - 2, -1, -1))
+    return _Layout([lane, partner], [lane < head_dim, rotated], [0], bits, [frequency], rotated, rotate)
+
+
+_LAYOUTS = {"chunks": _chunks, "halves": _halves, "row": _row}
+
+
+def _tree_sum(tiles: dict[int, jax.Array], bits: list[int], head_dim: int) -> jax.Array:
+    """(B, 1): the sum over the lanes of `tiles`, by the lane at their first place, in the order of `tree_order`.
+
+    Squares are never -0.0, so lanes that D lacks, which would add 0.0, are left out.
+    """
+    num_rows, bits = next(iter(tiles.values())).shape[0], list(bits)
+    tiles = {offset: tile.reshape(num_rows, *(2,) * len(bits)) for offset, tile in tiles.items()}
+    for bit in tree_order(next_power_of_2(head_dim)):
+        if bit in bits:
+            axis = bits.index(bit)
+            del bits[axis]
+            tiles = {offset: jnp.sum(tile, axis=1 + axis) for offset, tile in tiles.items()}
+        else:
+            step = 1 << bit
+            tiles = {
+                offset: tile + tiles[offset + step] if offset + step in tiles else tile
+                for offset, tile in tiles.items()
+                if not offset & step
+            }
+    return tiles[0][:, None]
+
+
+class _Arithmetic(NamedTuple):
+    """The steps whose rounding decides bits, in PTX or in plain jnp."""
+
+    effective_weight: Callable  # (weight, norm_beta) -> float32
+    mean_plus_eps: Callable  # (sum (B, 1), D, eps) -> mean + eps
+    round_trip: Callable  # float32 -> activation dtype -> float32
+    rotate: Callable  # (y1, y2, cos, sin) -> (o1, o2)
+    narrow: Callable  # float32 -> activation dtype
+
+
+def _plain_arithmetic(dtype) -> _Arithmetic:
+    return _Arithmetic(
+        effective_weight=_reference.effective_weight,
+        mean_plus_eps=lambda s, head_dim, eps: s / head_dim + eps,
+        round_trip=lambda y: _reference.round_trip(y, dtype),
+        rotate=lambda y1, y2, cos, sin: (y1 * cos - y2 * sin, y1 * sin + y2 * cos),
+        narrow=lambda y: y.astype(dtype),
+    )
+
+
+def _ptx_arithmetic(dtype) -> _Arithmetic:
+    """The instructions that Triton emits for the serving kernel, which Pallas's lowering does not fuse by itself."""
+
+    def effective_weight(weight, norm_beta):
+        # Also 0.0 is added: it makes a weight of -0.0 positive, as in the serving kernel.
+        return weight.astype(jnp.float32) + norm_beta
+
+    def mean_plus_eps(s, head_dim, eps):
+        # One fused multiply-add with the approximate reciprocal of D: 7 to 100 of 6 M elements where D is no power of
+        # two.
+        head_dim, eps = (jnp.full(s.shape, value, jnp.float32) for value in (head_dim, eps))
+        code = "{ .reg .f32 r; rcp.approx.ftz.f32 r, $2; fma.rn.f32 $0, $1, r, $3; }"
+        return _ptx(code, "=f,f,f,f", s.dtype, s, head_dim, eps)
+
+    def dot2(a, b, c, d):
+        # The second product rounded, the first fused: with a float32 table other forms differ in 64 to 662 of 33 M.
+        code = "{ .reg .f32 t; mul.rn.f32 t, $3, $4; fma.rn.f32 $0, $1, $2, t; }"
+        return _ptx(code, "=f,f,f,f,f", a.dtype, a, b, c, d)
+
+    def rotate(y1, y2, cos, sin):
+        return dot2(y1, cos, -y2, sin), dot2(y1, sin, y2, cos)
+
+    if dtype == jnp.float32:
+        return _Arithmetic(effective_weight, mean_plus_eps, lambda y: y, rotate, lambda y: y)
+    # Two lanes a conversion: a single F2F is a quarter-rate unit (146.6 against 140.2 us, T = 16384, 16/2 heads).
+    convert, widen = {
+        jnp.dtype(jnp.bfloat16): ("cvt.rn.bf16x2.f32", "shl.b32 $0, t, 16; and.b32 $1, t, 0xffff0000;"),
+        jnp.dtype(jnp.float16): (
+            "cvt.rn.f16x2.f32",
+            ".reg .b16 low, high; mov.b32 {low, high}, t; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high;",
+        ),
+    }[jnp.dtype(dtype)]
+
+    def round_trip(y):
+        return _ptx(f"{{ .reg .b32 t; {convert} t, $3, $2; {widen} }}", "=r,=r,r,r", y.dtype, y, pack=2)
+
+    def narrow(y):
+        return _ptx(f"{convert} $0, $2, $1;", "=r,r,r", dtype, y, pack=2)
+
+    return _Arithmetic(effective_weight, mean_plus_eps, round_trip, rotate, narrow)
+
+
+def _ptx(code: str, constraints: str, dtype, *args: jax.Array, pack: int = 1) -> jax.Array:
+    """Inline assembly over tiles of one shape; `pack` elements a statement."""
+    result = jax.ShapeDtypeStruct(args[0].shape, dtype)
+    return plt.elementwise_inline_asm(
+        code, args=list(args), constraints=constraints, pack=pack, result_shape_dtypes=[result]
+    )[0]
+
+
+def _load(ref, index, mask=None):
+    other = None if mask is None else jnp.zeros((), ref.dtype)
+    return plt.load(_at(ref, index), mask=mask, other=other)
+
+
+def _store(ref, index, value, mask=None):
+    plt.store(_at(ref, index), value, mask=mask)
+
+
+def _at(ref, index):
+    # Interpret mode wants every index to be an array.
+    return ref.at[tuple(jnp.int32(i) if isinstance(i, int) else i for i in index)]
+
+
+def _and(a, b):
+    """The conjunction of two masks, where None lets everything through."""
+    return b if a is None else a if b is None else a & b
+
+
+def _iota(shape: tuple[int, ...], axis: int) -> jax.Array:
+    return lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def _div(a: jax.Array, n: int) -> jax.Array:
+    return lax.div(a, jnp.full(a.shape, n, jnp.int32))
+
+
+def _rem(a: jax.Array, n: int) -> jax.Array:
+    return lax.rem(a, jnp.full(a.shape, n, jnp.int32))

@@ -1,0 +1,151 @@
+"""The cases that tests and benchmarks share, and the inputs of one case.
+
+T num_tokens, Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One configuration of the op. None as a dtype means the dtype of the activations."""
+
+    num_tokens: int
+    num_q_heads: int = 16
+    num_kv_heads: int = 2
+    head_dim: int = 256
+    rotary_dim: int = 64
+    dtype: str = "bfloat16"
+    weight_dtype: str | None = None
+    cache_dtype: str | None = None
+    positions_dtype: str = "int32"
+    mrope_section: tuple[int, int, int] | None = None
+    norm_beta: float = 0.0
+    eps: float = 1e-6
+    max_position: int = 4096
+    scale: float = 1.0
+    weight_scale: float = 1.0
+
+    @property
+    def id(self) -> str:
+        """A short name for test ids and tables: the fields that differ from the default follow the shape."""
+        shape = f"T{self.num_tokens}-H{self.num_q_heads}.{self.num_kv_heads}-D{self.head_dim}-R{self.rotary_dim}"
+        shown = {"num_tokens", "num_q_heads", "num_kv_heads", "head_dim", "rotary_dim", "dtype"}
+        rest = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in dataclasses.fields(self)
+            if field.name not in shown and getattr(self, field.name) != field.default
+        ]
+        return "-".join([shape, self.dtype, *rest]).replace(" ", "")
+
+    @property
+    def static_arguments(self) -> dict[str, object]:
+        """The arguments of the op that are not arrays, by name."""
+        return {
+            "eps": self.eps,
+            "num_q_heads": self.num_q_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "rotary_dim": self.rotary_dim,
+            "mrope_section": self.mrope_section,
+            "norm_beta": self.norm_beta,
+        }
+
+    @property
+    def num_outputs(self) -> int:
+        """Elements of q_out, k_out and gate_out together."""
+        return self.num_tokens * (2 * self.num_q_heads + self.num_kv_heads) * self.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The array arguments of the op, in its order."""
+
+    q_gate: jax.Array
+    k: jax.Array
+    q_weight: jax.Array
+    k_weight: jax.Array
+    cos_sin_cache: jax.Array
+    positions: jax.Array
+
+    def __iter__(self):
+        return iter(getattr(self, field.name) for field in dataclasses.fields(self))
+
+
+def cos_sin_table(max_position: int, rotary_dim: int, dtype, theta: float = 1e7) -> jax.Array:
+    """(max_position, R) rows of [cos | sin], computed in float64 and rounded once."""
+    frequencies = theta ** (-np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim)
+    angles = np.arange(max_position, dtype=np.float64)[:, None] * frequencies
+    return jnp.asarray(np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("case",))
+def _random_arrays(key: jax.Array, case: Case):
+    dtype, weight_dtype = jnp.dtype(case.dtype), jnp.dtype(case.weight_dtype or case.dtype)
+    keys = jax.random.split(key, 5)
+    q_gate = case.scale * jax.random.normal(
+        keys[0], (case.num_tokens, case.num_q_heads * 2 * case.head_dim), jnp.float32
+    )
+    k = case.scale * jax.random.normal(keys[1], (case.num_tokens, case.num_kv_heads * case.head_dim), jnp.float32)
+    weights = case.weight_scale * (1 + 0.2 * jax.random.normal(keys[2], (2, case.head_dim), jnp.float32))
+    rows = (case.num_tokens,) if case.mrope_section is None else (3, case.num_tokens)
+    positions = jax.random.randint(keys[3], rows, 0, case.max_position, jnp.int32)
+    return (
+        q_gate.astype(dtype),
+        k.astype(dtype),
+        *(weights - case.norm_beta).astype(weight_dtype),
+        positions.astype(case.positions_dtype),
+    )
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    """Random inputs of one case on the default device; the same values for the same seed.
+
+    Positions are random, in random order and repeated; with mRoPE the three rows differ.
+    """
+    q_gate, k, q_weight, k_weight, positions = _random_arrays(jax.random.key(seed), case)
+    cache = cos_sin_table(case.max_position, case.rotary_dim, case.cache_dtype or case.dtype)
+    return Inputs(q_gate, k, q_weight, k_weight, cache, positions)
+
+
+def minimum_bytes(case: Case) -> int:
+    """Bytes that any implementation must move: inputs read once, outputs written once.
+
+    The floor belongs to the case and never to an implementation. Each token reads one table row; weights and
+    positions are left out (under 0.1 %).
+    """
+    itemsize = jnp.dtype(case.dtype).itemsize
+    cache_itemsize = jnp.dtype(case.cache_dtype or case.dtype).itemsize
+    heads = 4 * case.num_q_heads + 2 * case.num_kv_heads
+    return case.num_tokens * (heads * case.head_dim * itemsize + case.rotary_dim * cache_itemsize)
+
+
+# One feature or awkward size a case: small enough for interpret mode, together every branch of every layout.
+SMALL_CASES = (
+    Case(1),
+    Case(2, dtype="float16"),
+    Case(37, 8, 2),
+    Case(5, dtype="float32"),
+    Case(129, 1, 1),
+    Case(7, 3, 1, head_dim=80, rotary_dim=40, dtype="float16"),
+    Case(6, 5, 2, head_dim=80, rotary_dim=80),
+    Case(9, 6, 3, head_dim=96, rotary_dim=96, dtype="float16", cache_dtype="float32"),
+    Case(4, 12, 1, head_dim=128, rotary_dim=128, weight_dtype="float32"),
+    Case(3, 2, 5, head_dim=128, rotary_dim=64, norm_beta=1.0),
+    Case(3, 1, 2, head_dim=32, rotary_dim=2, dtype="float16"),
+    Case(3, 2, 1, head_dim=64, rotary_dim=6),
+    Case(2, 3, 2, head_dim=192, rotary_dim=48, dtype="float32"),
+    Case(2, 1, 3, head_dim=512, rotary_dim=256, cache_dtype="float32", weight_dtype="float32"),
+    Case(11, 24, 4, mrope_section=(11, 11, 10)),
+    Case(5, 4, 2, head_dim=128, rotary_dim=64, mrope_section=(16, 8, 8), dtype="float16", norm_beta=1.0),
+    Case(3, 4, 4, head_dim=128, rotary_dim=128, mrope_section=(24, 20, 20), cache_dtype="float32"),
+    Case(23, 16, 2, rotary_dim=256, weight_dtype="float32", cache_dtype="float32"),
+    Case(6, scale=1e4),
+    Case(6, scale=1e-20, dtype="float32"),
+    Case(6, weight_scale=1e-5, dtype="float16"),
+)

@@ -1,0 +1,69 @@
+"""The op by its definition in float64 NumPy, row by row of the formula, with the error that rounding may add.
+
+Knows nothing of the implementations: no tiles, no tree, no masks.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from tests.cases import Case, Inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Defined:
+    """float64 outputs, (T, heads*D), and for q_out and k_out the bound on a correct implementation's error."""
+
+    q_out: np.ndarray
+    k_out: np.ndarray
+    gate_out: np.ndarray
+    q_bound: np.ndarray
+    k_bound: np.ndarray
+
+
+# Unit roundoff and smallest subnormal of each activation dtype.
+_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
+_SUBNORMAL = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-126}  # float32: results may be flushed
+
+
+def mrope_axis(frequency: int, mrope_section: tuple[int, int, int]) -> int:
+    """The row of positions that a frequency reads: interleaved time, height, width, time, …"""
+    axis = frequency % 3
+    return axis if axis and frequency < 3 * mrope_section[axis] else 0
+
+
+def define(case: Case, inputs: Inputs) -> Defined:
+    """Positions must lie inside the table."""
+    q_gate, k, q_weight, k_weight, cache, positions = (np.asarray(x).astype(np.float64) for x in inputs)
+    positions = np.asarray(inputs.positions).astype(np.int64)
+    half = case.rotary_dim // 2
+    cos, sin = np.empty((case.num_tokens, half)), np.empty((case.num_tokens, half))
+    for frequency in range(half):
+        axis = 0 if case.mrope_section is None else mrope_axis(frequency, case.mrope_section)
+        rows = positions if case.mrope_section is None else positions[axis]
+        cos[:, frequency], sin[:, frequency] = cache[rows, frequency], cache[rows, half + frequency]
+
+    q_and_gate = q_gate.reshape(case.num_tokens, case.num_q_heads, 2, case.head_dim)
+    k = k.reshape(case.num_tokens, case.num_kv_heads, case.head_dim)
+    q_out, q_bound = _norm_and_rope(case, q_and_gate[:, :, 0], q_weight, cos[:, None], sin[:, None])
+    k_out, k_bound = _norm_and_rope(case, k, k_weight, cos[:, None], sin[:, None])
+    flat = [x.reshape(case.num_tokens, -1) for x in (q_out, k_out, q_and_gate[:, :, 1], q_bound, k_bound)]
+    return Defined(*flat)
+
+
+def _norm_and_rope(case: Case, x, weight, cos, sin):
+    half, rotary_dim = case.rotary_dim // 2, case.rotary_dim
+    y = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + case.eps) * (weight + case.norm_beta)
+    y1, y2 = y[..., :half], y[..., half:rotary_dim]
+    out = np.concatenate([y1 * cos - y2 * sin, y1 * sin + y2 * cos, y[..., rotary_dim:]], axis=-1)
+    # y is rounded to the activations' dtype (relative error u), then out is; the float32 arithmetic in between adds
+    # at most 16 float32 roundoffs of the terms' size: the tree's 9 additions halved by the root, rsqrt 4, products
+    # and rotation.
+    size1 = abs(y1 * cos) + abs(y2 * sin)
+    size2 = abs(y1 * sin) + abs(y2 * cos)
+    size = np.concatenate([size1, size2, abs(y[..., rotary_dim:])], axis=-1)
+    roundoff = _ROUNDOFF[case.dtype]
+    round_trip = roundoff if case.dtype != "float32" else 0.0
+    # rsqrt's float32 argument keeps eps only to its own roundoff, which is part of the 16.
+    bound = (1 + roundoff) * (round_trip + 16 * 2.0**-24) * size + roundoff * abs(out) + 3 * _SUBNORMAL[case.dtype]
+    return out, bound

@@ -1,0 +1,162 @@
+"""Which implementation runs, proven from the lowered text, and that a name never falls back."""
+
+import contextlib
+import inspect
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+import pallas_qk
+from pallas_qk import _implementations
+from pallas_qk._config import Spec, Target, triton_forward
+from tests.cases import SMALL_CASES, Case, make_inputs
+from tests.compare import compare_outputs
+from tests.run import has_gpu
+
+KERNEL_NAMES = {"triton": "pallas_qk_triton_forward"}
+GPU_IMPLEMENTATIONS = tuple(KERNEL_NAMES)
+
+
+@contextlib.contextmanager
+def device(kind: str):
+    """What Pallas needs to lower for this NVIDIA GPU on a machine without one."""
+    abstract = AbstractDevice(device_kind=kind, num_cores=132, platform="cuda")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
+        yield
+
+
+def lowered(case: Case, platforms: tuple[str, ...], implementation: str | None = None, kind="NVIDIA H200") -> str:
+    def op(*args):
+        return pallas_qk.fused_qk_rmsnorm_rope_gate(*args, **case.static_arguments, implementation=implementation)
+
+    arguments = jax.eval_shape(lambda: list(make_inputs(case)))
+    with device(kind):
+        return jax.jit(op).trace(*arguments).lower(lowering_platforms=platforms).as_text()
+
+
+def count_kernels(text: str) -> dict[str, int]:
+    """Custom calls into GPU kernels of ours, by implementation."""
+    calls = re.findall(r"custom_call[^\n]*", text)
+    return {name: sum(kernel in call for call in calls) for name, kernel in KERNEL_NAMES.items()}
+
+
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("name", GPU_IMPLEMENTATIONS)
+def test_every_case_lowers_for_cuda_without_a_gpu(name, case):
+    assert count_kernels(lowered(case, ("cuda",), name)) == {n: int(n == name) for n in GPU_IMPLEMENTATIONS}
+
+
+def test_none_takes_the_gpu_kernel_on_cuda_and_xla_elsewhere():
+    case = Case(16)
+    expected = {name: int(name == GPU_IMPLEMENTATIONS[0]) for name in GPU_IMPLEMENTATIONS}
+    assert count_kernels(lowered(case, ("cuda",))) == expected
+    for platform in ("cpu", "tpu"):
+        assert count_kernels(lowered(case, (platform,))) == dict.fromkeys(GPU_IMPLEMENTATIONS, 0)
+    assert count_kernels(lowered(case, ("cuda", "cpu"))) == expected
+
+
+def test_xla_by_name_holds_no_kernel():
+    assert count_kernels(lowered(Case(16), ("cuda",), "xla")) == dict.fromkeys(GPU_IMPLEMENTATIONS, 0)
+
+
+def test_no_tokens_need_no_kernel():
+    for name in GPU_IMPLEMENTATIONS:
+        assert count_kernels(lowered(Case(0), ("cuda",), name)) == dict.fromkeys(GPU_IMPLEMENTATIONS, 0)
+
+
+def test_an_old_gpu_gets_xla():
+    assert count_kernels(lowered(Case(16), ("cuda",), kind="Tesla V100-SXM2-16GB"))["triton"] == 0
+
+
+def test_a_name_is_refused_with_its_reason_where_it_cannot_run():
+    message = (
+        "implementation='triton' can't run this: it needs compute capability 8.0 or later (packed 16-bit "
+        "conversions), got 7.0. Leave implementation out, or pass 'xla'."
+    )
+    with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
+        lowered(Case(16), ("cuda",), "triton", kind="Tesla V100-SXM2-16GB")
+
+
+@pytest.mark.parametrize("name", GPU_IMPLEMENTATIONS)
+def test_a_gpu_name_on_another_platform_says_so(name):
+    message = (
+        f"implementation={name!r} must run on an NVIDIA GPU, got platform cpu. Leave implementation out, or pass 'xla'."
+    )
+    with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
+        lowered(Case(16), ("cpu",), name)
+    if not has_gpu():
+        case = Case(2)
+        with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
+            pallas_qk.fused_qk_rmsnorm_rope_gate(*make_inputs(case), **case.static_arguments, implementation=name)
+
+
+def test_default_implementation_names_its_reasons():
+    sizes = (4096, 16, 2, 256, 64, jnp.bfloat16)
+    on_cpu = pallas_qk.default_implementation(*sizes, platform="cpu")
+    assert on_cpu.name == "xla"
+    assert on_cpu.not_taken["triton"] == "it needs an NVIDIA GPU, got platform cpu"
+    with device("NVIDIA H200"):
+        on_gpu = pallas_qk.default_implementation(*sizes, platform="cuda")
+    assert on_gpu.name == GPU_IMPLEMENTATIONS[0]
+    assert on_gpu.not_taken["xla"] == f"{on_gpu.name!r} runs this and is faster"
+    for choice in (on_cpu, on_gpu, pallas_qk.default_implementation(*sizes)):
+        assert {choice.name, *choice.not_taken} == set(pallas_qk.IMPLEMENTATIONS)
+
+
+def test_default_implementation_is_what_runs():
+    case = Case(16)
+    name = pallas_qk.default_implementation(16, 16, 2, 256, 64, "bfloat16").name
+    platform = "cuda" if has_gpu() else "cpu"
+    assert count_kernels(lowered(case, (platform,))) == {n: int(n == name) for n in GPU_IMPLEMENTATIONS}
+
+
+@pytest.mark.parametrize(
+    "kind, capability",
+    [
+        ("NVIDIA H100 80GB HBM3", (9, 0)),
+        ("NVIDIA A100-SXM4-40GB", (8, 0)),
+        ("NVIDIA L40S", (8, 9)),
+        ("NVIDIA B200", (10, 0)),
+        ("Tesla V100-SXM2-16GB", (7, 0)),
+        ("NVIDIA of tomorrow", (9, 0)),
+    ],
+)
+def test_compute_capability_of_an_abstract_device(kind, capability):
+    with device(kind):
+        assert _implementations.cuda_target() == Target(capability)
+
+
+def test_modules_share_one_interface():
+    modules = [_implementations.module(name) for name in pallas_qk.IMPLEMENTATIONS]
+    first = list(inspect.signature(modules[-1].forward).parameters)
+    for module in modules:
+        assert list(inspect.signature(module.forward).parameters)[: len(first)] == first
+        assert list(inspect.signature(module.unsupported).parameters) == ["spec", "target"]
+
+
+@pytest.mark.parametrize(
+    "num_tokens, head_dim, rotary_dim, layout",
+    [
+        (1, 256, 64, "chunks"),
+        (1023, 256, 64, "chunks"),
+        (1024, 256, 64, "halves"),
+        (1024, 96, 96, "chunks"),
+        (1, 256, 2, "halves"),
+        (65536, 80, 40, "row"),
+        (1, 128, 6, "row"),
+    ],
+)
+def test_layout_rule_of_the_triton_kernel(num_tokens, head_dim, rotary_dim, layout):
+    assert triton_forward(Spec(num_tokens, 16, 2, head_dim, rotary_dim, "bfloat16")).layout == layout
+
+
+def test_disable_jit_runs_the_same_op():
+    case = Case(3, 2, 1)
+    inputs = make_inputs(case)
+    want = pallas_qk.fused_qk_rmsnorm_rope_gate(*inputs, **case.static_arguments)
+    with jax.disable_jit():
+        got = pallas_qk.fused_qk_rmsnorm_rope_gate(*inputs, **case.static_arguments)
+    assert compare_outputs(got, want).differing == 0

@@ -1,0 +1,238 @@
+"""Every bad call gives one error of ours: its type and its whole text, before any device work."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_qk
+from tests.cases import Case, make_inputs
+
+CASE = Case(4, 3, 2, head_dim=64, rotary_dim=16)
+MROPE = (3, 3, 2)
+
+
+def bad(exception, message, **changes):
+    return pytest.param(exception, message, changes, id=f"{next(iter(changes))}-{len(message)}")
+
+
+SIZES = "Pass the number that this device's arrays hold."
+TO_INT32 = "Cast them with astype(jnp.int32)."
+FLOATING = "must be float16, bfloat16 or float32, got {}. Cast it with astype."
+SECTION = (
+    "mrope_section must be three integers >= 0 that sum to rotary_dim // 2 = 8, got {}. "
+    "Pass the counts of time, height and width frequencies, such as (11, 11, 10) for rotary_dim=64."
+)
+ROTARY = (
+    "rotary_dim must be a positive even integer <= head_dim, got rotary_dim={}, head_dim=64. "
+    "For a config with a partial_rotary_factor, pass int(partial_rotary_factor * head_dim)."
+)
+
+BAD_CALLS = [
+    bad(ValueError, f"num_q_heads must be at least 1, got 0. {SIZES}", num_q_heads=0),
+    bad(ValueError, f"num_kv_heads must be at least 1, got -1. {SIZES}", num_kv_heads=-1),
+    bad(ValueError, f"head_dim must be at least 1, got 0. {SIZES}", head_dim=0),
+    bad(
+        TypeError,
+        "num_q_heads must be an integer known when tracing, got 3.0 of type float. Pass a Python int.",
+        num_q_heads=3.0,
+    ),
+    bad(
+        TypeError,
+        "num_kv_heads must be an integer known when tracing, got True of type bool. Pass a Python int.",
+        num_kv_heads=True,
+    ),
+    bad(ValueError, ROTARY.format(0), rotary_dim=0),
+    bad(ValueError, ROTARY.format(-2), rotary_dim=-2),
+    bad(ValueError, ROTARY.format(7), rotary_dim=7),
+    bad(ValueError, ROTARY.format(66), rotary_dim=66),
+    bad(
+        ValueError,
+        "eps must be finite and at least 0, got -1e-06. Model configs call it rms_norm_eps and the like.",
+        eps=-1e-6,
+    ),
+    bad(
+        ValueError,
+        "eps must be finite and at least 0, got nan. Model configs call it rms_norm_eps and the like.",
+        eps=float("nan"),
+    ),
+    bad(
+        TypeError,
+        "eps must be a real number known when tracing, got '1e-6' of type str. "
+        "Pass a Python float, and mark it static (static_argnames) in a jit of your own.",
+        eps="1e-6",
+    ),
+    bad(
+        ValueError,
+        "norm_beta must be finite, got inf. Pass 1.0 for weights stored minus one (Gemma, Qwen3.5), else 0.0.",
+        norm_beta=float("inf"),
+    ),
+    bad(TypeError, SECTION.format("32 of type int"), mrope_section=32, positions=(3, 4)),
+    bad(TypeError, SECTION.format("(3.0, 3, 2) of type tuple"), mrope_section=(3.0, 3, 2), positions=(3, 4)),
+    bad(ValueError, SECTION.format("(4, 4)"), mrope_section=(4, 4), positions=(3, 4)),
+    bad(ValueError, SECTION.format("(4, 4, 4)"), mrope_section=(4, 4, 4), positions=(3, 4)),
+    bad(ValueError, SECTION.format("(9, -1, 0)"), mrope_section=(9, -1, 0), positions=(3, 4)),
+    bad(
+        ValueError,
+        "implementation must be None or one of {names}, got 'cuda'. None picks the fastest that runs.",
+        implementation="cuda",
+    ),
+    bad(
+        TypeError,
+        "q_gate must be a JAX or NumPy array, got [[0.0]] of type list. Convert it with jnp.asarray.",
+        q_gate=[[0.0]],
+    ),
+    bad(
+        TypeError,
+        "q_gate " + FLOATING.format("float64"),
+        q_gate=np.zeros((4, 384)),
+    ),
+    bad(TypeError, "q_gate " + FLOATING.format("int8"), q_gate=((4, 384), "int8")),
+    bad(
+        TypeError,
+        "k must have the dtype of q_gate, bfloat16, got float16. Cast one to the other.",
+        k=((4, 128), "float16"),
+    ),
+    bad(
+        TypeError,
+        "q_weight must be bfloat16 (as q_gate) or float32, got float16. Cast it with astype.",
+        q_weight=((64,), "float16"),
+    ),
+    bad(
+        TypeError,
+        "k_weight must be bfloat16 (as q_gate) or float32, got int32. Cast it with astype.",
+        k_weight=((64,), "int32"),
+    ),
+    bad(
+        TypeError,
+        "cos_sin_cache must be bfloat16 (as q_gate) or float32, got float16. Cast it with astype.",
+        cos_sin_cache=((8, 16), "float16"),
+    ),
+    bad(TypeError, f"positions must be integers, got float32. {TO_INT32}", positions=((4,), "float32")),
+    bad(TypeError, f"positions must be integers, got bool. {TO_INT32}", positions=((4,), "bool")),
+    bad(
+        ValueError,
+        "q_gate must have shape (num_tokens, 384), got (4, 192). Its sizes: num_q_heads * 2 * head_dim.",
+        q_gate=(4, 192),
+    ),
+    bad(
+        ValueError,
+        "q_gate must have shape (num_tokens, 384), got (2, 2, 384). Its sizes: num_q_heads * 2 * head_dim.",
+        q_gate=(2, 2, 384),
+    ),
+    bad(ValueError, "k must have shape (4, 128), got (5, 128). Its sizes: num_kv_heads * head_dim.", k=(5, 128)),
+    bad(ValueError, "k must have shape (4, 128), got (4, 64). Its sizes: num_kv_heads * head_dim.", k=(4, 64)),
+    bad(ValueError, "q_weight must have shape (64,), got (32,). Its sizes: head_dim.", q_weight=(32,)),
+    bad(ValueError, "k_weight must have shape (64,), got (1, 64). Its sizes: head_dim.", k_weight=(1, 64)),
+    bad(
+        ValueError,
+        "cos_sin_cache must have shape (max_position, 16), got (8, 8). Its sizes: rotary_dim, each row [cos | sin].",
+        cos_sin_cache=(8, 8),
+    ),
+    bad(
+        ValueError,
+        "cos_sin_cache must have at least one row, got shape (0, 16). Build it for max_position >= 1.",
+        cos_sin_cache=(0, 16),
+    ),
+    bad(
+        ValueError,
+        "positions must have shape (4,), got (3,). Its sizes: (3, num_tokens) positions need mrope_section.",
+        positions=(3,),
+    ),
+    bad(
+        ValueError,
+        "positions must have shape (4,), got (3, 4). Its sizes: (3, num_tokens) positions need mrope_section.",
+        positions=(3, 4),
+    ),
+    bad(
+        ValueError,
+        "positions must have shape (3, 4), got (4,). "
+        "Its sizes: one row each for time, height and width; leave mrope_section out for 1-D positions.",
+        mrope_section=MROPE,
+    ),
+    bad(
+        ValueError,
+        "positions must have shape (3, 4), got (2, 4). "
+        "Its sizes: one row each for time, height and width; leave mrope_section out for 1-D positions.",
+        mrope_section=MROPE,
+        positions=(2, 4),
+    ),
+]
+
+
+def arguments(changes):
+    inputs = make_inputs(CASE)
+    arrays = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
+    for name, value in changes.items():
+        if name in arrays and isinstance(value, tuple):
+            shape, dtype = value if isinstance(value[0], tuple) else (value, arrays[name].dtype)
+            changes = changes | {name: jnp.zeros(shape, dtype)}
+    return arrays | CASE.static_arguments | {"implementation": None} | changes
+
+
+@pytest.mark.parametrize("exception, message, changes", BAD_CALLS)
+def test_bad_call(exception, message, changes):
+    names = ", ".join(map(repr, pallas_qk.IMPLEMENTATIONS))
+    message = message.replace("{names}", names)
+    with pytest.raises(exception, match=f"^{re.escape(message)}$"):
+        pallas_qk.fused_qk_rmsnorm_rope_gate(**arguments(changes))
+
+
+@pytest.mark.parametrize("name", ["eps", "norm_beta"])
+def test_traced_scalars_are_refused(name):
+    message = (
+        f"{name} must be a real number known when tracing, got a traced value float32[]. "
+        "Pass a Python float, and mark it static (static_argnames) in a jit of your own."
+    )
+    call = jax.jit(lambda value: pallas_qk.fused_qk_rmsnorm_rope_gate(**arguments({name: value})))
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}"):  # a jit adds a note of its own
+        call(1e-6)
+
+
+def test_torch_tensors_are_pointed_to_the_exchange():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=r"got a torch.Tensor of shape \(4, 384\).*pallas_qk.dlpack.from_torch"):
+        pallas_qk.fused_qk_rmsnorm_rope_gate(**arguments({"q_gate": torch.zeros(4, 384)}))
+
+
+def test_the_same_errors_come_out_of_a_jit():
+    with pytest.raises(ValueError, match=r"^k must have shape \(4, 128\), got \(4, 64\)"):
+        jax.jit(lambda k: pallas_qk.fused_qk_rmsnorm_rope_gate(**arguments({"k": k})))(jnp.zeros((4, 64), jnp.bfloat16))
+
+
+DEFAULT_SIZES = {
+    "num_tokens": 4,
+    "num_q_heads": 16,
+    "num_kv_heads": 2,
+    "head_dim": 256,
+    "rotary_dim": 64,
+    "dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize(
+    "exception, message, changes",
+    [
+        (ValueError, "num_tokens must be at least 0, got -1. Pass the size of the tokens' axis.", {"num_tokens": -1}),
+        (TypeError, "num_tokens must be an integer, got 1.5 of type float. Pass a Python int.", {"num_tokens": 1.5}),
+        (TypeError, "dtype " + FLOATING.format("float64"), {"dtype": "float64"}),
+        (
+            TypeError,
+            "dtype " + FLOATING.format("'half-ish' of type str"),
+            {"dtype": "half-ish"},
+        ),
+        (
+            ValueError,
+            "platform must be None or one of 'cpu', 'cuda', 'rocm', 'tpu', got 'gpu'. "
+            "None means the default device's platform.",
+            {"platform": "gpu"},
+        ),
+        (ValueError, f"num_q_heads must be at least 1, got 0. {SIZES}", {"num_q_heads": 0}),
+    ],
+)
+def test_bad_question_about_the_default(exception, message, changes):
+    with pytest.raises(exception, match=f"^{re.escape(message)}$"):
+        pallas_qk.default_implementation(**DEFAULT_SIZES | changes)

@@ -1,0 +1,108 @@
+"""Each implementation against the Triton oracle, exchanged by DLPack: bits where they are promised, else the bound.
+
+On a GPU the oracle is compiled; elsewhere Triton's interpreter runs it, whose sum, rsqrt and bfloat16 rounding are its
+own. `python -m benchmarks verify` compares more elements.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.cases import SMALL_CASES, Case, make_inputs
+from tests.compare import compare_outputs
+from tests.run import has_gpu, run
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from benchmarks import suites
+from benchmarks.agreement import agreement
+from benchmarks.providers import oracle, to_jax
+
+# Peers' own test sizes: float32 weights and table, int64 positions.
+PEER_CASES = [
+    Case(23, heads, kv_heads, head_dim, rotary_dim, weight_dtype="float32", cache_dtype="float32")
+    for heads, kv_heads, head_dim, rotary_dim in [(16, 2, 256, 64), (16, 2, 256, 256), (32, 8, 128, 128), (28, 4, 128, 32)]
+]
+
+
+def assert_agrees(implementation: str, case: Case, inputs) -> None:
+    platform = "gpu" if has_gpu() else "cpu"
+    want = to_jax(oracle(case, inputs)())
+    result = agreement(implementation, case, run(implementation, case, inputs), want, platform=platform)
+    assert result.kept, str(result)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*SMALL_CASES, *PEER_CASES, *suites.parity_gpu()], ids=lambda case: case.id)
+def test_agrees_on_a_gpu(gpu, implementation, case):
+    assert_agrees(implementation, case, make_inputs(case, seed=2))
+
+
+@pytest.mark.skipif(has_gpu(), reason="the oracle is compiled where there is a GPU")
+@pytest.mark.parametrize("case", suites.parity_cpu(), ids=lambda case: case.id)
+def test_agrees_with_the_interpreted_oracle(case):
+    assert_agrees("xla", case, make_inputs(case, seed=2))
+
+
+@pytest.mark.gpu
+def test_int64_positions(gpu, implementation):
+    with jax.enable_x64(True):
+        case = dataclasses.replace(PEER_CASES[0], positions_dtype="int64")
+        assert_agrees(implementation, case, make_inputs(case))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("value", ["zero", "nan", "inf", "negative zero weights"])
+def test_special_rows(gpu, implementation, dtype, value):
+    case = Case(33, 3, 1, dtype=dtype)
+    inputs = make_inputs(case)
+    if value == "negative zero weights":
+        inputs = dataclasses.replace(inputs, q_weight=jnp.full_like(inputs.q_weight, -0.0))
+    elif value == "zero":
+        inputs = dataclasses.replace(inputs, k=inputs.k.at[4].set(0))
+    else:
+        inputs = dataclasses.replace(inputs, q_gate=inputs.q_gate.at[7, 3].set(float(value)))
+    want = to_jax(oracle(case, inputs)())
+    got = run(implementation, case, inputs)
+    if implementation == "xla" and value in ("nan", "inf"):  # which NaN comes out is the compiler's affair
+        got, want = ([jnp.nan_to_num(x, nan=1.0) for x in outputs] for outputs in (got, want))
+    assert compare_outputs(got, want).differing == 0, str(compare_outputs(got, want))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [4096, 16384])
+def test_reruns_give_the_same_bits(gpu, implementation, num_tokens):
+    case = Case(num_tokens)
+    inputs = make_inputs(case)
+    first = run(implementation, case, inputs)
+    for _ in range(10):
+        assert compare_outputs(run(implementation, case, inputs), first).differing == 0
+
+
+@pytest.mark.gpu
+def test_offsets_past_2_to_the_31(gpu, implementation):
+    """q_gate holds 2.4e9 elements; a few tokens of both ends give the bits that they give alone."""
+    case = Case(147456, 32, 1)
+    inputs = make_inputs(case)
+    got = run(implementation, case, inputs)
+    for rows in (slice(0, 64), slice(-64, None)):
+        part = dataclasses.replace(
+            inputs, q_gate=inputs.q_gate[rows], k=inputs.k[rows], positions=inputs.positions[rows]
+        )
+        want = run(implementation, dataclasses.replace(case, num_tokens=64), part)
+        assert compare_outputs([x[rows] for x in got], want).differing == 0
+
+
+@pytest.mark.gpu
+def test_table_offsets_past_2_to_the_31(gpu, implementation):
+    max_position = 2**25 + 1000
+    case = Case(64, 2, 1, max_position=4096)
+    inputs = make_inputs(case)
+    table = jnp.zeros((max_position, 64), jnp.bfloat16).at[-4096:].set(inputs.cos_sin_cache)
+    far = dataclasses.replace(inputs, cos_sin_cache=table, positions=inputs.positions + (max_position - 4096))
+    got = run(implementation, dataclasses.replace(case, max_position=max_position), far)
+    assert compare_outputs(got, run(implementation, case, inputs)).differing == 0
