@@ -54,8 +54,9 @@ def fused_qk_rmsnorm_rope_gate(
       mrope_section: three counts that sum to R/2. Frequency j reads row a (1 or 2) of `positions` where j % 3 == a
         and j < 3 * mrope_section[a], and row 0 elsewhere (interleaved mRoPE).
       norm_beta: added to both weights in float32, 1.0 for Gemma-style weights; a Python number.
-      implementation: None takes the fastest that runs (see `default_implementation`). "triton": the Pallas kernel
-        for NVIDIA GPUs on the Triton backend. "xla": plain XLA, any platform. A name never falls back.
+      implementation: None takes the first that runs (see `default_implementation`). "mosaic_gpu": the Pallas kernel on
+        the Mosaic GPU backend, NVIDIA GPUs from Hopper on. "triton": the Pallas kernel on the Triton backend, NVIDIA
+        GPUs from Ampere on. "xla": plain XLA, any platform. A name never falls back.
 
     Returns:
       q_out (T, Hq*D), k_out (T, Hkv*D) and gate_out (T, Hq*D), in the dtype of `q_gate`; the gate is raw.
@@ -68,9 +69,9 @@ def fused_qk_rmsnorm_rope_gate(
     Numerics:
       The norm is computed in float32, with the sum of squares in one fixed order, and rounded to the dtype of
       `q_gate` before the rotation, which is computed in float32 and rounded once more. A token's result depends
-      neither on the other tokens nor on whether the call is inside `jax.jit`. For float16 and bfloat16, "triton"
-      gives the bits of the Triton kernel that serving stacks run; "xla" on a GPU does for 16-bit tables where D is
-      a power of two, and otherwise differs by one unit in the last place in a few elements of 10^6.
+      neither on the other tokens nor on whether the call is inside `jax.jit`. For float16 and bfloat16, "mosaic_gpu"
+      and "triton" give the bits of the Triton kernel that serving stacks run; "xla" on a GPU does for 16-bit tables
+      where D is a power of two, and otherwise differs by one unit in the last place in a few elements of 10^6.
       A position outside [0, max_pos) gives NaN in the elements that read it and nowhere else; no address outside
       the table is formed.
 

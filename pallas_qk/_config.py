@@ -82,16 +82,19 @@ class TritonForward:
 def triton_forward(spec: Spec) -> TritonForward:
     """The configuration for `spec`.
 
-    Four rows and two warps a program served every size best (H200, bf16, T = 16384, 16/2 heads: 1, 2, 8, 16 and 32
-    rows cost 139 to 145 us against 137). Chunks lead while a launch is bound by latency and instructions (2.50
-    against 2.78 us at T = 256), halves with their 16-byte accesses from T = 1024 (135.8 against 137.3 us at T =
-    16384). More than 16 chunks compile for seconds (up to 26 with chunks of one lane), so such rows take halves
-    where R/2 and D/R are powers of two and the row layout elsewhere.
+    H200, bf16, D = 256, R = 64. Four rows and two warps a program served every size best (T = 16384, 16/2 heads: 1, 2,
+    8, 16 and 32 rows cost 139 to 145 us against 137). Chunks lead where a launch is bound by latency and instructions
+    (3.49 against 3.65 us at T = 256 with 32/2 heads), halves with their 16-byte accesses where memory is (136.3 against
+    138.1 us at T = 16384 with 16/2; at T = 1024 chunks take 6.24 against 6.34 with 16/2 and 18.18 against 18.02 with
+    32/2) and where a single wave runs half empty (1.18 against 1.25 us at T = 1). More than 16 chunks compile for
+    seconds (up to 26 with chunks of one lane), so such rows take halves where R/2 and D/R are powers of two and the row
+    layout elsewhere.
     """
     d, r = spec.head_dim, spec.rotary_dim
     halves = is_power_of_2(r // 2) and d % r == 0 and is_power_of_2(d // r)
     chunks = d // chunk_lanes(d, r) <= 16
-    if halves and (spec.num_tokens >= 1024 or not chunks):
+    num_rows = spec.num_tokens * spec.num_q_heads
+    if halves and (num_rows < 128 or num_rows >= 32768 or not chunks):
         return TritonForward("halves")
     return TritonForward("chunks" if chunks else "row")
 
@@ -103,7 +106,7 @@ class MosaicForward:
     `layout` says which lanes of a row one thread holds. "chunks": the same few lanes of each of the D/C chunks of C
     lanes. "halves": vectors in pairs R/2 lanes apart. "row": consecutive vectors, the partners loaded once more.
     A row has 32/rows_per_warp threads, or fewer where it is too short. With `late_weights` the weights are loaded
-    after the sum of squares, for fewer registers.
+    after the sum of squares: 32 registers a thread instead of 40, and all 2048 threads of an SM resident.
     """
 
     layout: Layout
@@ -113,10 +116,12 @@ class MosaicForward:
 
 
 def mosaic_forward(spec: Spec) -> MosaicForward:
-    """The configuration for `spec`: eight lanes a thread, as far as a warp has threads for them."""
+    """The configuration for `spec`: eight lanes a thread, as far as a warp has threads for them.
+
+    Mosaic GPU compiles every kernel with `.minnctapersm 1`, under which ptxas spends registers for latency: with 16
+    lanes a thread 62 where it would take 48 (D = 256, bf16, sm_90a, CUDA 12.9 and 13.0). Eight lanes keep occupancy.
+    """
     d, r = spec.head_dim, spec.rotary_dim
-    rows_per_warp = max(1, 32 * 8 // next_power_of_2(d))
-    late_weights = spec.num_tokens >= 1024
-    if is_power_of_2(d) and is_power_of_2(r) and r >= 16:
-        return MosaicForward("halves", rows_per_warp, late_weights=late_weights)
-    return MosaicForward("row", rows_per_warp, late_weights=late_weights)
+    rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(d)))
+    layout = "halves" if is_power_of_2(d) and is_power_of_2(r) else "row"
+    return MosaicForward(layout, rows_per_warp, late_weights=spec.num_tokens >= 1024)

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.util
 from types import ModuleType
 from typing import NamedTuple
 
@@ -13,8 +14,18 @@ from jax.interpreters import mlir
 from pallas_qk import _reference
 from pallas_qk._config import Options, Spec, Target
 
-IMPLEMENTATIONS = ("triton", "xla")
-_GPU_MODULES = {"triton": "pallas_qk._triton"}  # in the order in which None takes them on an NVIDIA GPU
+IMPLEMENTATIONS = ("mosaic_gpu", "triton", "xla")
+
+_GPU_MODULES = {"mosaic_gpu": "pallas_qk._mosaic_gpu", "triton": "pallas_qk._triton"}
+_MOSAIC_CAME_OF_AGE = jax.__version_info__ >= (0, 11)
+# What None tries on an NVIDIA GPU, in this order. JAX deprecates its Triton backend since 0.11.
+_PREFERENCE = ("mosaic_gpu", "triton", "xla") if _MOSAIC_CAME_OF_AGE else ("triton", "mosaic_gpu", "xla")
+_REQUIRES = {
+    # Mosaic GPU of JAX 0.10 imports absl, which JAX does not install.
+    "mosaic_gpu": ("jax.experimental.pallas.mosaic_gpu", *(() if _MOSAIC_CAME_OF_AGE else ("absl",))),
+    "triton": ("jax.experimental.pallas.triton",),
+    "xla": (),
+}
 
 _HOPPER = (9, 0)
 # For lowering without the GPU at hand: an abstract device carries a kind and no compute capability.
@@ -46,8 +57,20 @@ class Choice(NamedTuple):
 
 
 def module(name: str) -> ModuleType:
-    """The module of an implementation; a GPU backend is imported on first use (70 ms and more beyond JAX)."""
+    """The module of an implementation; a GPU backend is imported on first use (70 to 300 ms beyond JAX)."""
     return _reference if name == "xla" else importlib.import_module(_GPU_MODULES[name])
+
+
+@functools.cache
+def _missing_module(name: str) -> str | None:
+    return next((required for required in _REQUIRES[name] if importlib.util.find_spec(required) is None), None)
+
+
+def unsupported(name: str, spec: Spec, target: Target) -> str | None:
+    """Why an implementation can't run `spec` on an NVIDIA GPU; None if it can."""
+    if (missing := _missing_module(name)) is not None:
+        return f"it needs the module {missing}, got a Python environment without it"
+    return module(name).unsupported(spec, target)
 
 
 def choose(spec: Spec, platform: str | None = None) -> Choice:
@@ -56,10 +79,13 @@ def choose(spec: Spec, platform: str | None = None) -> Choice:
     if platform != "cuda":
         return Choice("xla", dict.fromkeys(_GPU_MODULES, f"it needs an NVIDIA GPU, got platform {platform}"))
     target = cuda_target()
-    reasons = {name: module(name).unsupported(spec, target) for name in (*_GPU_MODULES, "xla")}
-    taken = next(name for name, reason in reasons.items() if reason is None)  # "xla" runs everything
-    del reasons[taken]
-    return Choice(taken, {name: reason or f"{taken!r} runs this and is faster" for name, reason in reasons.items()})
+    taken = _first_supported(spec, target)
+    reasons = {name: unsupported(name, spec, target) for name in IMPLEMENTATIONS if name != taken}
+    return Choice(taken, {name: reason or f"{taken!r} runs this and comes first" for name, reason in reasons.items()})
+
+
+def _first_supported(spec: Spec, target: Target) -> str:
+    return next(name for name in _PREFERENCE if unsupported(name, spec, target) is None)  # "xla" runs everything
 
 
 def _default_platform() -> str:
@@ -104,10 +130,10 @@ def forward(
     num_tokens, num_q_heads, _ = q_gate.shape
     _, num_kv_heads, head_dim = k.shape
     spec = Spec(num_tokens, num_q_heads, num_kv_heads, head_dim, options.rotary_dim, str(q_gate.dtype))
-    name = implementation or choose(spec, "cuda").name
+    name = implementation or _first_supported(spec, cuda_target())
     if name == "xla":
         return _reference.forward(*args, options=options)
-    if implementation and (reason := module(name).unsupported(spec, cuda_target())) is not None:
+    if implementation and (reason := unsupported(name, spec, cuda_target())) is not None:
         raise NotImplementedError(
             f"implementation={name!r} can't run this: {reason}. Leave implementation out, or pass 'xla'."
         )

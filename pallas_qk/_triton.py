@@ -68,7 +68,7 @@ def forward(
         k_programs=k_programs,
         options=options,
         config=config,
-        arithmetic=_plain_arithmetic(dtype) if interpret else _ptx_arithmetic(dtype),
+        arithmetic=_plain_arithmetic(dtype) if interpret else _ptx_arithmetic(dtype, options.mrope_section is not None),
     )
     return pl.pallas_call(
         kernel,
@@ -110,36 +110,42 @@ def _forward_kernel(
         def rows(lanes):
             return _rows(block, num_rows_per_program, x_ref.shape[0], x_ref.shape[1], lanes)
 
-        masks, xs, weights = [], [], []
+        in_tiles, xs = [], []
+        gate = None
+        if gate_out_ref is not None:
+            # One tile over the whole row, 16 bytes a thread in every layout. First, so that its bytes are on the way
+            # while the rest waits for addresses.
+            lanes = next_power_of_2(head_dim)
+            gate_columns = _iota((num_rows_per_program, lanes), 1)
+            token, head, in_rows = rows(lanes)
+            in_gate = _and(in_rows, None if lanes == head_dim else gate_columns < head_dim)
+            gate = _load(x_ref, (token, head, 1, gate_columns), in_gate)
         for columns, exists in zip(layout.columns, layout.exists, strict=True):
             token, head, in_rows = rows(columns.shape[1])
-            masks.append(_and(in_rows, exists))
-            xs.append(_load(x_ref, (token, head, *half, columns), masks[-1]))
-            weights.append(_load(weight_ref, (columns,), exists))
+            in_tiles.append(_and(in_rows, exists))
+            xs.append(_load(x_ref, (token, head, *half, columns), in_tiles[-1]))
         token, _, in_rows = rows(1)
         table_rows = _table_rows(positions_ref, token, in_rows, cache_ref.shape[0], options)
         angles = [_cos_and_sin(cache_ref, table_rows, f, layout.rotated, options) for f in layout.frequencies]
         if gate_out_ref is not None:
-            # One tile over the whole row: 16 bytes a thread in every layout.
-            lanes = next_power_of_2(head_dim)
-            columns = _iota((num_rows_per_program, lanes), 1)
-            token, head, in_rows = rows(lanes)
-            mask = _and(in_rows, None if lanes == head_dim else columns < head_dim)
-            gate = _load(x_ref, (token, head, 1, columns), mask)
-            _store(gate_out_ref, (token, head, columns), gate, mask)
+            token, head, _ = rows(lanes)
+            _store(gate_out_ref, (token, head, gate_columns), gate, in_gate)
+        # Weights come from L1. Loaded after a store that might alias them, they keep ptxas from sinking that store, and
+        # with it the loads before it, below the reduction.
+        weights = [_load(weight_ref, (c,), e) for c, e in zip(layout.columns, layout.exists, strict=True)]
 
         xs = [x.astype(jnp.float32) for x in xs]
         squares = {offset: x * x for offset, x in zip(layout.offsets, xs, strict=False)}
         inv_rms = lax.rsqrt(arithmetic.mean_plus_eps(_tree_sum(squares, layout.bits, head_dim), head_dim, options.eps))
         weights = [arithmetic.effective_weight(w, options.norm_beta) for w in weights]
-        ys = [arithmetic.round_trip(x * inv_rms * w) for x, w in zip(xs, weights, strict=True)]
+        ys = [x * inv_rms * w for x, w in zip(xs, weights, strict=True)]
         angles = [(cos.astype(jnp.float32), sin.astype(jnp.float32), inside) for cos, sin, inside in angles]
         # NaN in cos alone spoils both halves of the pair.
         angles = [(jnp.where(inside, cos, jnp.nan), sin) for cos, sin, inside in angles]
-        ys = layout.rotate(ys, angles, arithmetic.rotate)
-        for columns, y, mask in zip(layout.columns, ys, masks, strict=False):
+        ys = layout.rotate(ys, angles, arithmetic)
+        for columns, y, in_tile in zip(layout.columns, ys, in_tiles, strict=False):
             token, head, _ = rows(columns.shape[1])
-            _store(out_ref, (token, head, columns), arithmetic.narrow(y), mask)
+            _store(out_ref, (token, head, columns), arithmetic.narrow(y), in_tile)
 
     # Every period-th program is a k program, so that k rows are spread evenly among q rows (0.4 to 1.4 us of 139).
     program, period = pl.program_id(0), (q_programs + k_programs) // k_programs
@@ -196,7 +202,7 @@ class _Layout(NamedTuple):
     bits: list[int]  # bit of the lane index that each axis of a tile stands for, as axes of two, major to minor
     frequencies: list[jax.Array]  # column of cos for each tile of angles
     rotated: jax.Array | None  # which places of a tile of angles exist; None: all
-    rotate: Callable  # (tiles, angles, rotation of a pair) -> the tiles to store
+    rotate: Callable  # (normalised tiles, angles, arithmetic) -> the tiles to store
 
 
 def _chunks(num_rows: int, head_dim: int, rotary_dim: int) -> _Layout:
@@ -207,11 +213,9 @@ def _chunks(num_rows: int, head_dim: int, rotary_dim: int) -> _Layout:
     lane = _iota((num_rows, lanes), 1)
     columns = [offset + lane for offset in offsets]
 
-    def rotate(ys, angles, rotate_pair):
-        first, second = zip(
-            *(rotate_pair(ys[j], ys[j + pairs], cos, sin) for j, (cos, sin) in enumerate(angles)), strict=True
-        )
-        return [*first, *second, *ys[2 * pairs :]]
+    def rotate(ys, angles, arithmetic):
+        rotated = [arithmetic.rotate(ys[j], ys[j + pairs], cos, sin) for j, (cos, sin) in enumerate(angles)]
+        return [*(o1 for o1, _ in rotated), *(o2 for _, o2 in rotated), *ys[2 * pairs :]]
 
     bits = list(range(lanes.bit_length() - 2, -1, -1))
     return _Layout(columns, [None] * len(columns), offsets, bits, columns[:pairs], None, rotate)
@@ -229,9 +233,9 @@ def _halves(num_rows: int, head_dim: int, rotary_dim: int) -> _Layout:
     first = _div(lane, half) * rotary_dim + _rem(lane, half)
     rotated = lane < half
 
-    def rotate(ys, angles, rotate_pair):
+    def rotate(ys, angles, arithmetic):
         ((cos, sin),) = angles
-        return [jnp.where(rotated, o, y) for o, y in zip(rotate_pair(*ys, cos, sin), ys, strict=True)]
+        return [jnp.where(rotated, o, y) for o, y in zip(arithmetic.rotate(*ys, cos, sin), ys, strict=True)]
 
     bits = [bit for bit in range(head_dim.bit_length() - 2, -1, -1) if 1 << bit != half]
     return _Layout([first, first + half], [None, None], [0, half], bits, [lane], rotated, rotate)
@@ -245,9 +249,9 @@ def _row(num_rows: int, head_dim: int, rotary_dim: int) -> _Layout:
     partner = jnp.where(is_first, lane + half, lane - half)
     frequency = jnp.where(is_first, lane, lane - half)
 
-    def rotate(ys, angles, rotate_pair):
+    def rotate(ys, angles, arithmetic):
         (cos, sin), (own, other) = angles[0], ys
-        o1, o2 = rotate_pair(jnp.where(is_first, own, other), jnp.where(is_first, other, own), cos, sin)
+        o1, o2 = arithmetic.rotate(jnp.where(is_first, own, other), jnp.where(is_first, other, own), cos, sin)
         return [jnp.where(is_first, o1, jnp.where(rotated, o2, own))]
 
     bits = list(range(lanes.bit_length() - 2, -1, -1))
@@ -284,22 +288,24 @@ class _Arithmetic(NamedTuple):
 
     effective_weight: Callable  # (weight, norm_beta) -> float32
     mean_plus_eps: Callable  # (sum (B, 1), D, eps) -> mean + eps
-    round_trip: Callable  # float32 -> activation dtype -> float32
-    rotate: Callable  # (y1, y2, cos, sin) -> (o1, o2)
+    rotate: Callable  # (y1, y2, cos, sin) -> (o1, o2), after y1 and y2 are rounded to the activation dtype
     narrow: Callable  # float32 -> activation dtype
 
 
 def _plain_arithmetic(dtype) -> _Arithmetic:
+    def rotate(y1, y2, cos, sin):
+        y1, y2 = _reference.round_trip(y1, dtype), _reference.round_trip(y2, dtype)
+        return y1 * cos - y2 * sin, y1 * sin + y2 * cos
+
     return _Arithmetic(
         effective_weight=_reference.effective_weight,
         mean_plus_eps=lambda s, head_dim, eps: s / head_dim + eps,
-        round_trip=lambda y: _reference.round_trip(y, dtype),
-        rotate=lambda y1, y2, cos, sin: (y1 * cos - y2 * sin, y1 * sin + y2 * cos),
+        rotate=rotate,
         narrow=lambda y: y.astype(dtype),
     )
 
 
-def _ptx_arithmetic(dtype) -> _Arithmetic:
+def _ptx_arithmetic(dtype, mrope: bool) -> _Arithmetic:
     """The instructions that Triton emits for the serving kernel, which Pallas's lowering does not fuse by itself."""
 
     def effective_weight(weight, norm_beta):
@@ -313,32 +319,37 @@ def _ptx_arithmetic(dtype) -> _Arithmetic:
         code = "{ .reg .f32 r; rcp.approx.ftz.f32 r, $2; fma.rn.f32 $0, $1, r, $3; }"
         return _ptx(code, "=f,f,f,f", s.dtype, s, head_dim, eps)
 
-    def dot2(a, b, c, d):
-        # The second product rounded, the first fused: with a float32 table other forms differ in 64 to 662 of 33 M.
-        code = "{ .reg .f32 t; mul.rn.f32 t, $3, $4; fma.rn.f32 $0, $1, $2, t; }"
+    def dot2(a, b, c, d, *, negate: bool = False):
+        # a * b + c * d or a * b - c * d, the second product rounded, the first fused: with a float32 table other forms
+        # differ in 64 to 662 of 33 M. The sign is PTX's, since Pallas lowers -x to 0 - x, which makes 0.0 of 0.0.
+        sign = "neg.f32 t, t; " if negate else ""
+        code = f"{{ .reg .f32 t; mul.rn.f32 t, $3, $4; {sign}fma.rn.f32 $0, $1, $2, t; }}"
         return _ptx(code, "=f,f,f,f,f", a.dtype, a, b, c, d)
 
     def rotate(y1, y2, cos, sin):
-        return dot2(y1, cos, -y2, sin), dot2(y1, sin, y2, cos)
-
-    if dtype == jnp.float32:
-        return _Arithmetic(effective_weight, mean_plus_eps, lambda y: y, rotate, lambda y: y)
-    # Two lanes a conversion: a single F2F is a quarter-rate unit (146.6 against 140.2 us, T = 16384, 16/2 heads).
-    convert, widen = {
-        jnp.dtype(jnp.bfloat16): ("cvt.rn.bf16x2.f32", "shl.b32 $0, t, 16; and.b32 $1, t, 0xffff0000;"),
-        jnp.dtype(jnp.float16): (
-            "cvt.rn.f16x2.f32",
-            ".reg .b16 low, high; mov.b32 {low, high}, t; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high;",
-        ),
-    }[jnp.dtype(dtype)]
+        y1, y2 = round_trip(y1), round_trip(y2)
+        # With mRoPE the compiler of the serving kernel fuses the other product (Triton 3.6 and 3.9): 216 of 35.7 M.
+        o2 = dot2(y2, cos, y1, sin) if mrope else dot2(y1, sin, y2, cos)
+        return dot2(y1, cos, y2, sin, negate=True), o2
 
     def round_trip(y):
+        if dtype == jnp.float32:
+            return y
         return _ptx(f"{{ .reg .b32 t; {convert} t, $3, $2; {widen} }}", "=r,=r,r,r", y.dtype, y, pack=2)
 
     def narrow(y):
-        return _ptx(f"{convert} $0, $2, $1;", "=r,r,r", dtype, y, pack=2)
+        return y if dtype == jnp.float32 else _ptx(f"{convert} $0, $2, $1;", "=r,r,r", dtype, y, pack=2)
 
-    return _Arithmetic(effective_weight, mean_plus_eps, round_trip, rotate, narrow)
+    # Two lanes a conversion: a single F2F is a quarter-rate unit (146.6 against 140.2 us, T = 16384, 16/2 heads).
+    convert, widen = {
+        "bfloat16": ("cvt.rn.bf16x2.f32", "shl.b32 $0, t, 16; and.b32 $1, t, 0xffff0000;"),
+        "float16": (
+            "cvt.rn.f16x2.f32",
+            ".reg .b16 low, high; mov.b32 {low, high}, t; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high;",
+        ),
+        "float32": ("", ""),
+    }[str(dtype)]
+    return _Arithmetic(effective_weight, mean_plus_eps, rotate, narrow)
 
 
 def _ptx(code: str, constraints: str, dtype, *args: jax.Array, pack: int = 1) -> jax.Array:

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 
 import pallas_qk
 from pallas_qk import _implementations
@@ -15,34 +16,34 @@ def has_gpu() -> bool:
 
 
 def run(implementation: str, case: Case, inputs: Inputs, **config) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(q_out, k_out, gate_out): the public function, or the kernel in interpret mode where there is no GPU.
+    """(q_out, k_out, gate_out): the public function, or the kernel executed by its interpreter without a GPU.
 
     `config` goes to the kernel's own `forward` and takes that path on a GPU too.
     """
     if implementation == "xla" or (has_gpu() and not config):
         return pallas_qk.fused_qk_rmsnorm_rope_gate(*inputs, **case.static_arguments, implementation=implementation)
-    return _run_kernel(implementation, case, **config)(*inputs)
+    q_gate, k, q_weight, k_weight, cos_sin_cache, positions = inputs
+    num_tokens = case.num_tokens
+    outputs = _kernel(implementation, case, **config)(
+        q_gate.reshape(num_tokens, case.num_q_heads, 2 * case.head_dim),
+        k.reshape(num_tokens, case.num_kv_heads, case.head_dim),
+        q_weight,
+        k_weight,
+        cos_sin_cache,
+        positions if positions.ndim == 2 else positions[None],
+    )
+    q_out, k_out, gate_out = (jnp.asarray(x).reshape(num_tokens, x.shape[1] * x.shape[2]) for x in outputs)
+    return q_out, k_out, gate_out
 
 
 @functools.cache
-def _run_kernel(implementation: str, case: Case, **config):
-    forward = _implementations.module(implementation).forward
+def _kernel(implementation: str, case: Case, **config):
     options = Options(case.rotary_dim, case.eps, case.norm_beta, case.mrope_section)
+    forward = functools.partial(_implementations.module(implementation).forward, options=options, **config)
+    if has_gpu():
+        return jax.jit(forward)
+    if implementation == "triton":
+        return jax.jit(functools.partial(forward, interpret=True))
+    from tests.mosaic_interpreter import execute
 
-    @jax.jit
-    def call(q_gate, k, q_weight, k_weight, cos_sin_cache, positions):
-        num_tokens = q_gate.shape[0]
-        outputs = forward(
-            q_gate.reshape(num_tokens, case.num_q_heads, 2 * case.head_dim),
-            k.reshape(num_tokens, case.num_kv_heads, case.head_dim),
-            q_weight,
-            k_weight,
-            cos_sin_cache,
-            positions if positions.ndim == 2 else positions[None],
-            options=options,
-            interpret=not has_gpu(),
-            **config,
-        )
-        return tuple(x.reshape(num_tokens, x.shape[1] * x.shape[2]) for x in outputs)
-
-    return call
+    return jax.jit(forward) if case.num_tokens == 0 else functools.partial(execute, forward)

@@ -16,8 +16,9 @@ from tests.cases import SMALL_CASES, Case, make_inputs
 from tests.compare import compare_outputs
 from tests.run import has_gpu
 
-KERNEL_NAMES = {"triton": "pallas_qk_triton_forward"}
+KERNEL_NAMES = {"mosaic_gpu": "pallas_qk_mosaic_gpu_forward", "triton": "pallas_qk_triton_forward"}
 GPU_IMPLEMENTATIONS = tuple(KERNEL_NAMES)
+FIRST = "mosaic_gpu" if jax.__version_info__ >= (0, 11) else "triton"
 
 
 @contextlib.contextmanager
@@ -51,7 +52,7 @@ def test_every_case_lowers_for_cuda_without_a_gpu(name, case):
 
 def test_none_takes_the_gpu_kernel_on_cuda_and_xla_elsewhere():
     case = Case(16)
-    expected = {name: int(name == GPU_IMPLEMENTATIONS[0]) for name in GPU_IMPLEMENTATIONS}
+    expected = {name: int(name == FIRST) for name in GPU_IMPLEMENTATIONS}
     assert count_kernels(lowered(case, ("cuda",))) == expected
     for platform in ("cpu", "tpu"):
         assert count_kernels(lowered(case, (platform,))) == dict.fromkeys(GPU_IMPLEMENTATIONS, 0)
@@ -68,7 +69,28 @@ def test_no_tokens_need_no_kernel():
 
 
 def test_an_old_gpu_gets_xla():
-    assert count_kernels(lowered(Case(16), ("cuda",), kind="Tesla V100-SXM2-16GB"))["triton"] == 0
+    assert count_kernels(lowered(Case(16), ("cuda",), kind="Tesla V100-SXM2-16GB")) == {"mosaic_gpu": 0, "triton": 0}
+    assert count_kernels(lowered(Case(16), ("cuda",), kind="NVIDIA A100-SXM4-80GB")) == {"mosaic_gpu": 0, "triton": 1}
+
+
+@pytest.mark.parametrize("missing, left", [("mosaic_gpu", "triton"), ("triton", "mosaic_gpu")])
+def test_a_jax_without_one_of_the_backends(monkeypatch, missing, left):
+    """Nothing of the missing backend is imported; the other one serves, and the name is refused with the reason."""
+    monkeypatch.setitem(_implementations._REQUIRES, missing, ("jax.experimental.pallas.gone",))
+    monkeypatch.setitem(_implementations._GPU_MODULES, missing, "pallas_qk.gone")
+    _implementations._missing_module.cache_clear()
+    try:
+        assert count_kernels(lowered(Case(16), ("cuda",))) == {left: 1, missing: 0}
+        with pytest.raises(
+            NotImplementedError, match=f"^implementation='{missing}' can't run this: it needs the module"
+        ):
+            lowered(Case(16), ("cuda",), missing)
+        with device("NVIDIA H200"):
+            choice = pallas_qk.default_implementation(16, 16, 2, 256, 64, "bfloat16", platform="cuda")
+        assert choice.name == left
+        assert choice.not_taken[missing].startswith("it needs the module jax.experimental.pallas.gone, got")
+    finally:
+        _implementations._missing_module.cache_clear()
 
 
 def test_a_name_is_refused_with_its_reason_where_it_cannot_run():
@@ -100,8 +122,8 @@ def test_default_implementation_names_its_reasons():
     assert on_cpu.not_taken["triton"] == "it needs an NVIDIA GPU, got platform cpu"
     with device("NVIDIA H200"):
         on_gpu = pallas_qk.default_implementation(*sizes, platform="cuda")
-    assert on_gpu.name == GPU_IMPLEMENTATIONS[0]
-    assert on_gpu.not_taken["xla"] == f"{on_gpu.name!r} runs this and is faster"
+    assert on_gpu.name == FIRST
+    assert on_gpu.not_taken["xla"] == f"{on_gpu.name!r} runs this and comes first"
     for choice in (on_cpu, on_gpu, pallas_qk.default_implementation(*sizes)):
         assert {choice.name, *choice.not_taken} == set(pallas_qk.IMPLEMENTATIONS)
 
@@ -140,10 +162,12 @@ def test_modules_share_one_interface():
 @pytest.mark.parametrize(
     "num_tokens, head_dim, rotary_dim, layout",
     [
-        (1, 256, 64, "chunks"),
-        (1023, 256, 64, "chunks"),
-        (1024, 256, 64, "halves"),
-        (1024, 96, 96, "chunks"),
+        (1, 256, 64, "halves"),
+        (8, 256, 64, "chunks"),
+        (1024, 256, 64, "chunks"),
+        (2048, 256, 64, "halves"),
+        (1, 96, 96, "chunks"),
+        (2048, 96, 96, "chunks"),
         (1, 256, 2, "halves"),
         (65536, 80, 40, "row"),
         (1, 128, 6, "row"),

@@ -24,7 +24,12 @@ from benchmarks.providers import oracle, to_jax
 # Peers' own test sizes: float32 weights and table, int64 positions.
 PEER_CASES = [
     Case(23, heads, kv_heads, head_dim, rotary_dim, weight_dtype="float32", cache_dtype="float32")
-    for heads, kv_heads, head_dim, rotary_dim in [(16, 2, 256, 64), (16, 2, 256, 256), (32, 8, 128, 128), (28, 4, 128, 32)]
+    for heads, kv_heads, head_dim, rotary_dim in [
+        (16, 2, 256, 64),
+        (16, 2, 256, 256),
+        (32, 8, 128, 128),
+        (28, 4, 128, 32),
+    ]
 ]
 
 

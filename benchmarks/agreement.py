@@ -1,0 +1,94 @@
+"""Does an implementation agree with the oracle as it promises? Asked before a time is recorded, by verify and demo."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from tests import tolerances
+from tests.cases import Case
+from tests.compare import compare_bits, compare_outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Promise:
+    """How many elements may differ and how far: ulps for 16-bit activations, a relative bound for float32."""
+
+    max_differing: int
+    max_distance: float = 0.0
+    max_rotated_distance: float = 0.0  # measured against the RoPE pair
+    unit: str = "ulp"
+
+    def __str__(self) -> str:
+        if self.max_differing == 0:
+            return "equal bits"
+        if self.unit == "relative":
+            return f"within {self.max_distance:.1e} relative"
+        distances = f"{self.max_distance:.0f} ulp, rotated within {self.max_rotated_distance:.1f} of the pair"
+        return f"at most {self.max_differing:,}, within {distances}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """What was compared with the oracle, what was promised, and whether the promise is kept."""
+
+    elements: int
+    differing: int
+    promise: Promise
+    distance: float  # the largest seen, of the lanes that aren't rotated
+    rotated_distance: float
+    kept: bool
+    first: str  # the first element that differs
+
+    @property
+    def checked(self) -> dict[str, object]:
+        """The `checked` field of a record."""
+        return {
+            "against": "oracle",
+            "promise": str(self.promise),
+            "elements": self.elements,
+            "differing": self.differing,
+        }
+
+    def __str__(self) -> str:
+        text = f"{self.differing:,} of {self.elements:,} differ"
+        if self.differing and self.promise.unit == "relative":
+            text += f", by {max(self.distance, self.rotated_distance):.1e}"
+        elif self.differing:
+            text += f", by {self.distance:.1f} and {self.rotated_distance:.1f} ulp"
+        return text if self.kept else f"{text}: BROKEN, promised {self.promise}; first: {self.first}"
+
+
+def promise(implementation: str, case: Case, num_elements: int, platform: str) -> Promise:
+    """What an implementation promises on a platform ("gpu" or "cpu", where the oracle is interpreted).
+
+    16-bit activations: every name promises equal bits but "xla", which does on a GPU where `max_differing` is 0 and
+    elsewhere keeps to a count and a distance, and "xla_plain", which keeps to the distance that a lost round trip
+    allows. float32 activations: a relative bound for all.
+    """
+    if jnp.dtype(case.dtype) == jnp.float32:
+        bound = tolerances.float32_bound(case, tree=platform == "gpu" and implementation != "xla_plain")
+        return Promise(num_elements, bound, bound, "relative")
+    if implementation == "xla_plain":
+        return Promise(num_elements, 1.0, tolerances.max_pair_ulps(case, platform, round_trip=False))
+    if implementation == "xla":
+        count = tolerances.max_differing(case, num_elements, platform)
+        return Promise(count, 1.0, tolerances.max_pair_ulps(case, platform))
+    return Promise(0)
+
+
+def agreement(implementation: str, case: Case, got, want, *, platform: str) -> Agreement:
+    """Compares (q_out, k_out, gate_out) with the oracle's; the gate's bits must be equal in any case."""
+    compared = compare_outputs(got, want)
+    promised = promise(implementation, case, compared.elements, platform)
+    rest = rotated = 0.0
+    if compared.differing:
+        for a, b in zip(got[:2], want[:2], strict=True):
+            worst = tolerances.worst_distances(a, b, case.head_dim, case.rotary_dim)
+            rotated, rest = max(rotated, float(worst[0])), max(rest, float(worst[1]))
+    kept = (
+        compared.differing <= promised.max_differing
+        and rest <= promised.max_distance
+        and rotated <= promised.max_rotated_distance
+        and compare_bits("gate_out", got[2], want[2]).differing == 0
+    )
+    return Agreement(compared.elements, compared.differing, promised, rest, rotated, kept, compared.first)

@@ -1,0 +1,106 @@
+"""The cases of each command."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from tests.cases import Case
+
+TOKENS = (1, 16, 64, 256, 1024, 4096, 16384, 65536)
+HEADS = ((16, 2), (32, 2))
+
+INTERLEAVED = (11, 11, 10)  # Qwen3.5's mrope_section for R = 64
+
+
+def timed(
+    tokens: Sequence[int] = TOKENS,
+    heads: Sequence[tuple[int, int]] = HEADS,
+    head_dim: int = 256,
+    rotary_dim: int = 64,
+    dtype: str = "bfloat16",
+) -> list[Case]:
+    """The cases of `run`: every head count, small batches first."""
+    return [
+        Case(num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim, dtype)
+        for (num_q_heads, num_kv_heads), num_tokens in itertools.product(heads, tokens)
+    ]
+
+
+def parity_gpu() -> list[Case]:
+    """The cases of `verify` on a GPU: D, R, heads, T, dtypes, mRoPE and norm_beta, 2.8e9 elements in all.
+
+    Four large cases hold most of the elements; the small ones are there for their shapes. R = 6, 20, 24 and 40 leave
+    tiles of 1, 2 and 4 lanes.
+    """
+    f16, f32 = "float16", "float32"
+    small = [
+        Case(1),
+        Case(1, 1, 1, 64, 64, f16),
+        Case(2, 3, 1, 64, 32),
+        Case(37, 5, 2, 64, 16, f16),
+        Case(37, 1, 3, 80, 80),
+        Case(127, 3, 1, 80, 40, f16, cache_dtype=f32),
+        Case(129, 12, 2, 80, 20),
+        Case(128, 12, 2, 96, 96, f16),
+        Case(129, 24, 4, 96, 48, cache_dtype=f32),
+        Case(37, 5, 2, 96, 24, f16, weight_dtype=f32),
+        Case(127, 24, 4, 128, 128),
+        Case(129, 1, 3, 128, 64, f16, mrope_section=INTERLEAVED, norm_beta=1.0),
+        Case(128, 5, 2, 128, 32, weight_dtype=f32, cache_dtype=f32),
+        Case(2, 12, 2, 192, 192, f16),
+        Case(129, 3, 1, 192, 96, weight_dtype=f32),
+        Case(37, 24, 4, 192, 48, f16, norm_beta=1.0),
+        Case(128, 1, 1, 256, 6),
+        Case(2, 16, 2, 256, 64, mrope_section=INTERLEAVED),
+        Case(37, 16, 2, 256, 64, f16, scale=1e4),
+        Case(127, 8, 2, 256, 64, f16, weight_scale=1e-5),
+        Case(129, 3, 1, 512, 128, norm_beta=1.0),
+    ]
+    large = [
+        Case(4096, 16, 2, 256, 64, f16, mrope_section=(16, 8, 8), cache_dtype=f32),
+        Case(4096, 24, 4, 256, 128, mrope_section=(24, 20, 20), norm_beta=1.0, weight_dtype=f32),
+        Case(4096, 12, 2, 256, 256, f16, cache_dtype=f32),
+        Case(4096, 16, 2, 512, 512),
+        Case(4096, 5, 2, 512, 256, f16),
+        Case(4096, 24, 4, 80, 80, cache_dtype=f32),
+        Case(4096, 12, 2, 80, 40, f16),
+        Case(4096, 3, 1, 64, 32),
+        Case(4096, 24, 4, 192, 96, f16, mrope_section=(16, 16, 16)),
+        Case(65536, 32, 2),
+        Case(65536, 16, 2, dtype=f16, mrope_section=INTERLEAVED, norm_beta=1.0),
+        Case(65536, 16, 2, cache_dtype=f32, weight_dtype=f32),
+        Case(65536, 16, 4, 128, 128, f16, cache_dtype=f32),
+    ]
+    float32 = [
+        Case(129, 5, 2, 80, 40, f32),
+        Case(4096, 16, 2, 256, 64, f32, mrope_section=INTERLEAVED, norm_beta=1.0),
+    ]
+    return small + large + float32
+
+
+def parity_cpu() -> list[Case]:
+    """The cases of `verify` on a CPU, where the oracle runs in Triton's interpreter."""
+    cases = [
+        Case(2, 3, 1, 64, 64),
+        Case(2, 1, 3, 128, 64, mrope_section=INTERLEAVED, norm_beta=1.0),
+        Case(3, 5, 2, 80, 20, weight_dtype="float32", cache_dtype="float32"),
+        Case(4, 16, 2, 256, 64),
+    ]
+    return [dataclasses.replace(case, dtype=dtype) for case in cases for dtype in ("float16", "bfloat16")] + [
+        Case(2, 3, 1, 96, 48, "float32")
+    ]
+
+
+def shown(platform: str) -> list[tuple[str, Case]]:
+    """The models and cases of `demo`: decode and prefill of Qwen3.5 sizes.
+
+    On a CPU in float16 too: Triton's interpreter rounds to it as a GPU does, and to bfloat16 in its own way.
+    """
+    models = (("Qwen3.5-0.8B", 8, 2), ("Qwen3.5-35B-A3B", 16, 2), ("Qwen3.5-397B-A17B", 32, 2))
+    tokens, dtypes = ((1, 256, 16384), ("bfloat16",)) if platform == "gpu" else ((1, 8), ("float16", "bfloat16"))
+    return [
+        (model, Case(num_tokens, num_q_heads, num_kv_heads, dtype=dtype))
+        for dtype in dtypes
+        for model, num_q_heads, num_kv_heads in models
+        for num_tokens in tokens
+    ]

@@ -1,0 +1,54 @@
+"""The op as a JAX user would write it, under `jax.jit`: the baseline that a fused kernel has to beat.
+
+No pinned order of the sum, and no round trip that XLA must keep. Same contract as the op, without the guard of
+positions.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, norm_beta: float) -> jax.Array:
+    """x (T, H, D), weight (D,): normalised in float32, in the dtype of x."""
+    x32 = x.astype(jnp.float32)
+    inv_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * inv_rms * (weight.astype(jnp.float32)[None, None] + norm_beta)).astype(x.dtype)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """x (T, H, D), cos and sin (T, 1, R/2): NeoX rotation of the first R elements."""
+    half = cos.shape[-1]
+    x1, x2, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1).astype(x.dtype)
+
+
+def fused_qk_rmsnorm_rope_gate(
+    q_gate: jax.Array,
+    k: jax.Array,
+    q_weight: jax.Array,
+    k_weight: jax.Array,
+    cos_sin_cache: jax.Array,
+    positions: jax.Array,
+    eps: float,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    mrope_section: Sequence[int] | None = None,
+    norm_beta: float = 0.0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The arguments and results of `pallas_qk.fused_qk_rmsnorm_rope_gate`."""
+    num_tokens = q_gate.shape[0]
+    q, gate = jnp.split(q_gate.reshape(num_tokens, num_q_heads, 2 * head_dim), 2, axis=-1)
+    angles = cos_sin_cache[positions].astype(jnp.float32)
+    if mrope_section is not None:
+        frequency = (jnp.arange(rotary_dim) % (rotary_dim // 2))[None]
+        height = (frequency % 3 == 1) & (frequency < 3 * mrope_section[1])
+        width = (frequency % 3 == 2) & (frequency < 3 * mrope_section[2])
+        angles = jnp.where(height, angles[1], jnp.where(width, angles[2], angles[0]))
+    cos, sin = jnp.split(angles[:, None, :], 2, axis=-1)
+    q = rotate(rms_norm(q, q_weight, eps, norm_beta), cos, sin)
+    k = rotate(rms_norm(k.reshape(num_tokens, num_kv_heads, head_dim), k_weight, eps, norm_beta), cos, sin)
+    return q.reshape(num_tokens, -1), k.reshape(num_tokens, -1), gate.reshape(num_tokens, -1)

@@ -1,0 +1,541 @@
+"""The op as a Pallas GPU kernel on the Mosaic GPU backend.
+
+T num_tokens, Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim, G threads of a row, V lanes of a vector.
+
+The kernel is written per thread, as one `inline_mgpu` body: G threads of a warp own a row (token, head), keep it in
+registers and sum it with lane shuffles. That fixes what array code leaves to the compiler: width and address space of
+every access, order of the sum, form of every rounding. Pallas's interpret mode can't run such a body;
+`tests/mosaic_interpreter.py` runs the emitted code instead.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import math as mlir_math
+
+from pallas_qk._config import (
+    MosaicForward,
+    Options,
+    Spec,
+    Target,
+    chunk_lanes,
+    mosaic_forward,
+    next_power_of_2,
+    tree_order,
+)
+
+FORWARD_NAME = "pallas_qk_mosaic_gpu_forward"
+
+_WARP, _WARPGROUP = 32, 128  # threads
+_ACCESS_BYTES = 16  # the widest load or store of a thread
+_GRID_AXIS, _WARPGROUP_AXIS = "pallas_qk_program", "pallas_qk_warpgroup"  # must differ from the axes of a user's mesh
+
+Value = Any  # of the emitted code: the bindings' annotations differ between versions
+
+
+def unsupported(spec: Spec, target: Target) -> str | None:
+    """Why this implementation can't run `spec` on `target`; None if it can."""
+    if target.compute_capability < (9, 0):
+        major, minor = target.compute_capability
+        return f"it needs compute capability 9.0 or later (Mosaic GPU), got {major}.{minor}"
+    rows, limit = spec.num_tokens * max(spec.num_q_heads, spec.num_kv_heads), 2**31 - 2**16
+    if rows > limit:
+        return f"it counts rows (token, head) in 32 bits, up to {limit}, got {rows}"
+    return None
+
+
+def forward(
+    q_gate: jax.Array,
+    k: jax.Array,
+    q_weight: jax.Array,
+    k_weight: jax.Array,
+    cos_sin_cache: jax.Array,
+    positions: jax.Array,
+    *,
+    options: Options,
+    config: MosaicForward | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The contract of `_reference.forward`."""
+    num_tokens, num_q_heads, _ = q_gate.shape
+    _, num_kv_heads, head_dim = k.shape
+    dtype = q_gate.dtype
+    q_shape = jax.ShapeDtypeStruct((num_tokens, num_q_heads, head_dim), dtype)
+    k_shape = jax.ShapeDtypeStruct((num_tokens, num_kv_heads, head_dim), dtype)
+    if num_tokens == 0:
+        q_out, k_out = (jnp.zeros(s.shape, s.dtype) for s in (q_shape, k_shape))
+        return q_out, k_out, q_out
+    if config is None:
+        spec = Spec(num_tokens, num_q_heads, num_kv_heads, head_dim, options.rotary_dim, str(dtype))
+        config = mosaic_forward(spec)
+    layout = _layout(config, head_dim, options.rotary_dim, dtype)
+    rows_per_program = config.num_warpgroups * _WARPGROUP // layout.threads
+    q_programs = pl.cdiv(num_tokens * num_q_heads, rows_per_program)
+    k_programs = pl.cdiv(num_tokens * num_kv_heads, rows_per_program)
+
+    def kernel(*refs):
+        thread = functools.partial(
+            _forward_thread,
+            arrays=[jax.ShapeDtypeStruct(ref.shape, ref.dtype) for ref in refs],
+            rows_per_program=rows_per_program,
+            programs=(q_programs, k_programs),
+            options=options,
+            config=config,
+            layout=layout,
+        )
+        arg_types = (plgpu.Layout.WG_SPLAT(()), *(plgpu.RefType() for _ in refs))
+        plgpu.inline_mgpu(arg_types=arg_types)(thread)(lax.axis_index(_GRID_AXIS), *refs)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=(q_shape, k_shape, q_shape),
+        grid=(q_programs + k_programs,),
+        grid_names=(_GRID_AXIS,),
+        # A name for a single warpgroup would cost a second barrier at the start of each program.
+        num_threads=None if config.num_warpgroups == 1 else config.num_warpgroups,
+        thread_name=None if config.num_warpgroups == 1 else _WARPGROUP_AXIS,
+        kernel_name=FORWARD_NAME,
+        compiler_params=plgpu.CompilerParams(
+            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+    )(q_gate, k, q_weight, k_weight, cos_sin_cache, positions)
+
+
+class _Layout(NamedTuple):
+    """Which lanes of a row a thread of its group holds: base + column of the thread + 0 … V-1, for every base."""
+
+    threads: int  # G
+    lanes: int  # V
+    bases: tuple[int, ...]
+    bits: tuple[int, ...]  # bit of the column that each bit of the thread's place in its group stands for
+    partners: bool  # whether RoPE partners lie in one thread, at bases R/2 apart
+
+    @property
+    def reach(self) -> int:
+        """Lanes from a base to the end of the last thread's vector."""
+        return sum(1 << bit for bit in self.bits) + self.lanes
+
+
+def _layout(config: MosaicForward, head_dim: int, rotary_dim: int, dtype: jnp.dtype) -> _Layout:
+    half, offsets = rotary_dim // 2, [0]
+    # Partners are whole vectors in every layout.
+    widest = math.gcd(_ACCESS_BYTES // dtype.itemsize, head_dim, half)
+    # Tiles of `places`, at `offsets` of the row; the threads and their vectors share out the places.
+    match config.layout:
+        case "chunks":
+            places = chunk_lanes(head_dim, rotary_dim)
+            offsets = list(range(0, head_dim, places))
+        case "halves":
+            places, offsets = head_dim // 2, [0, half]
+        case "row":
+            places = next_power_of_2(head_dim)
+    threads = _WARP // config.rows_per_warp
+    lanes = max(1, min(widest, places // threads))
+    threads = min(threads, places // lanes)
+
+    def column(place: int) -> int:
+        # Halves leave out the bit that tells partners apart.
+        return place + (place & -half) if config.layout == "halves" else place
+
+    bits = tuple(column(lanes << i).bit_length() - 1 for i in range(threads.bit_length() - 1))
+    bases = (offset + column(place) for offset in offsets for place in range(0, places, threads * lanes))
+    return _Layout(threads, lanes, tuple(sorted(b for b in bases if b < head_dim)), bits, config.layout != "row")
+
+
+def _forward_thread(
+    launch_context,
+    program,
+    *refs: Value,
+    arrays: list[jax.ShapeDtypeStruct],
+    rows_per_program: int,
+    programs: tuple[int, int],
+    options: Options,
+    config: MosaicForward,
+    layout: _Layout,
+) -> None:
+    """One thread: its lanes of one row (token, head) of q with its gate, or of k.
+
+    x, gate and table are loaded before the first store. A row or vector past the end repeats the last one, with
+    equal bits.
+    """
+    del launch_context
+    q_gate, k, q_weight, k_weight, cache, positions, q_out, k_out, gate_out = (
+        _Pointer.to(ref, array.dtype) for ref, array in zip(refs, arrays, strict=True)
+    )
+    (num_tokens, num_q_heads, _), (_, num_kv_heads, head_dim) = arrays[0].shape, arrays[1].shape
+    table = _Table(cache, positions, arrays[4].shape[0], num_tokens, options)
+    thread = mgpu.thread_idx()
+    place = _and(thread, layout.threads - 1)
+    vectors, rotations = _vectors_and_rotations(layout, place, head_dim, options.rotary_dim)
+    gate_vectors = _gate_vectors(layout, place, head_dim, q_gate.dtype)
+
+    def norm_and_rope(block, num_heads, x, row_lanes, weight, out, gate_out=None):
+        num_rows = num_tokens * num_heads
+        row = _add(_mul(block, rows_per_program), _div(thread, layout.threads))
+        if num_rows % rows_per_program:
+            row = _min(row, num_rows - 1)
+        table_rows = table.rows(_div(row, num_heads))
+        source, target = x.row(row, row_lanes), out.row(row, head_dim)
+        xs = [_widen(v.load(source), x.dtype) for v in vectors]
+        if gate_out is not None:
+            gate = [v.load(source + head_dim) for v in gate_vectors]
+        angles = [table.load(table_rows, rotation.frequency, layout.lanes) for rotation in rotations]
+        if not config.late_weights:
+            weights = [v.load(weight) for v in vectors]
+        if gate_out is not None:
+            for v, words in zip(gate_vectors, gate, strict=True):
+                v.store(gate_out.row(row, head_dim), words)
+
+        total = _tree_sum(xs, vectors, layout, head_dim)
+        if config.late_weights:
+            # The sum's sign bit is 0 (PTX's NaN has none either), which the compiler can't know: the loads stay behind.
+            sign = _shr(arith.bitcast(ir.IntegerType.get_signless(32), total), 31)
+            weights = [v.load(weight + sign) for v in vectors]
+        inv_rms = _inv_rms(total, head_dim, options.eps)
+        words, ys = [], []
+        for lanes, weight_words in zip(xs, weights, strict=True):
+            # Adding 0.0 stays: it makes a weight of -0.0 positive, as in the serving kernel.
+            ws = [arith.addf(w, _f32(options.norm_beta)) for w in _widen(weight_words, weight.dtype)]
+            y = [arith.mulf(arith.mulf(lane, inv_rms), w) for lane, w in zip(lanes, ws, strict=True)]
+            words.append(_narrow(y, out.dtype))
+            ys.append(_widen(words[-1], out.dtype))
+        for rotation, loaded in zip(rotations, angles, strict=True):
+            cos, sin = table.angles(table_rows, loaded, rotation.frequency)
+            for index, lanes in rotation.apply(ys, cos, sin, options.mrope_section is not None).items():
+                words[index] = _select(rotation.where, _narrow(lanes, out.dtype), words[index])
+        own = len(layout.bases)  # what follows are partners that were only loaded
+        for v, word in zip(vectors[:own], words[:own], strict=True):
+            v.store(target, word)
+
+    q_programs, k_programs = programs
+    # Every period-th program is a k program, so that k rows are spread evenly among q rows.
+    program, period = program.registers.item(), (q_programs + k_programs) // k_programs
+    group = _div(program, period)
+    is_k = arith.andi(_equal(_rem(program, period), period - 1), _below(group, k_programs))
+    with mgpu.when(is_k):
+        norm_and_rope(group, num_kv_heads, k, head_dim, k_weight, k_out)
+    with mgpu.when(_equal(is_k, 0)):
+        block = arith.subi(program, _min(group, k_programs))
+        norm_and_rope(block, num_q_heads, q_gate, 2 * head_dim, q_weight, q_out, gate_out)
+
+
+class _Vector(NamedTuple):
+    """Consecutive lanes of a row that a thread reads or writes at once."""
+
+    column: Value
+    base: int
+    lanes: int
+    exists: Value | None = None  # False where the vector repeats another thread's; None: nowhere
+
+    def load(self, row: "_Pointer") -> list[Value]:
+        return (row + self.column + self.base).load(self.lanes)
+
+    def store(self, row: "_Pointer", words: list[Value]) -> None:
+        (row + self.column + self.base).store(words)
+
+
+class _Rotation(NamedTuple):
+    """A pair of vectors that RoPE rotates into each other."""
+
+    own: int
+    other: int
+    is_first: Value | None  # whether own is the pair's first and other was only loaded; None: both are the thread's
+    where: Value | None  # None: everywhere
+    frequency: Value
+
+    def apply(self, ys: list[list[Value]], cos: list[Value], sin: list[Value], mrope: bool) -> dict[int, list[Value]]:
+        own, other = ys[self.own], ys[self.other]
+        if self.is_first is None:
+            first, second = _rotate(own, other, cos, sin, mrope)
+            return {self.own: first, self.other: second}
+        halves = _select(self.is_first, own, other), _select(self.is_first, other, own)
+        first, second = _rotate(*halves, cos, sin, mrope)
+        return {self.own: _select(self.is_first, first, second)}
+
+
+def _vectors_and_rotations(
+    layout: _Layout, place: Value, head_dim: int, rotary_dim: int
+) -> tuple[list[_Vector], list[_Rotation]]:
+    """A thread's vectors, those of the layout's bases first, and their rotations."""
+    half, rotations = rotary_dim // 2, []
+    column = _scatter(place, layout.bits)
+    vectors = [_vector(column, base, layout.lanes, layout.reach, head_dim) for base in layout.bases]
+    for index, base in enumerate(layout.bases):
+        if layout.partners and base < half:
+            where = None if layout.reach <= rotary_dim else _below(column, rotary_dim)
+            frequency = _add(column if layout.reach <= half else _and(column, half - 1), base)
+            rotations.append(_Rotation(index, layout.bases.index(base + half), None, where, frequency))
+        elif not layout.partners and base < rotary_dim:
+            lane = _add(vectors[index].column, base)
+            is_first = _below(lane, half)
+            where = None if base + layout.reach <= rotary_dim else _below(lane, rotary_dim)
+            # Lanes without a partner read themselves and frequency 0.
+            (partner,) = _select(where, _select(is_first, [_add(lane, half)], [_add(lane, -half)]), [lane])
+            (frequency,) = _select(where, _select(is_first, [lane], [_add(lane, -half)]), [_constant(0, 32)])
+            rotations.append(_Rotation(index, len(vectors), is_first, where, frequency))
+            vectors.append(_Vector(partner, 0, layout.lanes))
+    return vectors, rotations
+
+
+def _gate_vectors(layout: _Layout, place: Value, head_dim: int, dtype: jnp.dtype) -> list[_Vector]:
+    """Vectors as wide as an access can be, whatever the layout."""
+    lanes = math.gcd(_ACCESS_BYTES // dtype.itemsize, head_dim)
+    reach, column = layout.threads * lanes, _mul(place, lanes)
+    return [_vector(column, base, lanes, reach, head_dim) for base in range(0, head_dim, reach)]
+
+
+def _vector(column: Value, base: int, lanes: int, reach: int, head_dim: int) -> _Vector:
+    """The vector of a thread at base + column; past the end of the row, the row's last."""
+    if base + reach <= head_dim:
+        return _Vector(column, base, lanes)
+    return _Vector(_min(column, head_dim - lanes - base), base, lanes, _below(column, head_dim - base))
+
+
+def _scatter(place: Value, bits: tuple[int, ...]) -> Value:
+    """The column whose bits[i] is bit i of `place`."""
+    column = _constant(0, 32)
+    for shift in sorted({bit - i for i, bit in enumerate(bits)}):
+        mask = sum(1 << i for i, bit in enumerate(bits) if bit - i == shift)
+        column = _add(column, _mul(_and(place, mask), 1 << shift))
+    return column
+
+
+def _tree_sum(xs: list[list[Value]], vectors: list[_Vector], layout: _Layout, head_dim: int) -> Value:
+    """The sum of squares over the row, in the order of `tree_order`, in every thread of the row's group.
+
+    Squares are never -0.0, so lanes that D lacks, which would add 0.0, are left out.
+    """
+    squares, own = {}, len(layout.bases)
+    for v, x in zip(vectors[:own], xs[:own], strict=True):
+        for lane, value in enumerate(x):
+            (squares[v.base + lane],) = _select(v.exists, [arith.mulf(value, value)], [_f32(0.0)])
+    for bit in tree_order(next_power_of_2(head_dim)):
+        step = 1 << bit
+        if bit in layout.bits:
+            distance = 1 << layout.bits.index(bit)
+            squares = {lane: arith.addf(s, mgpu.shfl_bfly(s, distance)) for lane, s in squares.items()}
+        else:
+            squares = {
+                lane: arith.addf(s, squares[lane + step]) if lane + step in squares else s
+                for lane, s in squares.items()
+                if not lane & step
+            }
+    return squares[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """cos_sin_cache (max_position, R) as one thread reads it, for a token's one or three positions."""
+
+    cache: "_Pointer"
+    positions: "_Pointer"
+    max_position: int
+    num_tokens: int
+    options: Options
+
+    def rows(self, token: Value) -> list[tuple["_Pointer", Value]]:
+        """For each position of a token: its row of the table, and whether the table has it; row 0 stands for others.
+
+        Compared in the given integer type, so that 2^32 + 3 is not 3; no address outside the table is formed.
+        """
+        rows = []
+        for axis in range(1 if self.options.mrope_section is None else 3):
+            position = (self.positions + _resized(token, 64) + axis * self.num_tokens).load_integer()
+            limit = min(self.max_position, 2 ** (position.type.width - 1) - 1)
+            inside = _below(position, limit)  # unsigned: a negative position is a large one
+            (row,) = _select(inside, [_resized(position, 32)], [_constant(0, 32)])
+            rows.append((self.cache.row(row, self.options.rotary_dim), inside))
+        return rows
+
+    def load(self, rows, frequency: Value, lanes: int) -> list[tuple[list[Value], list[Value]]]:
+        """The words of cos and sin of consecutive frequencies, for each of the token's positions."""
+        half = self.options.rotary_dim // 2
+        return [((row + frequency).load(lanes), (row + frequency + half).load(lanes)) for row, _ in rows]
+
+    def angles(self, rows, loaded, frequency: Value) -> tuple[list[Value], list[Value]]:
+        """float32 cos and sin of consecutive frequencies; NaN in cos, which spoils both halves, for a bad position."""
+        axes = []
+        for (_, inside), (cos, sin) in zip(rows, loaded, strict=True):
+            cos = _select(inside, cos, [_nan(word, self.cache.dtype) for word in cos])
+            axes.append((_widen(cos, self.cache.dtype), _widen(sin, self.cache.dtype)))
+        cos, sin = axes[0]
+        section = self.options.mrope_section or (0,)
+        for axis in range(1, len(axes)):
+            # Interleaved mRoPE: frequency j reads row `axis` if j % 3 == axis and j < 3 * section[axis].
+            remainder = _rem(frequency, 3)
+            for lane in range(min(len(cos), 3 * section[axis])):
+                reads = _and(_equal(remainder, (axis - lane) % 3), _below(frequency, 3 * section[axis] - lane))
+                cos[lane], sin[lane] = _select(reads, [a[lane] for a in axes[axis]], [cos[lane], sin[lane]])
+        return cos, sin
+
+
+def _inv_rms(sum_of_squares: Value, head_dim: int, eps: float) -> Value:
+    """The instructions of the serving kernel: one fused multiply-add with the approximate reciprocal of D."""
+    code = "{ .reg .f32 t; rcp.approx.ftz.f32 t, $2; fma.rn.f32 t, $1, t, $3; rsqrt.approx.ftz.f32 $0, t; }"
+    return _ptx(code, "=f,f,f,f", sum_of_squares.type, sum_of_squares, _f32(head_dim), _f32(eps))
+
+
+def _rotate(first, second, cos, sin, mrope: bool) -> tuple[list[Value], list[Value]]:
+    """One product is rounded and the other fused, as in the serving kernel, which fuses another one with mRoPE."""
+    lanes = list(zip(first, second, cos, sin, strict=True))
+    return (
+        [mlir_math.fma(a, c, arith.negf(arith.mulf(b, s))) for a, b, c, s in lanes],
+        [
+            mlir_math.fma(b, c, arith.mulf(a, s)) if mrope else mlir_math.fma(a, s, arith.mulf(b, c))
+            for a, b, c, s in lanes
+        ],
+    )
+
+
+# Lanes travel between registers and memory as words: 32 bits with one or two lanes, or 16 bits with a single lane.
+
+
+def _widen(words: list[Value], dtype: jnp.dtype) -> list[Value]:
+    """The float32 lanes of `words`."""
+    f16, f32 = ir.F16Type.get(), ir.F32Type.get()
+    lanes = []
+    for word in words:
+        is_pair = word.type.width == 8 * 2 * dtype.itemsize
+        if dtype == jnp.float32:
+            lanes.append(arith.bitcast(f32, word))
+        elif dtype == jnp.bfloat16:
+            halves = [_shl(_resized(word, 32), 16), *([_and(word, -(1 << 16))] if is_pair else [])]
+            lanes += [arith.bitcast(f32, half) for half in halves]
+        else:
+            halves = [_resized(word, 16), *([_resized(_shr(word, 16), 16)] if is_pair else [])]
+            lanes += [arith.extf(f32, arith.bitcast(f16, half)) for half in halves]
+    return lanes
+
+
+def _narrow(lanes: list[Value], dtype: jnp.dtype) -> list[Value]:
+    """The words of float32 `lanes`, rounded to nearest even, two lanes an instruction."""
+    i16, i32 = (ir.IntegerType.get_signless(width) for width in (16, 32))
+    if dtype == jnp.float32:
+        return [arith.bitcast(i32, lane) for lane in lanes]
+    name = {"bfloat16": "bf16", "float16": "f16"}[dtype.name]
+    if len(lanes) == 1:
+        return [_ptx(f"cvt.rn.{name}.f32 $0, $1;", "=h,f", i16, *lanes)]
+    pairs = zip(lanes[::2], lanes[1::2], strict=True)
+    return [_ptx(f"cvt.rn.{name}x2.f32 $0, $2, $1;", "=r,f,f", i32, low, high) for low, high in pairs]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pointer:
+    """An element of a global array. Offsets are counted in elements, in 64 bits where a row number enters."""
+
+    address: Value
+    dtype: jnp.dtype
+
+    @classmethod
+    def to(cls, ref: Value, dtype: jnp.dtype) -> "_Pointer":
+        # The address space makes ld.global and st.global of what would be generic accesses.
+        return cls(llvm.addrspacecast(llvm.PointerType.get(1), mgpu.memref_ptr(ref)), dtype)
+
+    def __add__(self, elements: int | Value) -> "_Pointer":
+        index = _constant(elements, 64) if isinstance(elements, int) else elements
+        element = ir.IntegerType.get_signless(8 * self.dtype.itemsize)
+        return _Pointer(mgpu.getelementptr(self.address, [index], element), self.dtype)
+
+    def row(self, index: Value, lanes: int) -> "_Pointer":
+        return self + _mul(_resized(index, 64), lanes)
+
+    def load(self, lanes: int) -> list[Value]:
+        """The words of consecutive lanes, up to 16 bytes an access."""
+        words = []
+        for address, kind, count in self._accesses(lanes):
+            value = llvm.load(kind, address)
+            words += [_extract(value, i) for i in range(count)] if count > 1 else [value]
+        return words
+
+    def store(self, words: list[Value]) -> None:
+        lanes = len(words) * words[0].type.width // (8 * self.dtype.itemsize)
+        for address, kind, count in self._accesses(lanes):
+            piece, words = words[:count], words[count:]
+            llvm.store(vector.from_elements(kind, piece) if count > 1 else piece[0], address)
+
+    def _accesses(self, lanes: int):
+        """(address, type, words) of the accesses that make up consecutive lanes."""
+        num_bytes = lanes * self.dtype.itemsize
+        word = ir.IntegerType.get_signless(8 * min(4, num_bytes))
+        num_words = num_bytes * 8 // word.width
+        count = min(num_words, 8 * _ACCESS_BYTES // word.width)
+        kind = word if count == 1 else ir.VectorType.get((count,), word)
+        return [(mgpu.getelementptr(self.address, [first], word), kind, count) for first in range(0, num_words, count)]
+
+    def load_integer(self) -> Value:
+        """The integer, of 32 or 64 bits."""
+        value = llvm.load(ir.IntegerType.get_signless(8 * self.dtype.itemsize), self.address)
+        if value.type.width >= 32:
+            return value
+        extend = arith.extsi if jnp.issubdtype(self.dtype, jnp.signedinteger) else arith.extui
+        return extend(ir.IntegerType.get_signless(32), value)
+
+
+def _constant(value: int, width: int) -> Value:
+    return mgpu.c(value, ir.IntegerType.get_signless(width))
+
+
+def _f32(value: float) -> Value:
+    return mgpu.c(float(value), ir.F32Type.get())
+
+
+def _nan(word: Value, dtype: jnp.dtype) -> Value:
+    """A word of NaN."""
+    lane = {"float16": 0x7E00, "bfloat16": 0x7FC0, "float32": 0x7FC00000}[dtype.name]
+    return mgpu.c(lane if dtype.itemsize * 8 == word.type.width else lane * 0x10001, word.type)
+
+
+def _resized(value: Value, width: int) -> Value:
+    """An unsigned integer in `width` bits."""
+    if value.type.width == width:
+        return value
+    resize = arith.extui if value.type.width < width else arith.trunci
+    return resize(ir.IntegerType.get_signless(width), value)
+
+
+def _integer_operation(operation):
+    def apply(a: Value, b: Value | int) -> Value:
+        return operation(a, b if isinstance(b, ir.Value) else mgpu.c(b, a.type))
+
+    return apply
+
+
+_add, _mul, _div, _rem, _min, _and, _shl, _shr, _below, _equal = map(
+    _integer_operation,
+    (
+        arith.addi,
+        arith.muli,
+        arith.divui,
+        arith.remui,
+        arith.minui,
+        arith.andi,
+        arith.shli,
+        arith.shrui,
+        functools.partial(arith.cmpi, arith.CmpIPredicate.ult),
+        functools.partial(arith.cmpi, arith.CmpIPredicate.eq),
+    ),
+)
+
+
+def _select(where: Value | None, a: list[Value], b: list[Value]) -> list[Value]:
+    """Elements of `a` where `where` holds, of `b` elsewhere; None holds everywhere."""
+    if where is None:
+        return a
+    return [arith.select(where, x, y) for x, y in zip(a, b, strict=True)]
+
+
+def _extract(value: Value, index: int) -> Value:
+    return vector.extract(value, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([index]))
+
+
+def _ptx(code: str, constraints: str, kind: ir.Type, *args: Value) -> Value:
+    return llvm.inline_asm(kind, list(args), code, constraints)

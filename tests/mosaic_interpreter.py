@@ -1,0 +1,353 @@
+"""Executes on a CPU, in NumPy, the code that the Mosaic GPU kernel is lowered to for CUDA.
+
+Pallas's interpret mode can't run `inline_mgpu` bodies, and would not see what they emit. Here every thread of every
+program takes part in every operation: a value is an array (programs, threads), or a list of them for a vector.
+Checked on the way: every access lies inside its array and is aligned to its width, only results are written, all of
+each result is, and what is written twice is written with the same bits.
+
+Arithmetic is that of PTX (IEEE, NaN results canonical) but for the approximate reciprocal and root, which are exact.
+"""
+
+import dataclasses
+import math
+import re
+from typing import NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax._src.lib import mosaic_gpu_dialect
+from jax.interpreters import mlir
+from jaxlib.mlir import ir, passmanager
+
+WARP = 32
+
+
+def execute(function, *args: jax.Array | np.ndarray, programs: slice = slice(None)) -> list[np.ndarray]:
+    """The results of `function(*args)`, which must be one Mosaic GPU kernel between reshapes.
+
+    `programs` of the grid may be picked; the others leave their part of the results zero.
+    """
+    kernel = emitted(function, *args)
+    inputs = [np.asarray(args[argument]) for argument in kernel.arguments]
+    memories = [_Memory(a) for a in inputs] + [_Memory(None, out) for out in kernel.outputs]
+    launch = _Launch(memories, programs)
+    with mlir.make_ir_context() as context:
+        launch.run(_module(context, kernel.code))
+    results = memories[len(inputs) :]
+    assert programs != slice(None) or all(r.written.all() for r in results), "a result is not written in full"
+    return [r.bytes.view(out.dtype).reshape(out.shape) for r, out in zip(results, kernel.outputs, strict=True)]
+
+
+class Kernel(NamedTuple):
+    """The one kernel that a function is lowered to for CUDA."""
+
+    code: bytes  # of the MLIR module
+    arguments: list[int]  # of the function, in the kernel's order
+    outputs: list[jax.ShapeDtypeStruct]
+
+    def __str__(self) -> str:
+        with mlir.make_ir_context() as context:
+            return str(_module(context, self.code))
+
+
+def emitted(function, *args) -> Kernel:
+    shapes = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args)
+    lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
+    program = lowered.compiler_ir()
+    (call,) = (op for op in _operations(program.operation) if _is_kernel(op))
+    code = call.attributes["mhlo.backend_config"]["module"].value_bytes
+    return Kernel(code, [_argument(operand) for operand in call.operands], jax.tree.leaves(lowered.out_info))
+
+
+def _module(context: ir.Context, code: bytes) -> ir.Module:
+    context.allow_unregistered_dialects = True
+    mosaic_gpu_dialect.register_dialect(context)
+    module = ir.Module.parse(code)
+    passmanager.PassManager.parse("builtin.module(mosaic_gpu-serde{serialize=false})").run(module.operation)
+    return module
+
+
+def _operations(op):
+    for region in op.regions:
+        for block in region.blocks:
+            for inner in block.operations:
+                yield inner.operation
+                yield from _operations(inner.operation)
+
+
+def _is_kernel(op) -> bool:
+    return op.name == "stablehlo.custom_call" and op.attributes["call_target_name"].value.startswith("mosaic_gpu")
+
+
+def _argument(value: ir.Value) -> int:
+    while not isinstance(value.owner, ir.Block):
+        assert value.owner.name in ("stablehlo.reshape", "stablehlo.broadcast_in_dim"), value.owner
+        (value,) = value.owner.operands
+    return ir.BlockArgument(value).arg_number
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pointer:
+    """A byte of an array. The array "buffers" holds the pointers to the others."""
+
+    array: int | str
+    offset: np.ndarray | int
+
+    def __add__(self, num_bytes):
+        return _Pointer(self.array, self.offset + np.asarray(num_bytes).astype(np.int64))
+
+
+class _Memory:
+    """One array in global memory: an input, or a result to come."""
+
+    def __init__(self, array: np.ndarray | None, result: jax.ShapeDtypeStruct | None = None):
+        self.is_result = array is None
+        if array is None:
+            self.bytes = np.zeros(math.prod(result.shape) * result.dtype.itemsize, np.uint8)
+            self.written = np.zeros(self.bytes.shape, bool)
+        else:
+            self.bytes = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+    def indices(self, offset, active, num_bytes: int) -> np.ndarray:
+        """Of each byte of an access by the active threads, (accesses, bytes)."""
+        offset = offset[active]
+        assert ((offset >= 0) & (offset + num_bytes <= self.bytes.size)).all(), "an access outside its array"
+        assert (offset % num_bytes == 0).all(), f"an access of {num_bytes} bytes that is not aligned to them"
+        return offset[:, None] + np.arange(num_bytes)
+
+    def load(self, offset, active, width: int, count: int) -> np.ndarray:
+        assert not self.is_result, "a result is read"
+        offset, active = np.broadcast_arrays(offset, active)
+        words = np.zeros((count, *offset.shape), _unsigned(width))
+        words[:, active] = self.bytes[self.indices(offset, active, width // 8 * count)].view(words.dtype).T
+        return words
+
+    def store(self, offset, active, words: list[np.ndarray]) -> None:
+        assert self.is_result, "an input is written"
+        offset, active, *words = np.broadcast_arrays(offset, active, *words)
+        new = np.stack([word[active] for word in words], axis=-1).view(np.uint8)
+        indices = self.indices(offset, active, new.shape[1])
+        repeats = self.written[indices]
+        assert (self.bytes[indices] == new)[repeats].all(), "written twice with different bits"
+        self.bytes[indices] = new
+        assert (self.bytes[indices] == new).all(), "written twice with different bits"
+        self.written[indices] = True
+
+
+def _unsigned(width: int):
+    return {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}[width]
+
+
+def _dtype(kind: ir.Type):
+    if isinstance(kind, ir.IntegerType):
+        return _unsigned(ir.IntegerType(kind).width)
+    return {"f16": np.float16, "f32": np.float32, "index": np.uint64}[str(kind)]
+
+
+def _signed(x: np.ndarray) -> np.ndarray:
+    return x.view(np.dtype(f"i{x.dtype.itemsize}"))
+
+
+def _canonical(x: np.ndarray) -> np.ndarray:
+    """PTX has one NaN for the results of float32 arithmetic."""
+    return np.where(np.isnan(x), np.uint32(0x7FFFFFFF).view(np.float32), x)
+
+
+def _fma(a, b, c):
+    # The product is exact in 80 bits; the sum is rounded there first, which shows once in 2^39.
+    return _canonical((a.astype(np.longdouble) * b + c).astype(np.float32))
+
+
+def _flushed(x):
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
+
+
+def _rounded(x, dtype) -> np.ndarray:
+    """Bits of float32 x in a 16-bit dtype, to nearest even."""
+    return np.where(np.isnan(x), np.uint16(0x7FFF), x.astype(dtype).view(np.uint16))
+
+
+def _packed(dtype):
+    return lambda high, low: _rounded(high, dtype).astype(np.uint32) << np.uint32(16) | _rounded(low, dtype)
+
+
+_PTX = {
+    "rcp.approx.ftz.f32": lambda x: _canonical(_flushed(1 / _flushed(x))),
+    "rsqrt.approx.ftz.f32": lambda x: _canonical((1 / np.sqrt(_flushed(x).astype(np.float64))).astype(np.float32)),
+    "fma.rn.f32": _fma,
+    "cvt.rn.bf16x2.f32": _packed(ml_dtypes.bfloat16),
+    "cvt.rn.f16x2.f32": _packed(np.float16),
+    "cvt.rn.bf16.f32": lambda x: _rounded(x, ml_dtypes.bfloat16),
+    "cvt.rn.f16.f32": lambda x: _rounded(x, np.float16),
+}
+
+
+def _ptx(code: str, args: list[np.ndarray]) -> np.ndarray:
+    registers = {f"${i}": arg for i, arg in enumerate(args, start=1)}
+    for statement in code.strip("{} ").split(";"):
+        name, _, operands = statement.strip().partition(" ")
+        if name in ("", ".reg"):
+            continue
+        target, *sources = re.split(r",\s*", operands.strip())
+        registers[target] = _PTX[name](*(registers[source] for source in sources))
+    return registers["$0"]
+
+
+_COMPARISONS = [
+    lambda a, b: a == b,
+    lambda a, b: a != b,
+    lambda a, b: _signed(a) < _signed(b),
+    lambda a, b: _signed(a) <= _signed(b),
+    lambda a, b: _signed(a) > _signed(b),
+    lambda a, b: _signed(a) >= _signed(b),
+    lambda a, b: a < b,
+    lambda a, b: a <= b,
+    lambda a, b: a > b,
+    lambda a, b: a >= b,
+]
+
+_ELEMENTWISE = {
+    "arith.addi": np.add,
+    "arith.subi": np.subtract,
+    "arith.muli": np.multiply,
+    "arith.divui": np.floor_divide,
+    "arith.remui": np.remainder,
+    "arith.minui": np.minimum,
+    "arith.andi": np.bitwise_and,
+    "arith.ori": np.bitwise_or,
+    "arith.shli": np.left_shift,
+    "arith.shrui": np.right_shift,
+    "arith.select": np.where,
+    "arith.addf": lambda a, b: _canonical(a + b),
+    "arith.mulf": lambda a, b: _canonical(a * b),
+    "arith.negf": np.negative,
+    "math.fma": _fma,
+    "llvm.add": lambda a, b: a + b,
+    "llvm.mul": np.multiply,
+}
+
+
+class _Launch:
+    """The state of one kernel launch."""
+
+    def __init__(self, memories: list[_Memory], programs: slice):
+        self.memories, self.picked = memories, programs
+        self.values: dict[ir.Value, object] = {}
+        self.active = np.ones((1, 1), bool)
+
+    def run(self, module: ir.Module) -> None:
+        (main,) = (
+            op for op in module.body.operations if op.operation.name == "func.func" and len(op.regions[0].blocks)
+        )
+        (block,) = main.regions[0].blocks
+        self.values[block.arguments[1]] = _Pointer("buffers", 0)
+        with np.errstate(all="ignore"):
+            self._block(block)
+
+    def _block(self, block: ir.Block) -> None:
+        for op in block.operations:
+            op = op.operation
+            if op.name == "gpu.launch":
+                self._launch(op)
+            elif op.name == "scf.if" and not op.results:
+                self._if(op)
+            elif op.name == "llvm.store":
+                self._store(op)
+            else:
+                # What this kernel has no use for (barriers, elections, shared memory) stays without a value.
+                operands = [self.values.get(operand) for operand in op.operands]
+                if not any(operand is None for operand in operands) and len(op.results):
+                    value = self._value(op, operands)
+                    if value is not None:
+                        self.values[op.results[0]] = value
+
+    def _launch(self, op) -> None:
+        sizes = [int(self.values[o]) for o in op.operands if str(o.type) == "index"]
+        (programs, *grid_rest), (threads, *block_rest) = sizes[:3], sizes[3:6]
+        assert grid_rest == block_rest == [1, 1]
+        self.programs = np.arange(programs, dtype=np.uint64)[self.picked, None]
+        self.threads = np.arange(threads, dtype=np.uint64)[None, :]
+        (block,) = op.regions[0].blocks
+        self._block(block)
+
+    def _if(self, op) -> None:
+        condition = np.atleast_2d(self.values[op.operands[0]])
+        assert (condition == condition[:, :1]).all(), "threads of a program part ways"
+        outer = self.active
+        for region, taken in zip(op.regions, (condition, ~condition), strict=True):
+            self.active = outer & taken
+            for block in region.blocks:
+                self._block(block)
+        self.active = outer
+
+    def _store(self, op) -> None:
+        value, pointer = (self.values[operand] for operand in op.operands)
+        values = value if isinstance(value, list) else [value]
+        self.memories[pointer.array].store(pointer.offset, self.active, values)
+
+    def _value(self, op, operands):
+        """The result of an operation; None if this kernel can't have a use for it."""
+        kind = op.results[0].type
+        match op.name:
+            case "arith.constant" | "llvm.mlir.constant":
+                value = op.attributes["value"].value
+                if isinstance(value, int) and not isinstance(value, bool):
+                    value %= 2 ** np.iinfo(_dtype(kind)).bits
+                return _dtype(kind)(value)
+            case "gpu.thread_id" | "gpu.block_id" | "gpu.block_dim":
+                ids = {"gpu.thread_id": self.threads, "gpu.block_id": self.programs}
+                is_x = "x" in re.findall(r"\b[xyz]\b", str(op.attributes["dimension"]))
+                if op.name == "gpu.block_dim":
+                    return np.uint64(self.threads.size if is_x else 1)
+                return ids[op.name] if is_x else np.uint64(0)
+            case "arith.index_cast" | "arith.extui" | "arith.trunci" | "arith.extf":
+                return np.asarray(operands[0]).astype(_dtype(kind))
+            case "arith.extsi":
+                return _signed(operands[0]).astype(_dtype(kind))
+            case "arith.bitcast":
+                return operands[0].view(_dtype(kind))
+            case "arith.cmpi":
+                return _COMPARISONS[op.attributes["predicate"].value](*operands)
+            case "nvvm.shfl.sync" if "bfly" in str(op.attributes["kind"]):
+                _, value, distance, _ = operands
+                lanes = np.arange(self.threads.size)
+                assert int(distance) < WARP
+                return np.broadcast_to(value, (self.programs.size, lanes.size))[:, lanes ^ int(distance)]
+            case "vector.from_elements":
+                return list(operands)
+            case "vector.extract":
+                (position,) = op.attributes["static_position"]
+                return operands[0][position]
+            case "llvm.inline_asm" if operands:
+                return _ptx(op.attributes["asm_string"].value, operands)
+            case "llvm.mlir.undef":
+                return {}
+            case "llvm.insertvalue":
+                value, struct = operands if isinstance(operands[1], dict) else reversed(operands)
+                return struct | {tuple(op.attributes["position"]): value}
+            case "llvm.extractvalue":
+                return operands[0][tuple(op.attributes["position"])]
+            case "builtin.unrealized_conversion_cast" | "llvm.ptrtoint" | "llvm.inttoptr" | "llvm.addrspacecast":
+                return operands[0]
+            case "llvm.getelementptr":
+                (index,) = op.attributes["rawConstantIndices"]
+                if len(operands) == 2:
+                    index = _signed(operands[1]).astype(np.int64)
+                element = ir.TypeAttr(op.attributes["elem_type"]).value
+                size = 1 if str(element) == "!llvm.ptr" else ir.IntegerType(element).width // 8
+                return operands[0] + index * size
+            case "llvm.load":
+                pointer = operands[0]
+                if pointer.array == "buffers":
+                    return _Pointer(int(pointer.offset), 0)
+                is_vector = isinstance(kind, ir.VectorType)
+                word = ir.VectorType(kind).element_type if is_vector else kind
+                count = ir.VectorType(kind).shape[0] if is_vector else 1
+                words = self.memories[pointer.array].load(
+                    pointer.offset, self.active, ir.IntegerType(word).width, count
+                )
+                return list(words) if is_vector else words[0]
+            case name if name in _ELEMENTWISE:
+                return _ELEMENTWISE[name](*operands)
+        return None

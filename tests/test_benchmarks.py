@@ -1,0 +1,637 @@
+"""The benchmark: attribution of kernels to providers, statistics, the record, the promises it checks, its commands."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.profiler import ProfileData
+
+from benchmarks import demo, record, suites, table, timing, verify
+from benchmarks.__main__ import main, parser
+from benchmarks.agreement import agreement
+from benchmarks.providers import PROVIDERS, copies, plain
+from benchmarks.timing import (
+    FLUSH_NAME,
+    MARKER_NAME,
+    KernelEvent,
+    MeasurementError,
+    Samples,
+    attribute,
+    default_repeats,
+    measure,
+    read_kernel_events,
+)
+from tests import tolerances
+from tests.cases import Case, make_inputs, minimum_bytes
+from tests.definition import define
+
+CASE = Case(37, 16, 2)
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or importlib.util.find_spec("torch") is None,
+    reason="needs torch and triton",
+)
+
+
+# --- the timeline -------------------------------------------------------------------------------------------------
+
+
+def timeline(*names: str, durations: dict[str, float] | None = None) -> list[KernelEvent]:
+    """Kernels one after another, 1 us each unless said."""
+    durations = durations or {}
+    return [KernelEvent(name, 2000.0 * i, durations.get(name, 1000.0)) for i, name in enumerate(names)]
+
+
+def section(*kernels: str, calls: int) -> list[str]:
+    return [MARKER_NAME, *kernels * calls]
+
+
+def test_attribution_cuts_sections_at_markers_and_sums_the_kernels_of_a_call():
+    ours, plain = section("ours", calls=3), section("reduce", "fusion", calls=3)
+    events = timeline(MARKER_NAME, *ours, *plain, *plain, *ours, MARKER_NAME, "later", durations={"fusion": 500.0})
+    samples = attribute(events, ["triton", "xla", "xla", "triton"], warmup=1, repeats=2)
+    assert samples == {
+        "triton": Samples((1.0,) * 4, ("ours",)),
+        "xla": Samples((1.5,) * 4, ("reduce", "fusion")),
+    }
+
+
+def test_attribution_does_not_count_warmup_calls():
+    events = [*timeline(MARKER_NAME), KernelEvent("ours", 10, 9000), KernelEvent("ours", 20, 1000)]
+    events += [KernelEvent("ours", 30, 3000), KernelEvent(MARKER_NAME, 40, 1)]
+    assert attribute(events, ["triton"], warmup=1, repeats=2)["triton"].times_us == (1.0, 3.0)
+
+
+def test_attribution_does_not_count_flushes():
+    events = timeline(MARKER_NAME, FLUSH_NAME, "ours", FLUSH_NAME, "ours", MARKER_NAME, durations={FLUSH_NAME: 1e6})
+    assert attribute(events, ["triton"], warmup=1, repeats=1)["triton"].times_us == (1.0,)
+
+
+def test_two_providers_with_the_same_kernel_stay_apart():
+    events = timeline(*section("ours", calls=2), *section("ours", calls=2), MARKER_NAME)
+    samples = attribute(events, ["a", "b"], warmup=0, repeats=2)
+    assert [len(samples[name].times_us) for name in ("a", "b")] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        pytest.param([MARKER_NAME, "k", "k", "k", MARKER_NAME], "each of 2 calls, got {'k': 3}", id="one kernel extra"),
+        pytest.param([MARKER_NAME, "k", MARKER_NAME], "each of 2 calls, got {'k': 1}", id="one kernel lost"),
+        pytest.param([MARKER_NAME, MARKER_NAME], "each of 2 calls, got {}", id="empty section"),
+        pytest.param([MARKER_NAME, "k", "memset", MARKER_NAME], "got {'k': 1, 'memset': 1}", id="one call differs"),
+        pytest.param(
+            [MARKER_NAME, "a", "a", "b", "b", MARKER_NAME],
+            "in each call, got ['a', 'a'] and ['b', 'b']",
+            id="not periodic",
+        ),
+        pytest.param([MARKER_NAME, "k", "k"], f"must hold 2 kernels {MARKER_NAME}, got 1 among", id="marker lost"),
+    ],
+)
+def test_attribution_refuses_what_does_not_fit_the_plan(names, message):
+    with pytest.raises(MeasurementError, match=re.escape(message)):
+        attribute(timeline(*names), ["triton"], warmup=1, repeats=1)
+
+
+def test_attribution_refuses_a_provider_that_changes_between_rounds():
+    events = timeline(*section("a", calls=2), *section("b", calls=2), MARKER_NAME)
+    with pytest.raises(MeasurementError, match=re.escape("in all rounds, got ('a',) and ('b',)")):
+        attribute(events, ["triton", "triton"], warmup=1, repeats=1)
+
+
+def test_a_marker_lost_in_the_middle_is_noticed_in_spite_of_the_leading_ones():
+    names = [MARKER_NAME, MARKER_NAME, *section("a", calls=2), *["b"] * 2, MARKER_NAME]
+    with pytest.raises(MeasurementError, match="each of 2 calls"):
+        attribute(timeline(*names), ["a", "b"], warmup=1, repeats=1)
+
+
+PROFILE = """
+planes { id: 1 name: "%s"
+  lines { id: 7 name: "%s" timestamp_ns: 1000
+    events { metadata_id: 2 offset_ps: 5000000 duration_ps: 1184000 }
+    events { metadata_id: 1 offset_ps: 1000000 duration_ps: 900000 } }
+  lines { id: 13 name: "Stream #13(Kernel,MemcpyD2D)" timestamp_ns: 1000
+    events { metadata_id: 3 offset_ps: 3000000 duration_ps: 2500000 } }
+  lines { id: 99 name: "XLA Ops" timestamp_ns: 1000
+    events { metadata_id: 3 offset_ps: 3000000 duration_ps: 2500000 } }
+  event_metadata { key: 1 value { id: 1 name: "first" } }
+  event_metadata { key: 2 value { id: 2 name: "last" } }
+  event_metadata { key: 3 value { id: 3 name: "between" } } }
+planes { id: 2 name: "/host:CPU" lines { id: 1 name: "Stream of a host" } }
+"""
+
+
+def write_profile(path, plane: str, line: str) -> str:
+    path.write_bytes(ProfileData.text_proto_to_serialized_xspace(PROFILE % (plane, line)))
+    return str(path)
+
+
+def test_kernel_events_of_all_streams_come_in_order_of_their_start(tmp_path):
+    events = read_kernel_events(write_profile(tmp_path / "a.xplane.pb", "/device:GPU:0", "Stream #7(Kernel)"))
+    assert [(event.name, event.duration_ns) for event in events] == [
+        ("first", 900.0),
+        ("between", 2500.0),
+        ("last", 1184.0),
+    ]
+
+
+def test_a_profile_without_a_gpu_says_what_it_holds(tmp_path):
+    with pytest.raises(MeasurementError, match=re.escape("/device:TPU:0 / Steps")):
+        read_kernel_events(write_profile(tmp_path / "a.xplane.pb", "/device:TPU:0", "Steps"))
+
+
+def test_a_trace_without_kernels_is_an_error():
+    with pytest.raises(MeasurementError, match="JAX must find CUPTI"):
+        timing.trace(lambda: None)
+
+
+def test_the_kernels_that_cut_the_timeline_have_the_names_looked_for():
+    pytest.importorskip("triton", reason="needs triton")
+    from benchmarks import gpu_kernels
+
+    assert gpu_kernels.benchmark_section_marker.fn.__name__ == MARKER_NAME
+    assert gpu_kernels.benchmark_flush_l2.fn.__name__ == FLUSH_NAME
+
+
+def test_percentiles():
+    samples = Samples(tuple(float(i) for i in range(11)), ("k",))
+    assert [samples.percentile(q) for q in (20, 50, 80)] == [2.0, 5.0, 8.0]
+    assert samples.p50_us == 5.0
+
+
+def test_long_calls_are_repeated_less():
+    assert [default_repeats(Case(t)) for t in (1, 4096, 65536)] == [40, 15, 8]
+
+
+# --- the record ---------------------------------------------------------------------------------------------------
+
+FIELDS = {
+    "run": str,
+    "gpu": str,
+    "op": str,
+    "implementation": str,
+    "num_tokens": int,
+    "num_q_heads": int,
+    "num_kv_heads": int,
+    "head_dim": int,
+    "rotary_dim": int,
+    "dtype": str,
+    "cache": str,
+    "p20_us": float,
+    "p50_us": float,
+    "p80_us": float,
+    "bytes": int,
+    "gb_per_s": float,
+    "copy_gb_per_s": float,
+    "fraction_of_copy": float,
+    "checked": dict,
+    "versions": dict,
+}
+
+
+def a_row(**changed) -> dict[str, Any]:
+    samples, copy = Samples((2.0, 4.0, 6.0), ("k",)), Samples((3.0,), ("copy",))
+    versions, checked = record.versions("abc"), {"elements": 1}
+    arguments = {"run": "r", "gpu": "NVIDIA H200", "cache": "hot", "checked": checked, "versions": versions, **changed}
+    return record.make_row(CASE, "triton", samples, copy, **arguments)
+
+
+def test_a_row_has_every_field_in_order_and_of_its_type():
+    row = a_row()
+    assert list(row) == list(FIELDS)
+    assert {name: type(value) for name, value in row.items()} == FIELDS
+    assert list(row["versions"]) == ["jax", "jaxlib", "torch", "triton", "python", "driver", "commit", "date"]
+    assert row["versions"]["commit"] == "abc" and row["versions"]["jax"] == jax.__version__
+
+
+def test_rates_and_fraction_come_from_the_medians():
+    row = a_row()
+    total = minimum_bytes(CASE)
+    assert (row["p20_us"], row["p50_us"], row["p80_us"]) == (2.8, 4.0, 5.2)
+    assert (row["gb_per_s"], row["copy_gb_per_s"]) == (round(total / 4e3, 1), round(total / 3e3, 1))
+    assert row["fraction_of_copy"] == 0.75
+
+
+def test_rows_survive_json_and_are_only_appended(tmp_path):
+    path = tmp_path / "results" / "h200.jsonl"
+    rows = [a_row(run=name) for name in ("first", "second")]
+    for row in rows:
+        before = path.read_text() if path.exists() else ""
+        record.append(path, row)
+        assert path.read_text().startswith(before)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "op"),
+    [
+        ({}, "forward"),
+        ({"norm_beta": 1.0}, "forward"),
+        ({"cache_dtype": "bfloat16", "weight_dtype": "bfloat16"}, "forward"),
+        ({"mrope_section": (11, 11, 10)}, "forward_mrope"),
+        ({"cache_dtype": "float32"}, "forward_float32_table"),
+        ({"mrope_section": (11, 11, 10), "weight_dtype": "float32"}, "forward_mrope_float32_weights"),
+    ],
+)
+def test_only_the_plain_contract_is_recorded_as_forward(changes, op):
+    assert record.op_name(dataclasses.replace(CASE, **changes)) == op
+
+
+def test_run_ids_differ_and_files_are_named_by_gpu():
+    assert record.new_run_id() != record.new_run_id()
+    assert record.gpu_slug("NVIDIA H200") == "h200"
+    assert record.gpu_slug("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
+    assert record.default_path("NVIDIA H200").parts[-3:] == ("benchmarks", "results", "h200.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (Case(1), 34_944),  # 64 q, gate, q_out and gate_out rows, 4 k rows of 512 bytes; 128 bytes of table
+        (Case(16384, 32, 2), 16384 * (132 * 512 + 128)),
+        (Case(3, 5, 2, 80, 40, "float16", cache_dtype="float32"), 3 * (24 * 160 + 160)),
+        (Case(2, 1, 1, 64, 64, "float32"), 2 * (6 * 256 + 256)),
+    ],
+)
+def test_minimum_bytes(case, expected):
+    assert minimum_bytes(case) == expected
+
+
+# --- the baseline and the promises --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("mrope_section", [None, (11, 11, 10)])
+def test_xla_plain_is_the_op(dtype, mrope_section):
+    case = Case(37, 3, 2, 128, 64, dtype, mrope_section=mrope_section, norm_beta=1.0)
+    inputs = make_inputs(case)
+    defined = define(case, inputs)
+    q_out, k_out, gate_out = plain(case, inputs)()
+    assert np.all(np.abs(np.asarray(q_out, np.float64) - defined.q_out) <= defined.q_bound)
+    assert np.all(np.abs(np.asarray(k_out, np.float64) - defined.k_out) <= defined.k_bound)
+    assert np.array_equal(np.asarray(gate_out, np.float64), defined.gate_out)
+
+
+# --- measuring, on a device that is played ------------------------------------------------------------------------
+
+
+class Device:
+    """Stands for the GPU and its profiler: what was launched, in order."""
+
+    def __init__(self):
+        self.events: list[KernelEvent] = []
+        self.tracing = False
+
+    def launch(self, name: str, duration_us: float = 1.0) -> None:
+        if self.tracing:
+            self.events.append(KernelEvent(name, 1e4 * len(self.events), 1e3 * duration_us))
+
+    def trace(self, run) -> list[KernelEvent]:
+        self.events, self.tracing = [], True
+        run()
+        self.tracing = False
+        return self.events
+
+
+class Output:
+    """What a played call returns; JAX would give a second one another buffer while the first lives."""
+
+    alive = 0
+
+    def __init__(self):
+        assert Output.alive == 0, "the previous outputs must be gone before the next call"
+        Output.alive += 1
+
+    def __del__(self):
+        Output.alive -= 1
+
+
+@pytest.fixture
+def device(monkeypatch):
+    for package in ("torch", "triton"):
+        pytest.importorskip(package, reason=f"needs {package}")
+    from benchmarks import gpu_kernels
+
+    device = Device()
+
+    class Markers:
+        def __init__(self, flush_bytes=0):
+            self.flush_bytes = flush_bytes
+
+        def mark(self):
+            device.launch(MARKER_NAME)
+
+        def flush_l2(self):
+            assert self.flush_bytes > 0
+            device.launch(FLUSH_NAME, 100.0)
+
+    monkeypatch.setattr(gpu_kernels, "Markers", Markers)
+    monkeypatch.setattr(timing, "trace", device.trace)
+    return device
+
+
+@pytest.mark.parametrize("cache", ["hot", "cold"])
+def test_measure_times_each_provider_in_every_round_and_drops_outputs(device, cache):
+    def provider(*kernels):
+        def call():
+            for name, duration_us in kernels:
+                device.launch(name, duration_us)
+            return Output()
+
+        return call
+
+    providers = {"one": provider(("k", 2.0)), "two": provider(("a", 3.0), ("b", 4.0))}
+    samples = measure(CASE, providers, repeats=3, rounds=4, cache=cache)
+    assert samples == {"one": Samples((2.0,) * 12, ("k",)), "two": Samples((7.0,) * 12, ("a", "b"))}
+    order = [event.name for event in device.events if event.name in ("k", "a")]
+    assert order[:5] == ["k"] * 5 and order[10:15] == ["a"] * 5  # the second round begins with the other provider
+    flushes = sum(event.name == FLUSH_NAME for event in device.events)
+    assert flushes == (0 if cache == "hot" else 2 * 4 * 5)
+
+
+def test_measure_measures_anew_when_the_profiler_loses_an_event_and_gives_up_in_the_end(device, monkeypatch):
+    losses = iter([1, 0, 1, 1, 1])
+
+    def lossy_trace(run):
+        *events, last_marker = device.trace(run)
+        return [*events[: len(events) - next(losses)], last_marker]
+
+    def call():
+        device.launch("k")
+
+    monkeypatch.setattr(timing, "trace", lossy_trace)
+    assert len(measure(CASE, {"one": call}, repeats=2, rounds=2)["one"].times_us) == 4
+    message = f"{CASE.id}: one must launch the same kernels in each of 4 calls"
+    with pytest.raises(MeasurementError, match=re.escape(message)):
+        measure(CASE, {"one": call}, repeats=2, rounds=2)
+
+
+def shown_samples() -> dict[str, Samples]:
+    return {"copy": Samples((1.0,), ("c",)), "oracle": Samples((4.0,), ("o",)), "triton": Samples((2.0,), ("t",))}
+
+
+def test_the_table_shows_time_share_of_copy_and_ratio_to_the_oracle():
+    text = table.times({Case(1): shown_samples(), Case(65536): shown_samples()}, ["oracle", "triton", "xla"])
+    lines = [line.split() for line in text.splitlines()]
+    assert lines[1] == ["1", "1.00", "4.00", "0.250", "2.00", "0.500", "0.500", "-", "-", "-"]
+    assert len({len(line) for line in text.splitlines()}) == 1
+
+
+# --- what is promised ---------------------------------------------------------------------------------------------
+
+
+def outputs(case: Case):
+    """(q_out, k_out, gate_out) of random values in the range of real ones."""
+    heads = (case.num_q_heads, case.num_kv_heads, case.num_q_heads)
+    return [
+        jax.random.normal(jax.random.key(seed), (case.num_tokens, num_heads * case.head_dim)).astype(case.dtype)
+        for seed, num_heads in enumerate(heads)
+    ]
+
+
+def stepped(x: jax.Array, row: int | slice, column: int, steps: int) -> jax.Array:
+    """x with the elements of a column moved away from 0 by some representable steps."""
+    integer = {2: jnp.int16, 4: jnp.int32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, integer).at[row, column].add(steps)
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
+
+
+REST, ROTATED = 200, 3  # columns of head 0, D = 256, R = 64
+
+
+@pytest.mark.parametrize(
+    ("implementation", "case", "output", "column", "steps", "kept"),
+    [
+        ("triton", CASE, 0, REST, 0, True),
+        ("triton", CASE, 0, REST, 1, False),
+        ("mosaic_gpu", CASE, 1, ROTATED, 1, False),
+        ("xla", CASE, 0, ROTATED, 1, False),
+        ("xla", dataclasses.replace(CASE, cache_dtype="float32"), 0, ROTATED, 1, True),
+        ("xla", dataclasses.replace(CASE, cache_dtype="float32"), 0, ROTATED, 20, False),
+        ("xla", dataclasses.replace(CASE, cache_dtype="float32"), 2, REST, 1, False),
+        ("xla_plain", CASE, 1, REST, 1, True),
+        ("xla_plain", CASE, 1, REST, 2, False),
+        ("xla_plain", CASE, 2, REST, 1, False),
+        ("triton", dataclasses.replace(CASE, dtype="float32"), 0, REST, 8, True),
+        ("triton", dataclasses.replace(CASE, dtype="float32"), 0, REST, 100, False),
+        ("triton", dataclasses.replace(CASE, dtype="float32"), 2, REST, 1, False),
+    ],
+)
+def test_agreement_keeps_to_the_promise(implementation, case, output, column, steps, kept):
+    want = outputs(case)
+    got = [stepped(x, 5, column, steps) if i == output else x for i, x in enumerate(want)]
+    result = agreement(implementation, case, got, want, platform="gpu")
+    assert (result.kept, result.differing, result.elements) == (kept, int(steps > 0), case.num_outputs)
+    assert ("BROKEN" in str(result)) is not kept
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("column", [ROTATED, REST])
+def test_a_nan_of_one_side_breaks_every_promise(dtype, column):
+    case = Case(37, cache_dtype="float32", dtype=dtype)
+    want = outputs(case)
+    got = [want[0].at[1, column].set(jnp.nan), *want[1:]]
+    for a, b in ((got, want), (want, got)):
+        assert not agreement("xla", case, a, b, platform="gpu").kept
+
+
+def test_too_many_differing_elements_break_the_promise_though_each_is_near():
+    case = Case(37, cache_dtype="float32")
+    want = outputs(case)
+    allowed = tolerances.max_differing(case, case.num_outputs)
+    assert 0 < allowed < 37
+    for count, kept in ((allowed, True), (allowed + 1, False)):
+        got = [stepped(want[0], slice(count), REST, 1), *want[1:]]
+        assert agreement("xla", case, got, want, platform="gpu").kept is kept
+
+
+def test_xla_promises_bits_on_a_gpu_for_a_16_bit_table_and_a_power_of_two():
+    cases = {case: tolerances.max_differing_fraction(case) for case in suites.parity_gpu() if case.dtype != "float32"}
+    for case, fraction in cases.items():
+        bits = case.cache_dtype != "float32" and case.head_dim in (64, 128, 256, 512)
+        assert (fraction == 0.0) is bits, case
+        assert fraction < 5e-4
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_ulp_distance_counts_representable_steps(dtype):
+    one = jnp.ones((), dtype)
+    above, tiny = jnp.nextafter(one, jnp.asarray(2, dtype)), jnp.finfo(dtype).smallest_subnormal
+    a = jnp.stack(
+        [one, above, jnp.asarray(0.0, dtype), -tiny, -one, jnp.asarray(jnp.nan, dtype), jnp.asarray(jnp.nan, dtype)]
+    )
+    b = jnp.stack([one, one, jnp.asarray(-0.0, dtype), tiny, -above, jnp.asarray(jnp.nan, dtype), one])
+    assert tolerances.ulp_distance(a, b).tolist() == [0, 1, 0, 2, 1, 0, 2**32 - 1]
+    assert tolerances.ulp_distance(b, a).tolist() == tolerances.ulp_distance(a, b).tolist()
+
+
+# --- the commands -------------------------------------------------------------------------------------------------
+
+
+def test_arguments_of_run():
+    options = parser(["oracle", "triton"]).parse_args(["run"])
+    assert suites.timed(options.tokens, options.heads) == suites.timed() and len(suites.timed()) == 16
+    assert (options.implementations, options.cache, options.repeats) == (["oracle", "triton"], "hot", None)
+    arguments = "run --tokens 1 64 --heads 16/4 --dtype float16 --cache cold"
+    options = parser(["triton"]).parse_args(arguments.split())
+    assert options.cache == "cold"
+    assert suites.timed(options.tokens, options.heads, dtype=options.dtype) == [
+        Case(t, 16, 4, dtype="float16") for t in (1, 64)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("run --heads 16", "heads are query/key counts such as 16/2, got 16"),
+        ("run --heads 16/0", "got 16/0"),
+        ("run --tokens 0", "must be a positive integer, got 0"),
+        ("run --implementations cuda", "invalid choice: 'cuda'"),
+        ("", "required: command"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parser(["triton"]).parse_args(arguments.split())
+    assert message in capsys.readouterr().err
+
+
+def test_commands_name_what_is_missing_and_the_remedy(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["demo"]) == 1
+    assert "got no torch and no triton. Run pip install 'pallas-qk[torch]'" in capsys.readouterr().err
+
+
+@needs_triton
+def test_verify_compares_with_the_interpreted_oracle_and_fails_when_a_promise_is_broken(monkeypatch, capsys):
+    cases = [Case(2, 3, 1, 64, 32, "float16"), Case(1, 1, 3, 64, 64, "bfloat16", mrope_section=(11, 11, 10))]
+    cpu = jax.devices("cpu")[0]
+    with jax.default_device(cpu):
+        assert verify.verify(cases, ("xla",), "cpu") == 0
+        printed = capsys.readouterr().out
+        assert all(case.id in printed for case in cases)
+        total = sum(case.num_outputs for case in cases)
+        assert f"xla: {total:,} elements compared" in printed and "promises broken in 0 cases" in printed
+
+        def wrong(case, inputs):
+            return lambda: jax.tree.map(jnp.negative, plain(case, inputs)())
+
+        monkeypatch.setattr(verify, "pallas_qk_builder", lambda name: wrong)
+        assert verify.verify(cases, ("xla",), "cpu") == 1
+        assert "promises broken in 2 cases" in capsys.readouterr().out
+
+
+@needs_triton
+def test_demo_shows_each_shape_and_says_whether_it_agrees(monkeypatch, capsys):
+    case = Case(1, 2, 1, 64, 32, "float16")
+    monkeypatch.setattr(suites, "shown", lambda platform: [("a model", case)])
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert demo.demo("cpu") == 0
+        printed = capsys.readouterr().out
+        assert "a model" in printed and f"of {case.num_outputs} elements differ in float16" in printed
+        monkeypatch.setattr(demo, "pallas_qk_builder", lambda name: lambda *_: lambda: outputs(case))
+        assert demo.demo("cpu") == 1
+        assert "does NOT agree" in capsys.readouterr().out
+
+
+@needs_triton
+def test_run_records_only_what_keeps_its_promise(device, monkeypatch, tmp_path, capsys):
+    from benchmarks import run
+
+    case = Case(4, 1, 1, 64, 32)
+    right = outputs(case)
+
+    def provider(duration_us, result):
+        def call():
+            device.launch(f"kernel_{duration_us}", duration_us)
+            return result
+
+        return lambda case, inputs: call
+
+    def unable(case, inputs):
+        def call():
+            raise NotImplementedError("it needs a newer GPU")
+
+        return call
+
+    wrong = [right[0], right[1], -right[2]]
+    played = {
+        "oracle": provider(8.0, right),
+        "triton": provider(4.0, right),
+        "xla": provider(9.0, wrong),
+        "new": unable,
+    }
+    monkeypatch.setattr(run, "PROVIDERS", played)
+    monkeypatch.setattr(run, "to_jax", list)
+    monkeypatch.setattr(run, "copies", lambda case: {name: provider(t, None)(case, None) for name, t in COPIES.items()})
+    output = tmp_path / "h.jsonl"
+    assert run.run([case], list(played), run.Settings(repeats=2, rounds=2), output, "abc") == 1
+
+    rows = {row["implementation"]: row for row in map(json.loads, output.read_text().splitlines())}
+    assert list(rows) == ["copy", "oracle", "triton"]
+    assert [(row["p50_us"], row["fraction_of_copy"]) for row in rows.values()] == [(2.0, 1.0), (8.0, 0.25), (4.0, 0.5)]
+    printed = capsys.readouterr().out
+    assert f"{case.id}: xla 256 of 768 differ" in printed
+    assert "BROKEN, promised equal bits; first: gate_out[0, 0]" in printed
+    assert f"{case.id}: new skipped: it needs a newer GPU" in printed
+    assert printed.splitlines()[-3].split() == ["4", "2.00", "8.00", "0.250", "4.00", "0.500", "0.500", *["-"] * 6]
+
+    before = output.read_text()
+    assert run.run([case], ["oracle", "triton"], run.Settings(repeats=2, rounds=2, cache="cold"), output, "abc") == 0
+    assert case.id not in capsys.readouterr().out
+    rows = [json.loads(line) for line in output.read_text().removeprefix(before).splitlines()]
+    assert [(row["implementation"], row["cache"]) for row in rows] == [
+        (n, "cold") for n in ("copy", "oracle", "triton")
+    ]
+
+
+COPIES = {"copy_512x4": 3.0, "copy_1024x4": 2.0}
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", ["hot", "cold"])
+def test_the_profiler_times_every_provider(gpu, cache):
+    case, repeats, rounds = Case(64), 5, 3
+    inputs = make_inputs(case)
+    calls = {name: build(case, inputs) for name, build in PROVIDERS.items() if can_run(build, case, inputs)}
+    samples = measure(case, {**calls, **copies(case)}, repeats=repeats, rounds=rounds, cache=cache)
+    assert {"oracle", "triton", "xla", "xla_plain"} <= set(samples)
+    for name, sample in samples.items():
+        assert len(sample.times_us) == repeats * rounds, name
+        assert all(0.5 < time_us < 500 for time_us in sample.times_us), (name, sample)
+    for name in set(samples) - {"xla", "xla_plain"}:
+        assert len(sample_kernels := samples[name].kernels) == 1, (name, sample_kernels)
+
+
+def can_run(build, case, inputs) -> bool:
+    try:
+        build(case, inputs)()
+    except NotImplementedError:
+        return False
+    return True
+
+
+@pytest.mark.gpu
+def test_run_writes_one_checked_row_for_each_implementation(gpu, tmp_path, capsys):
+    output = tmp_path / "results.jsonl"
+    arguments = ["run", "--tokens", "16", "--heads", "16/2", "--repeats", "3", "--rounds", "2", "--output", str(output)]
+    assert main([*arguments, "--commit", "abc"]) == 0
+    rows = {row["implementation"]: row for row in map(json.loads, output.read_text().splitlines())}
+    assert {"copy", "oracle", "triton", "xla", "xla_plain"} <= set(rows)
+    assert rows["triton"]["checked"] == {
+        "against": "oracle",
+        "promise": "equal bits",
+        "elements": Case(16).num_outputs,
+        "differing": 0,
+    }
+    assert all(list(row) == list(FIELDS) for row in rows.values())
+    assert "16/2 heads" in capsys.readouterr().out

@@ -1,0 +1,341 @@
+"""The Mosaic GPU kernel: what it is lowered to, executed on a CPU, and its own configurations on a GPU."""
+
+import dataclasses
+import functools
+import inspect
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_qk import _reference
+from pallas_qk._config import MosaicForward, Options, Spec, Target, next_power_of_2, tree_order
+from tests.cases import SMALL_CASES, Case, Inputs
+from tests.compare import compare_outputs
+from tests.definition import define, mrope_axis
+
+if jax.__version_info__ < (0, 11):
+    pytest.importorskip("absl", reason="Mosaic GPU of jax 0.10 imports absl, which jax does not depend on")
+
+from pallas_qk import _mosaic_gpu
+from tests.mosaic_interpreter import emitted, execute
+
+CONFIGS = [
+    MosaicForward(layout, rows_per_warp, num_warpgroups, late_weights)
+    for layout, rows_per_warp, num_warpgroups, late_weights in [
+        ("chunks", 1, 1, False),
+        ("chunks", 2, 1, True),
+        ("chunks", 4, 2, False),
+        ("halves", 1, 1, False),
+        ("halves", 1, 2, True),
+        ("halves", 2, 1, True),
+        ("halves", 4, 1, False),
+        ("row", 1, 1, True),
+        ("row", 2, 1, False),
+    ]
+]
+CASES = [
+    Case(5, 3, 2, head_dim=head_dim, rotary_dim=rotary_dim, dtype=dtype, eps=1e-3 if head_dim < 32 else 1e-6)
+    for head_dim in (2, 3, 6, 16, 32, 64, 80, 96, 128, 192, 256, 512)
+    for rotary_dim in sorted({2, 6, 40, head_dim // 4, head_dim // 2, head_dim})
+    for dtype in ("bfloat16", "float16", "float32")
+    if 2 <= rotary_dim <= head_dim and rotary_dim % 2 == 0 and (head_dim in (80, 256) or dtype != "float16")
+] + [
+    # Sections that end inside a thread's vector of frequencies.
+    Case(5, 3, 2, mrope_section=(18, 7, 7)),
+    Case(5, 3, 2, head_dim=96, rotary_dim=96, mrope_section=(37, 3, 8), dtype="float16"),
+]
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    """The inputs of `tests.cases.make_inputs` in NumPy alone: no compilation for each of many shapes."""
+    rng = np.random.default_rng(seed)
+    weight_dtype, cache_dtype = case.weight_dtype or case.dtype, case.cache_dtype or case.dtype
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32)
+
+    frequencies = 1e7 ** (-np.arange(0, case.rotary_dim, 2) / case.rotary_dim)
+    angles = np.arange(case.max_position)[:, None] * frequencies
+    cache = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    weights = case.weight_scale * (1 + 0.2 * normal(2, case.head_dim)) - case.norm_beta
+    rows = (case.num_tokens,) if case.mrope_section is None else (3, case.num_tokens)
+    return Inputs(
+        (case.scale * normal(case.num_tokens, case.num_q_heads * 2 * case.head_dim)).astype(jnp.dtype(case.dtype)),
+        (case.scale * normal(case.num_tokens, case.num_kv_heads * case.head_dim)).astype(jnp.dtype(case.dtype)),
+        *weights.astype(jnp.dtype(weight_dtype)),
+        cache.astype(np.float32).astype(jnp.dtype(cache_dtype)),
+        rng.integers(0, case.max_position, rows).astype(case.positions_dtype),
+    )
+
+
+def forward_of(case: Case, config: MosaicForward | None = None):
+    options = Options(case.rotary_dim, case.eps, case.norm_beta, case.mrope_section)
+    return functools.partial(_mosaic_gpu.forward, options=options, config=config)
+
+
+def canonical(case: Case, inputs: Inputs) -> list[np.ndarray]:
+    """The arguments in the shapes that `forward` takes."""
+    q_gate, k, *rest, positions = inputs
+    return [
+        q_gate.reshape(case.num_tokens, case.num_q_heads, 2 * case.head_dim),
+        k.reshape(case.num_tokens, case.num_kv_heads, case.head_dim),
+        *rest,
+        positions if positions.ndim == 2 else positions[None],
+    ]
+
+
+def executed(case: Case, inputs: Inputs, config: MosaicForward | None = None) -> list[np.ndarray]:
+    return execute(forward_of(case, config), *canonical(case, inputs))
+
+
+def bits(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x).view(np.dtype(f"u{x.dtype.itemsize}"))
+
+
+def assert_same_bits(got, want):
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert (bits(a) == bits(b)).all(), f"{(bits(a) != bits(b)).sum()} of {a.size} differ"
+
+
+def test_the_interface_is_the_reference_s():
+    def parameters(function):
+        return {name: (p.kind, p.annotation) for name, p in inspect.signature(function).parameters.items()}
+
+    ours, reference = (parameters(module.forward) for module in (_mosaic_gpu, _reference))
+    assert ours == reference | {"config": (inspect.Parameter.KEYWORD_ONLY, MosaicForward | None)}
+    assert parameters(_mosaic_gpu.unsupported) == parameters(_reference.unsupported)
+
+
+def test_unsupported_says_why():
+    spec = Spec(16, 16, 2, 256, 64, "bfloat16")
+    assert _mosaic_gpu.unsupported(spec, Target((9, 0))) is None
+    assert _mosaic_gpu.unsupported(spec, Target((12, 0))) is None
+    reason = _mosaic_gpu.unsupported(spec, Target((8, 9)))
+    assert "9.0" in reason and "got 8.9" in reason
+    huge = dataclasses.replace(spec, num_tokens=2**27)
+    reason = _mosaic_gpu.unsupported(huge, Target((9, 0)))
+    assert "32 bits" in reason and f"got {2**31}" in reason
+
+
+@pytest.mark.parametrize("case", [*SMALL_CASES, *CASES], ids=lambda case: case.id)
+def test_equals_the_definition(case):
+    inputs = make_inputs(case, seed=1)
+    got, want = executed(case, inputs), define(case, inputs)
+    for array, exact, bound in ((got[0], want.q_out, want.q_bound), (got[1], want.k_out, want.k_bound)):
+        error = np.abs(array.reshape(exact.shape).astype(np.float64) - exact)
+        assert (error <= bound).all()
+    gate = inputs.q_gate.reshape(case.num_tokens, case.num_q_heads, 2, case.head_dim)[:, :, 1]
+    assert_same_bits(got[2:], [gate])
+
+
+def fma(a, b, c):
+    return (a.astype(np.longdouble) * b + c).astype(np.float32)
+
+
+def recipe(case: Case, inputs: Inputs, order=tree_order) -> list[np.ndarray]:
+    """q_out and k_out with every rounding stated; the root and the reciprocal of D are exact."""
+    q_gate, k, q_weight, k_weight, cache, positions = canonical(case, inputs)
+    d, half, section = case.head_dim, case.rotary_dim // 2, case.mrope_section
+    axes = [mrope_axis(j, section) if section else 0 for j in range(half)]
+    cos, sin = (
+        np.stack([cache[positions[axis], first + j] for j, axis in enumerate(axes)], -1).astype(np.float32)[:, None]
+        for first in (0, half)
+    )
+    outputs = []
+    for x, weight in ((q_gate[..., :d], q_weight), (k, k_weight)):
+        dtype, x = x.dtype, x.astype(np.float32)
+        lanes = {lane: x[..., lane] ** 2 for lane in range(d)}
+        for step in (1 << bit for bit in order(next_power_of_2(d))):
+            lanes = {i: a + lanes[i + step] if i + step in lanes else a for i, a in lanes.items() if not i & step}
+        mean = fma(lanes[0], np.float32(1) / np.float32(d), np.float32(case.eps))
+        inv_rms = (1 / np.sqrt(mean.astype(np.float64))).astype(np.float32)
+        y = x * inv_rms[..., None] * (weight.astype(np.float32) + np.float32(case.norm_beta))
+        y = y.astype(dtype).astype(np.float32)
+        y1, y2, rest = y[..., :half], y[..., half : 2 * half], y[..., 2 * half :]
+        o2 = fma(y2, cos, y1 * sin) if section else fma(y1, sin, y2 * cos)
+        o = [fma(y1, cos, -(y2 * sin)), o2, rest]
+        outputs.append(np.concatenate(o, axis=-1).astype(dtype))
+    return outputs
+
+
+RECIPE_CASES = [
+    Case(33, 4, 2),
+    Case(33, 4, 2, dtype="float32"),
+    Case(33, 4, 2, dtype="float16", cache_dtype="float32", norm_beta=1.0),
+    Case(9, 3, 1, head_dim=80, rotary_dim=80, cache_dtype="float32", weight_dtype="float32"),
+    Case(9, 3, 1, head_dim=96, rotary_dim=40, dtype="float32"),
+    Case(9, 3, 1, head_dim=32, rotary_dim=32, dtype="float32"),
+    Case(5, 3, 1, head_dim=512, rotary_dim=128, dtype="float32"),
+    Case(9, 4, 2, dtype="float32", mrope_section=(16, 8, 8)),
+    Case(9, 3, 1, head_dim=80, rotary_dim=40, dtype="float16", cache_dtype="float32", mrope_section=(7, 7, 6)),
+    Case(6, weight_scale=1e-5, dtype="float16"),  # subnormal normalised values
+    Case(6, scale=1e-20),
+]
+
+
+@pytest.mark.parametrize("case", RECIPE_CASES, ids=lambda case: case.id)
+def test_every_rounding_is_the_recipe_s(case):
+    inputs = make_inputs(case, seed=2)
+    assert_same_bits(executed(case, inputs)[:2], recipe(case, inputs))
+
+
+def test_another_order_of_the_sum_shows():
+    case = RECIPE_CASES[1]
+    inputs = make_inputs(case, seed=2)
+    ascending = recipe(case, inputs, order=lambda lanes: range(lanes.bit_length() - 1))
+    assert (ascending[0] != executed(case, inputs)[0]).any()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join(map(str, dataclasses.astuple(config))))
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(7, 3, 1),
+        Case(5, 4, 2, head_dim=128, rotary_dim=128, dtype="float32", mrope_section=(24, 20, 20)),
+        Case(3, 1, 1, head_dim=64, rotary_dim=16, dtype="float16", cache_dtype="float32"),
+    ],
+    ids=lambda case: case.id,
+)
+def test_every_configuration_gives_the_same_bits(case, config):
+    inputs = make_inputs(case)
+    assert_same_bits(executed(case, inputs, config), executed(case, inputs))
+
+
+@pytest.mark.parametrize("num_tokens, num_q_heads, num_kv_heads", [(1, 1, 1), (1, 5, 1), (2, 1, 7), (37, 2, 3)])
+def test_a_token_alone_gives_the_bits_it_gives_in_a_batch(num_tokens, num_q_heads, num_kv_heads):
+    case = Case(num_tokens, num_q_heads, num_kv_heads, mrope_section=(11, 11, 10))
+    inputs = make_inputs(case)
+    together = executed(case, inputs)
+    for token in {0, num_tokens - 1}:
+        rows = slice(token, token + 1)
+        one = dataclasses.replace(
+            inputs, q_gate=inputs.q_gate[rows], k=inputs.k[rows], positions=inputs.positions[:, rows]
+        )
+        alone = executed(dataclasses.replace(case, num_tokens=1), one)
+        assert_same_bits(alone, [x[rows] for x in together])
+
+
+def test_no_tokens_need_no_kernel():
+    case = Case(0, dtype="float16")
+    args = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in canonical(case, make_inputs(case))]
+    lowered = jax.jit(forward_of(case)).trace(*args).lower(lowering_platforms=("cuda",))
+    assert "custom_call" not in lowered.as_text()
+    assert [out.shape for out in lowered.out_info] == [(0, 16, 256), (0, 2, 256), (0, 16, 256)]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"])
+@pytest.mark.parametrize("max_position", [100, 40_000])
+def test_a_position_outside_the_table_gives_nan_in_its_lanes(dtype, max_position):
+    case = Case(8, 2, 1, mrope_section=(11, 11, 10), max_position=max_position)
+    with jax.enable_x64(True):
+        inputs = make_inputs(case)
+        info = np.iinfo(dtype)
+        good = inputs.positions.astype(np.int64) % min(max_position, info.max + 1)
+        positions = good.astype(dtype)
+        candidates = (-1, max_position, 2**31 - 1, -(2**31), 2**31 + 3, 2**32 + 3, info.min, info.max)
+        outside = [p for p in candidates if info.min <= p <= info.max and not 0 <= p < max_position]
+        bad = [(index % 3, index % 7 + 1, position) for index, position in enumerate(outside)]
+        for axis, token, position in bad:
+            positions[axis, token] = position
+        got = execute(forward_of(case), *canonical(case, inputs)[:5], positions)
+        want = execute(forward_of(case), *canonical(case, inputs)[:5], good.astype(dtype))
+    frequency = np.arange(32)
+    axis_of = np.where(frequency % 3 == 0, 0, np.where(frequency < 3 * 11, frequency % 3, 0))
+    axis_of[(axis_of == 2) & (frequency >= 3 * 10)] = 0
+    spoiled = np.zeros((8, 1, 256), bool)
+    for axis, token, _ in bad:
+        spoiled[token, :, :64] |= np.tile(axis_of == axis, 2)
+    for a, b in zip(got[:2], want[:2], strict=True):
+        assert (np.isnan(a.astype(np.float32)) == spoiled).all()
+        assert (bits(a) == bits(b))[np.broadcast_to(~spoiled, a.shape)].all()
+    assert_same_bits(got[2:], want[2:])
+
+
+def test_gates_keep_nan_payloads_and_rows_their_nans():
+    case = Case(4, 2, 1)
+    inputs = make_inputs(case)
+    q_gate, *rest = canonical(case, inputs)
+    q_gate = q_gate.copy()
+    q_gate.view(np.uint16)[1, 1, 256:260] = 0x7F81, 0xFFC5, 0xFF80, 0x7FFF
+    q_gate[2, 0, 17] = np.nan
+    q_gate[3, 1, 200] = np.inf
+    got = execute(forward_of(case, MosaicForward("halves", 1, late_weights=True)), q_gate, *rest)
+    assert_same_bits(got[2:], [q_gate[..., 256:]])
+    nan = np.isnan(got[0].astype(np.float32))
+    assert nan[2, 0].all() and nan[3, 1, 200] and nan.any(axis=-1).sum() == 2
+
+
+@pytest.mark.parametrize("norm_beta", [0.0, -1.0])
+def test_weights_of_minus_zero_give_zero(norm_beta):
+    case = Case(3, 1, 1, norm_beta=norm_beta)
+    inputs = make_inputs(case)
+    weight = np.full_like(inputs.q_weight, -0.0 if norm_beta == 0 else 1.0)
+    inputs = dataclasses.replace(inputs, q_weight=weight, q_gate=np.abs(inputs.q_gate))
+    q_out = executed(case, inputs)[0]
+    assert (q_out == 0).all() and not np.signbit(q_out[..., 64:].astype(np.float32)).any()
+
+
+def test_offsets_past_2_31_elements():
+    case = Case(131_080, 32, 1)
+    assert case.num_tokens * 32 * 512 > 2**31
+    last = dataclasses.replace(case, num_tokens=2)
+    inputs = make_inputs(last)
+    q_gate, k, *rest, positions = canonical(last, inputs)
+    # Untouched pages of zeros cost no memory.
+    args = [np.zeros((case.num_tokens, *a.shape[1:]), a.dtype) for a in (q_gate, k)]
+    args += [*rest, np.zeros((1, case.num_tokens), np.int32)]
+    for array, tail in zip(args, (q_gate, k), strict=False):
+        array[-2:] = tail
+    args[-1][:, -2:] = positions
+    got = execute(forward_of(case, MosaicForward("halves", 1)), *args, programs=slice(-40, None))
+    assert_same_bits([x[-2:] for x in got], executed(last, inputs))
+
+
+@pytest.mark.parametrize(
+    "case", [Case(16384), Case(4, 2, 1, dtype="float32"), Case(4, 2, 1, head_dim=80, rotary_dim=80)]
+)
+def test_what_is_emitted(case):
+    args = [
+        jax.ShapeDtypeStruct((case.num_tokens, case.num_q_heads, 2 * case.head_dim), case.dtype),
+        jax.ShapeDtypeStruct((case.num_tokens, case.num_kv_heads, case.head_dim), case.dtype),
+        *[jax.ShapeDtypeStruct((case.head_dim,), case.dtype)] * 2,
+        jax.ShapeDtypeStruct((case.max_position, case.rotary_dim), case.dtype),
+        jax.ShapeDtypeStruct((1, case.num_tokens), "int32"),
+    ]
+    code = str(emitted(forward_of(case), *args))
+    kernel = code[code.index("gpu.launch") :]
+    assert f"@{_mosaic_gpu.FORWARD_NAME}" in code
+    # Global accesses only, no shared memory: a kernel that uses any loses most of its L1 cache to the carve-out.
+    accesses = re.findall(r"llvm\.(?:load|store) .*", kernel)
+    assert accesses and all("!llvm.ptr<1>" in access for access in accesses)
+    assert re.search(r"dynamic_shared_memory_size %c0_i32\b", kernel)
+    # The gate goes 16 bytes a thread.
+    assert any("store" in access and "vector<4xi32>" in access for access in accesses)
+    for statement in ("rcp.approx.ftz.f32", "rsqrt.approx.ftz.f32", "math.fma"):
+        assert statement in kernel
+    assert ("cvt.rn.bf16x2.f32" in kernel) == (case.dtype == "bfloat16")
+
+
+def test_lowers_under_vmap_and_export():
+    case = Case(3, 2, 1)
+    args = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in canonical(case, make_inputs(case))]
+    exported = jax.export.export(jax.jit(forward_of(case)), platforms=["cuda"])(*args)
+    assert "mosaic_gpu" in exported.mlir_module()
+    batched = [jax.ShapeDtypeStruct((2, *a.shape), a.dtype) for a in args[:2]]
+    mapped = jax.vmap(forward_of(case), in_axes=(0, 0, None, None, None, None))
+    lowered = jax.jit(mapped).trace(*batched, *args[2:]).lower(lowering_platforms=("cuda",))
+    assert lowered.out_info[0].shape == (2, 3, 2, 256)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join(map(str, dataclasses.astuple(config))))
+@pytest.mark.parametrize("num_tokens", [1, 37, 1024])
+def test_every_configuration_gives_the_same_bits_on_a_gpu(gpu, config, num_tokens):
+    case = Case(num_tokens, 6, 1, mrope_section=(11, 11, 10))
+    args = [jnp.asarray(a) for a in canonical(case, make_inputs(case))]
+    got, want = (jax.jit(forward_of(case, c))(*args) for c in (config, None))
+    assert compare_outputs(got, want).differing == 0

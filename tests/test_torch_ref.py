@@ -1,0 +1,645 @@
+"""The torch functions: the eager reference by the definition, the Triton kernel by the reference.
+
+Without a GPU Triton's interpreter runs the kernel. `test_tree` and `test_parity` hold the compiled kernel's bits.
+"""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from pallas_qk.dlpack import from_torch
+from tests import tolerances
+from tests.cases import SMALL_CASES, Case, Inputs
+from tests.compare import compare_outputs
+from tests.definition import define, mrope_axis
+from tests.run import has_gpu
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from torch_ref import reference, triton_oracle
+
+FUNCTIONS = {
+    "reference": reference.fused_qk_rmsnorm_rope_gate,
+    "oracle": triton_oracle.fused_qk_rmsnorm_rope_gate,
+}
+BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
+
+
+# Counts that end inside the table, each elsewhere; with (11, 11, 10) both ends lie past the last frequency read.
+UNEVEN = Case(5, 1, 2, head_dim=80, rotary_dim=64, dtype="float16", mrope_section=(18, 5, 9))
+
+
+@pytest.fixture(params=FUNCTIONS)
+def function(request):
+    return FUNCTIONS[request.param]
+
+
+def torch_inputs(case, seed=0):
+    """As `tests.cases.make_inputs`, made by torch: nothing to compile for each case."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype, weight_dtype, cache_dtype = (
+        getattr(torch, name or case.dtype) for name in (case.dtype, case.weight_dtype, case.cache_dtype)
+    )
+    q_gate = case.scale * torch.randn(case.num_tokens, case.num_q_heads * 2 * case.head_dim, generator=generator)
+    k = case.scale * torch.randn(case.num_tokens, case.num_kv_heads * case.head_dim, generator=generator)
+    weights = case.weight_scale * (1 + 0.2 * torch.randn(2, case.head_dim, generator=generator)) - case.norm_beta
+    frequencies = 1e7 ** (-torch.arange(0, case.rotary_dim, 2).double() / case.rotary_dim)
+    angles = torch.arange(case.max_position).double()[:, None] * frequencies
+    table = torch.cat([angles.cos(), angles.sin()], dim=1).float()
+    rows = (case.num_tokens,) if case.mrope_section is None else (3, case.num_tokens)
+    positions = torch.randint(0, case.max_position, rows, dtype=torch.int32, generator=generator)
+    tensors = q_gate.to(dtype), k.to(dtype), *weights.to(weight_dtype), table.to(cache_dtype), positions
+    return [tensor.to("cuda" if has_gpu() else "cpu") for tensor in tensors]
+
+
+def defined(case, tensors):
+    """The definition in float64 of the same inputs."""
+    *arrays, positions = [x.cpu() for x in tensors]
+    return define(case, Inputs(*(x.double().numpy() for x in arrays), positions.numpy()))
+
+
+def call(function, case, tensors):
+    return function(*tensors, **case.static_arguments)
+
+
+def assert_same_bits(got, want):
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert torch.equal(a.view(BITS[a.dtype]), b.view(BITS[b.dtype]))
+
+
+def assert_near(case, got, want, *, platform):
+    """`got` and `want` differ by what another order of the sum, another rsqrt and the final rounding explain."""
+    got, want = ([from_torch(x) for x in outputs] for outputs in (got, want))
+    bound = max_rest = tolerances.float32_bound(case, tree=False)
+    if case.dtype != "float32":
+        bound, max_rest = tolerances.max_pair_ulps(case, platform, round_trip=False), 1.0
+    for name, a, b in zip(("q_out", "k_out"), got, want, strict=False):
+        rotated, rest = tolerances.worst_distances(a, b, case.head_dim, case.rotary_dim)
+        assert rotated <= bound and rest <= max_rest, (name, float(rotated), float(rest), bound)
+    if case.dtype == "float16":
+        compared = compare_outputs(got, want)
+        assert compared.differing <= tolerances.max_differing(case, compared.elements, "cpu"), str(compared)
+    assert compare_outputs(got[2:] * 3, want[2:] * 3).differing == 0  # the gate
+
+
+@pytest.mark.parametrize("case", [*SMALL_CASES, UNEVEN], ids=lambda case: case.id)
+def test_reference_equals_the_definition(case):
+    tensors = torch_inputs(case, seed=3)
+    q_out, k_out, gate_out = call(reference.fused_qk_rmsnorm_rope_gate, case, tensors)
+    want = defined(case, tensors)
+    for name, tensor, exact, bound in (("q", q_out, want.q_out, want.q_bound), ("k", k_out, want.k_out, want.k_bound)):
+        assert str(tensor.dtype) == f"torch.{case.dtype}" and tensor.shape == exact.shape
+        error = np.abs(tensor.double().cpu().numpy() - exact)
+        worst = np.unravel_index(np.argmax(error - bound), error.shape)
+        assert (error <= bound).all(), f"{name}_out{worst}: error {error[worst]}, bound {bound[worst]}"
+    gate = tensors[0].view(case.num_tokens, case.num_q_heads, 2, case.head_dim)[:, :, 1]
+    assert_same_bits([gate_out], [gate.reshape(gate_out.shape)])
+
+
+@pytest.mark.parametrize("mrope_section", [None, (3, 3, 2)])
+def test_reference_in_float64_is_the_definition_without_roundings(mrope_section):
+    case = Case(5, 3, 2, head_dim=40, rotary_dim=16, dtype="float32", mrope_section=mrope_section, norm_beta=0.5)
+    *arrays, positions = torch_inputs(case)
+    got = call(reference.fused_qk_rmsnorm_rope_gate, case, [*(x.double() for x in arrays), positions])
+    want = defined(case, [*arrays, positions])
+    for tensor, exact in zip(got, (want.q_out, want.k_out, want.gate_out), strict=True):
+        assert tensor.dtype == torch.float64
+        np.testing.assert_allclose(tensor.cpu().numpy(), exact, rtol=1e-13, atol=1e-13)
+
+
+ORACLE_CASES = [
+    Case(37, 3, 2, head_dim=64, rotary_dim=16, dtype="float16"),
+    Case(1, 2, 1, dtype="float16"),
+    Case(5, 2, 1, head_dim=80, rotary_dim=40, dtype="float16", norm_beta=1.0),
+    Case(4, 1, 3, head_dim=96, rotary_dim=96, dtype="float16", cache_dtype="float32", weight_dtype="float32"),
+    Case(6, 2, 1, head_dim=128, rotary_dim=6, dtype="float16", weight_scale=1e-5),
+    Case(4, 2, 2, head_dim=16, rotary_dim=2, dtype="float16"),
+    Case(3, 1, 1, head_dim=34, rotary_dim=34, dtype="float16", eps=1e-3),
+    Case(9, 3, 1, head_dim=128, rotary_dim=64, dtype="float16", mrope_section=(11, 11, 10)),
+    Case(5, 2, 2, head_dim=128, rotary_dim=128, dtype="float16", mrope_section=(24, 20, 20), cache_dtype="float32"),
+    UNEVEN,
+    Case(7, 2, 1),
+    Case(3, 2, 1, head_dim=80, rotary_dim=80, mrope_section=(16, 12, 12), weight_dtype="float32"),
+    Case(4, 2, 1, head_dim=96, rotary_dim=24, dtype="float32"),
+    Case(3, 2, 1, head_dim=64, rotary_dim=64, dtype="float32", mrope_section=(11, 11, 10), norm_beta=1.0),
+]
+
+
+@pytest.mark.parametrize("case", ORACLE_CASES, ids=lambda case: case.id)
+def test_oracle_equals_the_reference(case):
+    tensors = [x.cpu() for x in torch_inputs(case, seed=4)]
+    got, want = (call(function, case, tensors) for function in FUNCTIONS.values())
+    assert_near(case, got, want, platform="cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*ORACLE_CASES, *SMALL_CASES], ids=lambda case: case.id)
+def test_compiled_oracle_equals_the_reference(gpu, case):
+    tensors = torch_inputs(case, seed=4)
+    got, want = (call(function, case, tensors) for function in FUNCTIONS.values())
+    assert got[0].is_cuda
+    assert_near(case, got, want, platform="gpu")
+
+
+@pytest.mark.parametrize("positions_dtype", ["int32", "int64"])
+@pytest.mark.parametrize("mrope_section", [None, (3, 3, 2)])
+def test_positions_of_both_integer_types_give_the_same_bits(function, positions_dtype, mrope_section):
+    case = Case(6, 2, 1, head_dim=64, rotary_dim=16, dtype="float16", mrope_section=mrope_section)
+    *arrays, positions = torch_inputs(case)
+    got = call(function, case, [*arrays, positions.to(getattr(torch, positions_dtype))])
+    assert_same_bits(got, call(function, case, [*arrays, positions]))
+
+
+def test_each_row_of_positions_is_read_by_its_own_frequencies(function):
+    """Rows of positions exchanged move exactly the lanes of the axes that changed."""
+    case = Case(5, 1, 1, head_dim=64, rotary_dim=64, dtype="float16", mrope_section=(11, 11, 10))
+    *arrays, positions = torch_inputs(case)
+    before = call(function, case, [*arrays, positions])[0]
+    axes = torch.tensor([mrope_axis(j, case.mrope_section) for j in range(32)]).repeat(2)
+    for changed in range(3):
+        moved = positions.clone()
+        moved[changed] = (moved[changed] + 1) % case.max_position
+        differs = (call(function, case, [*arrays, moved])[0] != before).any(dim=0).cpu()
+        assert not differs[axes != changed].any()
+        assert differs[axes == changed].float().mean() > 0.5  # slow frequencies may round to the same value
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_strided_tokens_give_the_bits_of_dense_ones(function, offset):
+    """q_gate and k as columns of one projection, at addresses that are no multiple of 16 bytes either."""
+    case = Case(5, 3, 1, head_dim=40, rotary_dim=16, dtype="float16")
+    q_gate, k, *rest = torch_inputs(case)
+    packed = torch.cat([q_gate, k, k], dim=1)
+    padded = torch.zeros(5, packed.shape[1] + 1, dtype=packed.dtype, device=packed.device)
+    columns = padded[:, offset : offset + packed.shape[1]]
+    columns.copy_(packed)
+    views = columns[:, : q_gate.shape[1]], columns[:, q_gate.shape[1] : q_gate.shape[1] + k.shape[1]]
+    assert not any(x.is_contiguous() for x in views)
+    assert_same_bits(call(function, case, [*views, *rest]), call(function, case, [q_gate, k, *rest]))
+
+
+def test_positions_and_table_may_be_strided(function):
+    case = Case(5, 2, 1, head_dim=32, rotary_dim=16, dtype="float16", mrope_section=(3, 3, 2))
+    *arrays, table, positions = torch_inputs(case)
+    strided_table = torch.cat([table, table], dim=1)[:, :16]
+    strided_positions = positions.T.contiguous().T
+    assert not strided_table.is_contiguous() and not strided_positions.is_contiguous()
+    got = call(function, case, [*arrays, strided_table, strided_positions])
+    assert_same_bits(got, call(function, case, [*arrays, table, positions]))
+
+
+@pytest.mark.parametrize("weight_dtypes", [("float16", "float32"), ("float32", "float16")])
+def test_the_two_weights_may_differ_in_dtype(function, weight_dtypes):
+    case = Case(3, 2, 1, head_dim=64, rotary_dim=16, dtype="float16")
+    q_gate, k, q_weight, k_weight, *rest = torch_inputs(case)
+    weights = [w.to(getattr(torch, dtype)) for w, dtype in zip((q_weight, k_weight), weight_dtypes, strict=True)]
+    got = call(function, case, [q_gate, k, *weights, *rest])
+    assert_same_bits(got, call(function, case, [q_gate, k, q_weight, k_weight, *rest]))
+
+
+def test_weights_may_be_misaligned_and_require_grad(function):
+    case = Case(3, 2, 1, head_dim=64, rotary_dim=16, dtype="float16")
+    q_gate, k, q_weight, k_weight, *rest = torch_inputs(case)
+    shifted = torch.cat([q_weight[:1], q_weight])[1:]
+    assert shifted.data_ptr() % 16
+    got = call(function, case, [q_gate, k, torch.nn.Parameter(shifted), torch.nn.Parameter(k_weight), *rest])
+    assert_same_bits([x.detach() for x in got], call(function, case, [q_gate, k, q_weight, k_weight, *rest]))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("mrope_section", [None, (11, 11, 10)])
+def test_no_tokens(function, dtype, mrope_section):
+    case = Case(0, dtype=dtype, mrope_section=mrope_section)
+    outputs = call(function, case, torch_inputs(case))
+    assert [tuple(x.shape) for x in outputs] == [(0, 4096), (0, 512), (0, 4096)]
+    assert {x.dtype for x in outputs} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize("dtype", BITS, ids=str)
+def test_gate_keeps_every_bit_in_memory_of_its_own(function, dtype):
+    """NaN payloads, infinities, subnormals and signed zeros; one head, whose gate is a plain slice of the input."""
+    case = Case(1, 1, 1, head_dim=256, rotary_dim=64, dtype=str(dtype).removeprefix("torch."))
+    q_gate, *rest = torch_inputs(case)
+    limits = torch.iinfo(BITS[dtype])
+    bits = torch.randint(limits.min, limits.max, (256,), dtype=BITS[dtype], generator=torch.Generator().manual_seed(0))
+    bits[:8] = torch.tensor([limits.max - n for n in range(8)], dtype=BITS[dtype])  # NaNs of eight payloads
+    q_gate = q_gate.clone()
+    q_gate[0, 256:] = bits.to(q_gate.device).view(dtype)
+    gate_out = call(function, case, [q_gate, *rest])[2]
+    assert gate_out.isnan().sum() >= 8
+    assert torch.equal(gate_out.view(BITS[dtype])[0].cpu(), bits)
+    q_gate.zero_()
+    assert torch.equal(gate_out.view(BITS[dtype])[0].cpu(), bits)
+
+
+OUTSIDE = [
+    (torch.int32, -1),
+    (torch.int32, 4096),
+    (torch.int32, 2**31 - 1),
+    (torch.int32, -(2**31)),
+    (torch.int64, 2**32 + 3),
+    (torch.int64, -(2**32) + 1),
+    (torch.uint32, 2**31 + 3),
+    (torch.uint64, 2**64 - 1),
+]
+
+
+@pytest.mark.parametrize("dtype, outside", OUTSIDE, ids=str)
+def test_a_position_outside_the_table_gives_nan_in_its_rotated_lanes_alone(dtype, outside):
+    case = Case(4, 2, 1, head_dim=32, rotary_dim=16, dtype="float16")
+    *arrays, positions = [x.cpu() for x in torch_inputs(case)]
+    want = call(reference.fused_qk_rmsnorm_rope_gate, case, [*arrays, positions])
+    bad = torch.tensor([outside if token == 2 else p for token, p in enumerate(positions.tolist())], dtype=dtype)
+    got = call(reference.fused_qk_rmsnorm_rope_gate, case, [*arrays, bad])
+    for a, b, name in zip(got, want, ("q", "k", "gate"), strict=True):
+        nan = torch.zeros(4, a.shape[1] // 32, 32, dtype=torch.bool)
+        if name != "gate":
+            nan[2, :, :16] = True
+        assert torch.equal(a.isnan(), nan.flatten(1)), name
+        assert torch.equal(a[~a.isnan()], b[~a.isnan()]), name
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_one_bad_row_of_positions_spoils_only_its_own_lanes(row):
+    case = Case(3, 1, 1, head_dim=80, rotary_dim=64, dtype="float16", mrope_section=(11, 11, 10))
+    *arrays, positions = [x.cpu() for x in torch_inputs(case)]
+    want = call(reference.fused_qk_rmsnorm_rope_gate, case, [*arrays, positions])
+    bad = positions.clone()
+    bad[row, 1] = -5
+    got = call(reference.fused_qk_rmsnorm_rope_gate, case, [*arrays, bad])
+    lanes = torch.tensor([mrope_axis(j, case.mrope_section) == row for j in range(32)] * 2 + [False] * 16)
+    for a, b in zip(got[:2], want[:2], strict=True):
+        assert torch.equal(a[1].isnan(), lanes) and not a[[0, 2]].isnan().any()
+        assert torch.equal(a[~a.isnan()], b[~a.isnan()])
+
+
+@pytest.mark.parametrize("dtype", reference.POSITION_DTYPES, ids=str)
+def test_reference_takes_every_integer_dtype(dtype):
+    case = Case(6, 2, 1, head_dim=32, rotary_dim=16, dtype="float16", max_position=100)
+    *arrays, positions = torch_inputs(case)
+    got = call(reference.fused_qk_rmsnorm_rope_gate, case, [*arrays, positions.to(dtype)])
+    assert_same_bits(got, call(reference.fused_qk_rmsnorm_rope_gate, case, [*arrays, positions]))
+
+
+@pytest.mark.parametrize("mrope_section", [None, (1, 1, 0)])
+@pytest.mark.parametrize("rotary_dim", [4, 6])
+def test_reference_gradients_by_finite_differences(mrope_section, rotary_dim):
+    mrope_section = mrope_section and (rotary_dim // 2 - 1, 1, 0)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+    positions = torch.tensor([4, 0] if mrope_section is None else [[4, 0], [1, 3], [2, 2]])
+
+    def outputs(q_gate, k, q_weight, k_weight, table):
+        return reference.fused_qk_rmsnorm_rope_gate(
+            q_gate, k, q_weight, k_weight, table, positions, 1e-3, 2, 1, 6, rotary_dim, mrope_section, 1.0
+        )
+
+    arguments = random(2, 2 * 2 * 6), random(2, 6), random(6), random(6), random(5, rotary_dim)
+    assert torch.autograd.gradcheck(outputs, arguments)
+
+
+@pytest.mark.parametrize("dtype, roundoff", [("bfloat16", 2.0**-9), ("float16", 2.0**-12)])
+def test_reference_differentiates_the_round_trip_as_the_identity(dtype, roundoff):
+    """With weights of 1 and no rotation the norm's derivative is a projection: it lengthens no error.
+
+    Two roundings of the gradient remain, at the round trip and at the input, half an ulp each.
+    """
+    case = Case(16, 2, 1, head_dim=64, rotary_dim=16, dtype=dtype)
+    gradients = []
+    for compute in (getattr(torch, dtype), torch.float64):
+        q_gate, k, *_, positions = [x.cpu() for x in torch_inputs(case)]
+        table = torch.cat([torch.ones(4096, 8), torch.zeros(4096, 8)], dim=1)
+        q_gate = q_gate.to(compute).requires_grad_()
+        tensors = [q_gate, k.to(compute), torch.ones(64), torch.ones(64), table, positions]
+        cotangent = torch.randn(16, 128, generator=torch.Generator().manual_seed(1)).to(getattr(torch, dtype))
+        call(reference.fused_qk_rmsnorm_rope_gate, case, tensors)[0].backward(cotangent.to(compute))
+        gradients.append(q_gate.grad.double())
+    low, high = gradients
+    assert (low - high).norm() <= 2 * 2 * roundoff * high.norm()
+
+
+def test_oracle_output_requires_no_grad():
+    case = Case(2, 2, 1, head_dim=32, rotary_dim=16)
+    q_gate, *rest = torch_inputs(case)
+    outputs = call(triton_oracle.fused_qk_rmsnorm_rope_gate, case, [q_gate.clone().requires_grad_(), *rest])
+    assert not any(x.requires_grad for x in outputs)
+
+
+def test_interpreting_leaves_triton_as_it_was():
+    case = Case(1, 1, 1, head_dim=32, rotary_dim=16)
+    tensors = [x.cpu() for x in torch_inputs(case)]
+    places = tl, tl.core, tl.math, tl.tensor, tl.dtype, triton_oracle
+    before = [dict(vars(place)) for place in places]
+    call(triton_oracle.fused_qk_rmsnorm_rope_gate, case, tensors)
+    assert [dict(vars(place)) for place in places] == before
+
+
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing is compiled")
+@pytest.mark.parametrize(
+    "head_dim, aligned, lanes",
+    [(256, True, 2), (256, False, 2), (40, False, 2), (81, False, 2), (32, False, 1)],
+)
+def test_compiled_row_layout_does_not_depend_on_the_activations_addresses(head_dim, aligned, lanes):
+    """The order of the sum follows from the lanes that a thread holds: two neighbours, one up to 32 lanes.
+
+    `aligned`: whether Triton knows the addresses and strides of q_gate and k to be multiples of 16.
+    """
+    kernel = triton_oracle._qk_rmsnorm_rope_gate
+    block = triton.next_power_of_2(head_dim)
+    constants = {
+        "num_q_heads": 3,
+        "num_kv_heads": 1,
+        "head_dim": head_dim,
+        "half_rotary": 8,
+        "eps": 1e-6,
+        "norm_beta": 0.0,
+        "dtype": tl.bfloat16,
+        "row_block": block,
+        "half_block": 8,
+        "mrope_section": None,
+        "wide_offsets": False,
+        "position_stride": 1,
+        "position_axis_stride": 1,
+    }
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = "*i32" if name == "positions_ref" else "*bf16" if name.endswith("_ref") else "i32"
+        if aligned or not name.startswith(("q_gate_", "k_ref", "k_stride")):
+            attributes[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attributes)
+    num_warps = max(1, block // 64)
+    options = {"num_warps": num_warps, "num_stages": 2, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert compiled.metadata.enable_fp_fusion and compiled.metadata.num_warps == num_warps
+    ttgir = compiled.asm["ttgir"]
+    layout = re.search(r'"tt\.reduce".*?: \(tensor<\d+xf32, (#\w+)>\) -> f32', ttgir, re.DOTALL).group(1)
+    assert f"{layout} = #ttg.blocked<{{sizePerThread = [{lanes}], threadsPerWarp = [32]" in ttgir
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [40, 256])
+def test_compiled_oracle_gives_the_same_bits_from_any_address(gpu, head_dim):
+    case = Case(33, 3, 1, head_dim=head_dim, rotary_dim=16)
+    q_gate, k, *rest = torch_inputs(case)
+    want = call(triton_oracle.fused_qk_rmsnorm_rope_gate, case, [q_gate, k, *rest])
+    shifted = [torch.cat([x[:, :1], x], dim=1)[:, 1:] for x in (q_gate, k)]
+    assert all(x.data_ptr() % 16 and x.stride(0) % 2 for x in shifted)
+    assert_same_bits(call(triton_oracle.fused_qk_rmsnorm_rope_gate, case, [*shifted, *rest]), want)
+
+
+@pytest.mark.gpu
+def test_compiled_oracle_reaches_offsets_past_2_to_the_31(gpu):
+    case = Case(2, 2, 1)
+    q_gate, *rest = torch_inputs(case)
+    memory = torch.zeros(2**31 + q_gate.shape[1], dtype=q_gate.dtype, device=q_gate.device)
+    far = memory.as_strided(q_gate.shape, (2**31, 1))
+    far.copy_(q_gate)
+    got = call(triton_oracle.fused_qk_rmsnorm_rope_gate, case, [far, *rest])
+    assert_same_bits(got, call(triton_oracle.fused_qk_rmsnorm_rope_gate, case, [q_gate, *rest]))
+
+
+CASE = Case(4, 3, 2, head_dim=64, rotary_dim=16)
+MROPE = (3, 3, 2)
+SIZES = "Pass the number that this device's tensors hold."
+ROTARY = (
+    "rotary_dim must be a positive even integer <= head_dim, got rotary_dim={}, head_dim=64. "
+    "For a config with a partial_rotary_factor, pass int(partial_rotary_factor * head_dim)."
+)
+EPS = "eps must be finite and at least 0, got {}. Model configs call it rms_norm_eps and the like."
+SECTION = (
+    "mrope_section must be three integers >= 0 that sum to rotary_dim // 2 = 8, got {}. "
+    "Pass the counts of time, height and width frequencies, such as (11, 11, 10) for rotary_dim=64."
+)
+PLAIN_POSITIONS = "positions must have shape (4,), got {}. Its sizes: (3, num_tokens) positions need mrope_section."
+MROPE_POSITIONS = (
+    "positions must have shape (3, 4), got {}. "
+    "Its sizes: one row each for time, height and width; leave mrope_section out for 1-D positions."
+)
+TABLE = "cos_sin_cache must have shape (max_position, 16), got {}. Its sizes: rotary_dim, each row [cos | sin]."
+DEVICE = "{} must be on the device of q_gate, cpu, got meta. Move it with to(q_gate.device)."
+
+
+def zeros(*shape, dtype="bfloat16", device="cpu"):
+    return torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
+
+
+BAD_CALLS = [
+    (ValueError, f"num_q_heads must be at least 1, got 0. {SIZES}", {"num_q_heads": 0}),
+    (ValueError, f"num_kv_heads must be at least 1, got -1. {SIZES}", {"num_kv_heads": -1}),
+    (ValueError, f"head_dim must be at least 1, got 0. {SIZES}", {"head_dim": 0}),
+    (TypeError, "num_q_heads must be an integer, got 3.0 of type float. Pass a Python int.", {"num_q_heads": 3.0}),
+    (TypeError, "head_dim must be an integer, got True of type bool. Pass a Python int.", {"head_dim": True}),
+    (TypeError, "rotary_dim must be an integer, got '16' of type str. Pass a Python int.", {"rotary_dim": "16"}),
+    (ValueError, ROTARY.format(0), {"rotary_dim": 0}),
+    (ValueError, ROTARY.format(-2), {"rotary_dim": -2}),
+    (ValueError, ROTARY.format(7), {"rotary_dim": 7}),
+    (ValueError, ROTARY.format(66), {"rotary_dim": 66}),
+    (ValueError, EPS.format("-1e-06"), {"eps": -1e-6}),
+    (ValueError, EPS.format("nan"), {"eps": float("nan")}),
+    (
+        TypeError,
+        "eps must be a real number, got a torch.Tensor of shape () and dtype torch.float32. Pass a Python float.",
+        {"eps": torch.tensor(1e-6)},
+    ),
+    (
+        ValueError,
+        "norm_beta must be finite, got inf. Pass 1.0 for weights stored minus one (Gemma, Qwen3.5), else 0.0.",
+        {"norm_beta": float("inf")},
+    ),
+    (
+        TypeError,
+        "norm_beta must be a real number, got None of type NoneType. Pass a Python float.",
+        {"norm_beta": None},
+    ),
+    (TypeError, SECTION.format("8 of type int"), {"mrope_section": 8}),
+    (TypeError, SECTION.format("(3.0, 3, 2) of type tuple"), {"mrope_section": (3.0, 3, 2)}),
+    (ValueError, SECTION.format("(4, 4)"), {"mrope_section": [4, 4]}),
+    (ValueError, SECTION.format("(4, 4, 4)"), {"mrope_section": (4, 4, 4)}),
+    (ValueError, SECTION.format("(9, -1, 0)"), {"mrope_section": (9, -1, 0)}),
+    (
+        TypeError,
+        "q_gate must be a torch tensor, got a numpy.ndarray of shape (4, 384) and dtype float32. "
+        "Convert it with torch.as_tensor.",
+        {"q_gate": np.zeros((4, 384), np.float32)},
+    ),
+    (
+        TypeError,
+        "k must have the dtype of q_gate, bfloat16, got float16. Cast one to the other.",
+        {"k": zeros(4, 128, dtype="float16")},
+    ),
+    (
+        TypeError,
+        "q_weight must be bfloat16 (as q_gate) or float32, got float16. Cast it with to().",
+        {"q_weight": zeros(64, dtype="float16")},
+    ),
+    (
+        TypeError,
+        "k_weight must be float32, got bfloat16. Cast it with to().",
+        {
+            "q_gate": zeros(4, 384, dtype="float32"),
+            "k": zeros(4, 128, dtype="float32"),
+            "q_weight": zeros(64, dtype="float32"),
+        },
+    ),
+    (
+        TypeError,
+        "cos_sin_cache must be bfloat16 (as q_gate) or float32, got float64. Cast it with to().",
+        {"cos_sin_cache": zeros(8, 16, dtype="float64")},
+    ),
+    (
+        ValueError,
+        "q_gate must have shape (num_tokens, 384), got (4, 192). Its sizes: num_q_heads * 2 * head_dim.",
+        {"q_gate": zeros(4, 192)},
+    ),
+    (
+        ValueError,
+        "q_gate must have shape (num_tokens, 384), got (2, 2, 384). Its sizes: num_q_heads * 2 * head_dim.",
+        {"q_gate": zeros(2, 2, 384)},
+    ),
+    (
+        ValueError,
+        "k must have shape (4, 128), got (5, 128). Its sizes: num_kv_heads * head_dim.",
+        {"k": zeros(5, 128)},
+    ),
+    (ValueError, "k must have shape (4, 128), got (4, 64). Its sizes: num_kv_heads * head_dim.", {"k": zeros(4, 64)}),
+    (ValueError, "q_weight must have shape (64,), got (32,). Its sizes: head_dim.", {"q_weight": zeros(32)}),
+    (ValueError, "k_weight must have shape (64,), got (1, 64). Its sizes: head_dim.", {"k_weight": zeros(1, 64)}),
+    (ValueError, TABLE.format("(8, 8)"), {"cos_sin_cache": zeros(8, 8)}),
+    (
+        ValueError,
+        "cos_sin_cache must have at least one row, got shape (0, 16). Build it for max_position >= 1.",
+        {"cos_sin_cache": zeros(0, 16)},
+    ),
+    (ValueError, PLAIN_POSITIONS.format("(5,)"), {"positions": zeros(5, dtype="int32")}),
+    (ValueError, PLAIN_POSITIONS.format("(3, 4)"), {"positions": zeros(3, 4, dtype="int32")}),
+    (ValueError, MROPE_POSITIONS.format("(4,)"), {"mrope_section": MROPE}),
+    (
+        ValueError,
+        MROPE_POSITIONS.format("(2, 4)"),
+        {"mrope_section": MROPE, "positions": zeros(2, 4, dtype="int32")},
+    ),
+    (ValueError, DEVICE.format("k"), {"k": zeros(4, 128, device="meta")}),
+    (ValueError, DEVICE.format("positions"), {"positions": zeros(4, dtype="int32", device="meta")}),
+]
+
+
+def bad_call(function, changes):
+    tensors = {
+        "q_gate": zeros(4, 384),
+        "k": zeros(4, 128),
+        "q_weight": zeros(64),
+        "k_weight": zeros(64),
+        "cos_sin_cache": zeros(8, 16),
+        "positions": zeros(4, dtype="int32"),
+    }
+    return function(**(tensors | CASE.static_arguments | changes))
+
+
+@pytest.mark.parametrize("exception, message, changes", BAD_CALLS, ids=[message[:40] for _, message, _ in BAD_CALLS])
+def test_a_bad_call_names_rule_value_and_remedy(function, exception, message, changes):
+    with pytest.raises(exception, match=f"^{re.escape(message)}$"):
+        bad_call(function, changes)
+
+
+def test_the_good_call_is_good(function):
+    bad_call(function, {})
+
+
+@pytest.mark.parametrize(
+    "name, exception, message, changes",
+    [
+        (
+            "reference",
+            TypeError,
+            "q_gate must be float16, bfloat16, float32 or float64, got int8. Cast it with to().",
+            {"q_gate": zeros(4, 384, dtype="int8")},
+        ),
+        (
+            "oracle",
+            TypeError,
+            "q_gate must be float16, bfloat16 or float32, got float64. Cast it with to().",
+            {"q_gate": zeros(4, 384, dtype="float64")},
+        ),
+        (
+            "reference",
+            TypeError,
+            "positions must be int8, int16, int32, int64, uint8, uint16, uint32 or uint64, got bool. "
+            "Cast them with to(torch.int64).",
+            {"positions": zeros(4, dtype="bool")},
+        ),
+        (
+            "oracle",
+            TypeError,
+            "positions must be int32 or int64, got int16. Cast them with to(torch.int64).",
+            {"positions": zeros(4, dtype="int16")},
+        ),
+        (
+            "oracle",
+            ValueError,
+            "k must be contiguous in its last dimension, got strides (1, 4). Call contiguous().",
+            {"k": zeros(128, 4).T},
+        ),
+        (
+            "oracle",
+            ValueError,
+            "q_weight must be contiguous in its last dimension, got strides (2,). Call contiguous().",
+            {"q_weight": zeros(128)[::2]},
+        ),
+    ],
+)
+def test_a_bad_call_of_one_function(name, exception, message, changes):
+    with pytest.raises(exception, match=f"^{re.escape(message)}$"):
+        bad_call(FUNCTIONS[name], changes)
+
+
+def test_the_oracle_names_the_devices_that_it_runs_on():
+    tensors = {
+        name: zeros(*shape, dtype=dtype, device="meta")
+        for name, shape, dtype in [
+            ("q_gate", (4, 384), "bfloat16"),
+            ("k", (4, 128), "bfloat16"),
+            ("q_weight", (64,), "bfloat16"),
+            ("k_weight", (64,), "bfloat16"),
+            ("cos_sin_cache", (8, 16), "bfloat16"),
+            ("positions", (4,), "int32"),
+        ]
+    }
+    message = "the kernel runs on cpu and cuda tensors, got meta. Move them with to('cpu')."
+    with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}$"):
+        bad_call(triton_oracle.fused_qk_rmsnorm_rope_gate, tensors)
+
+
+CALL_BOTH = """
+import sys, torch
+from torch_ref import reference, triton_oracle
+for module in (reference, triton_oracle):
+    module.fused_qk_rmsnorm_rope_gate(
+        torch.ones(1, 64), torch.ones(1, 32), torch.ones(32), torch.ones(32), torch.ones(4, 8), torch.zeros(1).int(),
+        1e-6, 1, 1, 32, 8,
+    )
+{}
+sys.exit("jax" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("extra, seen", [("", 0), ("import pallas_qk", 1)])
+def test_jax_is_never_imported(extra, seen):
+    """And the probe sees it where it is."""
+    assert subprocess.run([sys.executable, "-c", CALL_BOTH.format(extra)], timeout=120).returncode == seen

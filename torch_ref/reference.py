@@ -1,0 +1,119 @@
+"""The operation in eager PyTorch, step by step as a model writes it: to read, and to differentiate."""
+
+import torch
+
+from torch_ref._checks import check_static, check_tensors
+
+ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+POSITION_DTYPES = (
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)
+
+
+def fused_qk_rmsnorm_rope_gate(
+    q_gate: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    positions: torch.Tensor,
+    eps: float,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    mrope_section: list[int] | tuple[int, int, int] | None = None,
+    norm_beta: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normalises and rotates q and k per head and splits off the gate.
+
+    T tokens, Hq query heads, Hkv key heads, D head_dim, R rotary_dim. Each head x of D lanes becomes
+
+        y = round(x / sqrt(mean(x^2) + eps) * (weight + norm_beta))
+        out[j]       = y[j] * cos[j] - y[j + R/2] * sin[j]
+        out[j + R/2] = y[j + R/2] * cos[j] + y[j] * sin[j]        for j < R/2
+        out[R:]      = y[R:]
+
+    Args:
+      q_gate: (T, Hq*2*D), each head [q | gate]; float16, bfloat16, float32 or float64.
+      k: (T, Hkv*D), dtype of `q_gate`.
+      q_weight, k_weight: (D,), the dtype of `q_gate` or float32.
+      cos_sin_cache: (max_position, R), each row [cos | sin]; the dtype of `q_gate` or float32.
+      positions: (T,), or (3, T) with `mrope_section`; any integer dtype.
+      eps: added to the mean of squares.
+      num_q_heads, num_kv_heads, head_dim, rotary_dim: Hq, Hkv, D and R; R is even and at most D.
+      mrope_section: counts of time, height and width frequencies, interleaved: frequency j reads row a of
+        `positions`, a in (1, 2), if j % 3 == a and j < 3 * mrope_section[a], else row 0.
+      norm_beta: added to the weights; 1 for weights stored around zero.
+
+    Returns:
+      q_out (T, Hq*D), k_out (T, Hkv*D) and gate_out (T, Hq*D) in the dtype of `q_gate`, each in memory of its own.
+
+    Raises:
+      ValueError: a shape or value breaks a rule above, or the tensors lie on different devices.
+      TypeError: a dtype or type does.
+
+    Numerics: float32 inside, float64 for float64. `round` is the trip to the dtype of `q_gate` and back, nothing for
+    float32 and float64; autograd takes it for the identity and rounds the gradient that passes it likewise. A
+    position outside the table gives NaN in the lanes (both halves) whose frequency reads it, and nowhere else. The
+    gate keeps its bits.
+
+    Semantics from `fused_qk_rmsnorm_rope_gate` of vLLM 0.33.0, which leaves positions outside the table undefined.
+    """
+    static = check_static(eps, num_q_heads, num_kv_heads, head_dim, rotary_dim, mrope_section, norm_beta)
+    tensors = (q_gate, k, q_weight, k_weight, cos_sin_cache, positions)
+    check_tensors(*tensors, static, activation_dtypes=ACTIVATION_DTYPES, position_dtypes=POSITION_DTYPES)
+    eps, num_q_heads, num_kv_heads, head_dim, rotary_dim, mrope_section, norm_beta = static
+
+    num_tokens = q_gate.shape[0]
+    compute_dtype = torch.float64 if q_gate.dtype == torch.float64 else torch.float32
+    cos, sin = _gather_cos_sin(cos_sin_cache.to(compute_dtype), positions, mrope_section)
+
+    q, gate = q_gate.reshape(num_tokens, num_q_heads, 2, head_dim).unbind(dim=2)
+    q_out = _rotate(_rms_norm(q, q_weight, eps, norm_beta), cos, sin)
+    k_out = _rotate(_rms_norm(k.reshape(num_tokens, num_kv_heads, head_dim), k_weight, eps, norm_beta), cos, sin)
+    return (
+        q_out.to(q_gate.dtype).flatten(1),
+        k_out.to(k.dtype).flatten(1),
+        gate.flatten(1).clone(memory_format=torch.contiguous_format),
+    )
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, norm_beta: float) -> torch.Tensor:
+    """(T, heads, D) in float32 or float64, holding values that the dtype of `x` can represent."""
+    compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = x.to(compute_dtype)
+    inv_rms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    y = wide * inv_rms * (weight.to(compute_dtype) + norm_beta)
+    return y.to(x.dtype).to(compute_dtype)
+
+
+def _gather_cos_sin(
+    table: torch.Tensor, positions: torch.Tensor, mrope_section: tuple[int, int, int] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two (T, 1, R/2) tensors, one value a token and frequency."""
+    rotary_dim = table.shape[1]
+    rows = positions.to(torch.int64)  # a uint64 position past 2^63 turns negative, and so stays outside the table
+    inside = (rows >= 0) & (rows < table.shape[0])
+    values = table[rows.where(inside, 0)].masked_fill(~inside[..., None], float("nan"))
+    if mrope_section is not None:
+        frequency = torch.arange(rotary_dim // 2, device=table.device)
+        axis = torch.zeros_like(frequency)
+        for a in (1, 2):
+            axis[(frequency % 3 == a) & (frequency < 3 * mrope_section[a])] = a
+        lane = torch.arange(rotary_dim, device=table.device)
+        values = values[axis.repeat(2), :, lane].T  # (3, T, R) -> (R, T) -> (T, R)
+    return values[:, None].chunk(2, dim=-1)
+
+
+def _rotate(y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = cos.shape[-1]
+    y1, y2, rest = y.split([half, half, y.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([y1 * cos - y2 * sin, y2 * cos + y1 * sin, rest], dim=-1)

@@ -1,0 +1,257 @@
+"""The operation as one Triton kernel, with the arithmetic of vLLM 0.33.0's: the bits that GPU kernels here must give.
+
+On a CUDA tensor the kernel is compiled. On a CPU tensor Triton's interpreter runs the same function in NumPy: slow,
+for tests.
+"""
+
+import functools
+import threading
+import types
+
+import torch
+import triton
+import triton.language as tl
+
+from torch_ref._checks import check_static, check_tensors
+
+ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+POSITION_DTYPES = (torch.int32, torch.int64)
+
+_TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+_sum = tl.sum  # a name of this module, so that the interpreter can be given another function under it
+
+
+def fused_qk_rmsnorm_rope_gate(
+    q_gate: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    positions: torch.Tensor,
+    eps: float,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    mrope_section: list[int] | tuple[int, int, int] | None = None,
+    norm_beta: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normalises and rotates q and k per head and splits off the gate, in one kernel.
+
+    `torch_ref.reference` has the formula. T tokens, Hq query heads, Hkv key heads, D head_dim, R rotary_dim.
+
+    Args:
+      q_gate: (T, Hq*2*D), each head [q | gate]; float16, bfloat16 or float32. Tokens may lie any distance apart.
+      k: (T, Hkv*D), dtype of `q_gate`. Tokens may lie any distance apart.
+      q_weight, k_weight: (D,), the dtype of `q_gate` or float32.
+      cos_sin_cache: (max_position, R), each row [cos | sin]; the dtype of `q_gate` or float32.
+      positions: (T,), or (3, T) with `mrope_section`; int32 or int64, each in [0, max_position).
+      eps: added to the mean of squares.
+      num_q_heads, num_kv_heads, head_dim, rotary_dim: Hq, Hkv, D and R; R is even and at most D.
+      mrope_section: counts of time, height and width frequencies, interleaved: frequency j reads row a of
+        `positions`, a in (1, 2), if j % 3 == a and j < 3 * mrope_section[a], else row 0.
+      norm_beta: added to the weights; 1 for weights stored around zero.
+
+    Returns:
+      q_out (T, Hq*D), k_out (T, Hkv*D) and gate_out (T, Hq*D) in the dtype of `q_gate`, dense.
+
+    Raises:
+      ValueError: a shape or value breaks a rule above, or the tensors lie on different devices.
+      TypeError: a dtype or type does.
+      NotImplementedError: the tensors lie neither on a CPU nor on a CUDA device.
+
+    Positions are trusted, as in the serving kernel: one outside the table reads memory outside it. Nothing is
+    synchronised and no value is read: the launch goes to the current stream of the tensors' device. Autograd doesn't
+    see the kernel: take gradients from `torch_ref.reference`.
+
+    Numerics: float32 inside, rounded to the dtype of `q_gate` between norm and rotation. Compiled and with 16-bit
+    activations, equal in bits to vLLM 0.33.0's kernel. Interpreted, the order of the sum, the inverse square root and
+    the rounding to bfloat16 are NumPy's and the interpreter's own. The gate keeps its bits.
+
+    Semantics from `fused_qk_rmsnorm_rope_gate` of vLLM 0.33.0; float32 activations and checked shapes are added.
+    """
+    static = check_static(eps, num_q_heads, num_kv_heads, head_dim, rotary_dim, mrope_section, norm_beta)
+    tensors = (q_gate, k, q_weight, k_weight, cos_sin_cache, positions)
+    check_tensors(*tensors, static, activation_dtypes=ACTIVATION_DTYPES, position_dtypes=POSITION_DTYPES)
+    eps, num_q_heads, num_kv_heads, head_dim, rotary_dim, mrope_section, norm_beta = static
+    for name, tensor in (
+        ("q_gate", q_gate),
+        ("k", k),
+        ("q_weight", q_weight),
+        ("k_weight", k_weight),
+        ("cos_sin_cache", cos_sin_cache),
+    ):
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            strides = tensor.stride()
+            raise ValueError(
+                f"{name} must be contiguous in its last dimension, got strides {strides}. Call contiguous()."
+            )
+    device = q_gate.device
+    if device.type not in ("cpu", "cuda"):
+        raise NotImplementedError(f"the kernel runs on cpu and cuda tensors, got {device}. Move them with to('cpu').")
+
+    num_tokens = q_gate.shape[0]
+    q_out = torch.empty((num_tokens, num_q_heads * head_dim), dtype=q_gate.dtype, device=device)
+    k_out = torch.empty((num_tokens, num_kv_heads * head_dim), dtype=q_gate.dtype, device=device)
+    gate_out = torch.empty_like(q_out)
+    if num_tokens == 0:
+        return q_out, k_out, gate_out
+
+    if q_weight.dtype != k_weight.dtype:  # the kernel picks one of the two pointers, so they need one type
+        q_weight, k_weight = q_weight.float(), k_weight.float()
+    if device.type == "cpu":
+        kernel, context = _interpreted(), _interpreter_lock
+    else:
+        kernel, context = _qk_rmsnorm_rope_gate, torch.cuda.device(device)
+    lanes = triton.next_power_of_2(head_dim)
+    with context:
+        kernel[num_tokens, num_q_heads + num_kv_heads](
+            q_gate,
+            k,
+            _aligned(q_weight),
+            _aligned(k_weight),
+            cos_sin_cache,
+            positions,
+            q_out,
+            k_out,
+            gate_out,
+            q_gate.stride(0),
+            k.stride(0),
+            cos_sin_cache.stride(0),
+            positions.stride(-1),
+            positions.stride(0),
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            half_rotary=rotary_dim // 2,
+            eps=eps,
+            norm_beta=norm_beta,
+            dtype=_TRITON_DTYPES[q_gate.dtype],
+            row_block=lanes,
+            half_block=triton.next_power_of_2(rotary_dim // 2),
+            mrope_section=mrope_section,
+            # Only where a token's offset needs 64 bits: they are 13 instructions more in each program, of 158.
+            wide_offsets=(num_tokens - 1) * max(rows.stride(0) for rows in (q_gate, k, q_out, k_out)) >= 2**31,
+            # What decides bits: the order of the row's sum follows num_warps, and products are fused into sums.
+            # Triton's default is to fuse up to 3.9 alone.
+            num_warps=max(1, lanes // 64),
+            num_stages=2,
+            enable_fp_fusion=True,
+        )
+    return q_out, k_out, gate_out
+
+
+@triton.jit
+def _normalise(x, weight, inv_rms, norm_beta: tl.constexpr, dtype: tl.constexpr):
+    return (x * inv_rms * (weight.to(tl.float32) + norm_beta)).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _qk_rmsnorm_rope_gate(
+    q_gate_ref,
+    k_ref,
+    q_weight_ref,
+    k_weight_ref,
+    cos_sin_ref,
+    positions_ref,
+    q_out_ref,
+    k_out_ref,
+    gate_out_ref,
+    q_gate_stride,
+    k_stride,
+    cos_sin_stride,
+    position_stride,
+    position_axis_stride,
+    num_q_heads: tl.constexpr,
+    num_kv_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    half_rotary: tl.constexpr,
+    eps: tl.constexpr,
+    norm_beta: tl.constexpr,
+    dtype: tl.constexpr,
+    row_block: tl.constexpr,
+    half_block: tl.constexpr,
+    mrope_section: tl.constexpr,
+    wide_offsets: tl.constexpr,
+):
+    # One program: one head of one token. It reads the head's row, its weights and one table row, and writes the
+    # normalised and rotated row; a query head's program also copies the gate that follows the row.
+    token = tl.program_id(0)
+    if wide_offsets:
+        token = token.to(tl.int64)
+    head = tl.program_id(1)
+    if head < num_q_heads:
+        row_ref = q_gate_ref + token * q_gate_stride + head * (2 * head_dim)
+        out_ref = q_out_ref + token * (num_q_heads * head_dim) + head * head_dim
+        weight_ref = q_weight_ref
+    else:
+        row_ref = k_ref + token * k_stride + (head - num_q_heads) * head_dim
+        out_ref = k_out_ref + token * (num_kv_heads * head_dim) + (head - num_q_heads) * head_dim
+        weight_ref = k_weight_ref
+
+    lane = tl.arange(0, row_block)
+    in_row = lane < head_dim
+    x = tl.load(row_ref + lane, mask=in_row, other=0.0).to(tl.float32)
+    inv_rms = tl.rsqrt(_sum(x * x, axis=0) / head_dim + eps)
+    weight = tl.load(weight_ref + lane, mask=in_row, other=0.0)
+    y = _normalise(x, weight, inv_rms, norm_beta, dtype)
+    if 2 * half_rotary < head_dim:
+        tl.store(out_ref + lane, y, mask=in_row & (lane >= 2 * half_rotary))
+
+    # The two halves that rotate are loaded again, from L1: lanes of one register tile can't be paired up.
+    frequency = tl.arange(0, half_block)
+    in_half = frequency < half_rotary
+    x1 = tl.load(row_ref + frequency, mask=in_half, other=0.0).to(tl.float32)
+    x2 = tl.load(row_ref + half_rotary + frequency, mask=in_half, other=0.0).to(tl.float32)
+    weight1 = tl.load(weight_ref + frequency, mask=in_half, other=0.0)
+    weight2 = tl.load(weight_ref + half_rotary + frequency, mask=in_half, other=0.0)
+    y1 = _normalise(x1, weight1, inv_rms, norm_beta, dtype)
+    y2 = _normalise(x2, weight2, inv_rms, norm_beta, dtype)
+
+    position_ref = positions_ref + token * position_stride
+    position = tl.load(position_ref).to(tl.int64)
+    if mrope_section is not None:
+        height = tl.load(position_ref + position_axis_stride).to(tl.int64)
+        width = tl.load(position_ref + position_axis_stride + position_axis_stride).to(tl.int64)
+        reads_height = (frequency % 3 == 1) & (frequency < 3 * mrope_section[1])
+        reads_width = (frequency % 3 == 2) & (frequency < 3 * mrope_section[2])
+        position = tl.where(reads_height, height, tl.where(reads_width, width, position))
+    cos_ref = cos_sin_ref + position * cos_sin_stride + frequency
+    cos = tl.load(cos_ref, mask=in_half, other=0.0).to(tl.float32)
+    sin = tl.load(cos_ref + half_rotary, mask=in_half, other=0.0).to(tl.float32)
+    # The compiler fuses one product of each line into the sum; which one follows from their order.
+    rotated1 = y1 * cos - y2 * sin
+    rotated2 = y2 * cos + y1 * sin
+    tl.store(out_ref + frequency, rotated1, mask=in_half)
+    tl.store(out_ref + half_rotary + frequency, rotated2, mask=in_half)
+
+    if head < num_q_heads:
+        gate = tl.load(row_ref + head_dim + lane, mask=in_row, other=0.0)
+        tl.store(gate_out_ref + token * (num_q_heads * head_dim) + head * head_dim + lane, gate, mask=in_row)
+
+
+def _aligned(weight: torch.Tensor) -> torch.Tensor:
+    # Triton lays a row out for the widest access to any row of the program. Weights at a 16-byte boundary give each
+    # thread two neighbouring lanes whatever the strides and alignment of the activations, and with that one order of
+    # the sum (seen in the compiled layouts of Triton 3.6 and 3.9).
+    return weight if weight.data_ptr() % 16 == 0 else weight.clone()
+
+
+_interpreter_lock = threading.Lock()  # the interpreter replaces functions of triton.language while it runs
+
+
+@functools.cache
+def _interpreted():
+    # TRITON_INTERPRET would switch the whole process; this interprets one kernel, where a call asks for it. The copy
+    # has globals of its own, because the interpreter adds to them, and in them plain Python for each jitted function.
+    from triton.runtime.interpreter import InterpretedFunction
+
+    function = _qk_rmsnorm_rope_gate.fn
+    names = {
+        name: value.fn if isinstance(value, triton.JITFunction | InterpretedFunction) else value
+        for name, value in function.__globals__.items()
+    }
+    copy = types.FunctionType(function.__code__, names, function.__name__)
+    copy.__annotations__ = function.__annotations__
+    return InterpretedFunction(copy)
