@@ -105,23 +105,29 @@ class MosaicForward:
 
     `layout` says which lanes of a row one thread holds. "chunks": the same few lanes of each of the D/C chunks of C
     lanes. "halves": vectors in pairs R/2 lanes apart. "row": consecutive vectors, the partners loaded once more.
-    A row has 32/rows_per_warp threads, or fewer where it is too short. With `late_weights` the weights are loaded
-    after the sum of squares: 32 registers a thread instead of 40, and all 2048 threads of an SM resident.
+    A row has 32/rows_per_warp threads, or fewer where it is too short. `weights` says when they are loaded: "first",
+    beside x, "after_gate", which is stored before, or "after_sum", of the squares, for fewer registers.
     """
 
     layout: Layout
     rows_per_warp: int
     num_warpgroups: int = 1
-    late_weights: bool = False
+    weights: str = "first"
 
 
 def mosaic_forward(spec: Spec) -> MosaicForward:
-    """The configuration for `spec`: eight lanes a thread, as far as a warp has threads for them.
+    """The configuration for `spec`.
 
-    Mosaic GPU compiles every kernel with `.minnctapersm 1`, under which ptxas spends registers for latency: with 16
-    lanes a thread 62 where it would take 48 (D = 256, bf16, sm_90a, CUDA 12.9 and 13.0). Eight lanes keep occupancy.
+    H200, bf16, D = 256, R = 64. Eight lanes a thread are one row a warp; 16 take 62 registers where 48 would do, since
+    Mosaic GPU compiles with `.minnctapersm 1`, under which ptxas spends them. With the weights loaded after the sum
+    eight lanes take 32, so that an SM holds 2048 threads, and lead where memory binds (135.5 us against 137.4 with 40
+    registers and 137.7 with chunks, T = 16384, 16/2 heads); where latency binds, the weights come first (1.09 against
+    1.28 us at T = 1), and in between chunks with two rows a warp lead (2.62 against 2.78 us at T = 256, 6.27 against
+    6.83 at T = 1024 with 16/2; from T = 1024 with 32/2 heads they no longer do).
     """
-    d, r = spec.head_dim, spec.rotary_dim
+    d, r, num_rows = spec.head_dim, spec.rotary_dim, spec.num_tokens * spec.num_q_heads
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(d)))
+    if 512 <= num_rows < 32768 and d // chunk_lanes(d, r) <= 16:
+        return MosaicForward("chunks", 2 * rows_per_warp)
     layout = "halves" if is_power_of_2(d) and is_power_of_2(r) else "row"
-    return MosaicForward(layout, rows_per_warp, late_weights=spec.num_tokens >= 1024)
+    return MosaicForward(layout, rows_per_warp, weights="first" if num_rows < 512 else "after_sum")

@@ -189,14 +189,17 @@ def _forward_thread(
         if gate_out is not None:
             gate = [v.load(source + head_dim) for v in gate_vectors]
         angles = [table.load(table_rows, rotation.frequency, layout.lanes) for rotation in rotations]
-        if not config.late_weights:
+        if config.weights == "first":
             weights = [v.load(weight) for v in vectors]
         if gate_out is not None:
             for v, words in zip(gate_vectors, gate, strict=True):
                 v.store(gate_out.row(row, head_dim), words)
+        if config.weights == "after_gate":
+            # A store that might alias them comes first: neither it nor the loads before it can sink.
+            weights = [v.load(weight) for v in vectors]
 
         total = _tree_sum(xs, vectors, layout, head_dim)
-        if config.late_weights:
+        if config.weights == "after_sum":
             # The sum's sign bit is 0 (PTX's NaN has none either), which the compiler can't know: the loads stay behind.
             sign = _shr(arith.bitcast(ir.IntegerType.get_signless(32), total), 31)
             weights = [v.load(weight + sign) for v in vectors]

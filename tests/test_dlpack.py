@@ -451,7 +451,7 @@ def test_torch_memory_goes_back_after_the_device_has_passed(waits):
 
 
 def test_jax_memory_goes_back_after_the_device_has_passed(waits):
-    array = jnp.ones(64) + 1
+    array = jnp.ones(64, device=jax.devices("cpu")[0])
     tensor = to_torch(array)
     held = weakref.ref(array)
     del array

@@ -23,17 +23,17 @@ from pallas_qk import _mosaic_gpu
 from tests.mosaic_interpreter import emitted, execute
 
 CONFIGS = [
-    MosaicForward(layout, rows_per_warp, num_warpgroups, late_weights)
-    for layout, rows_per_warp, num_warpgroups, late_weights in [
-        ("chunks", 1, 1, False),
-        ("chunks", 2, 1, True),
-        ("chunks", 4, 2, False),
-        ("halves", 1, 1, False),
-        ("halves", 1, 2, True),
-        ("halves", 2, 1, True),
-        ("halves", 4, 1, False),
-        ("row", 1, 1, True),
-        ("row", 2, 1, False),
+    MosaicForward(layout, rows_per_warp, num_warpgroups, weights)
+    for layout, rows_per_warp, num_warpgroups, weights in [
+        ("chunks", 1, 1, "first"),
+        ("chunks", 2, 1, "after_sum"),
+        ("chunks", 4, 2, "after_gate"),
+        ("halves", 1, 1, "first"),
+        ("halves", 1, 2, "after_sum"),
+        ("halves", 2, 1, "after_gate"),
+        ("halves", 4, 1, "first"),
+        ("row", 1, 1, "after_sum"),
+        ("row", 2, 1, "first"),
     ]
 ]
 CASES = [
@@ -263,7 +263,7 @@ def test_gates_keep_nan_payloads_and_rows_their_nans():
     q_gate.view(np.uint16)[1, 1, 256:260] = 0x7F81, 0xFFC5, 0xFF80, 0x7FFF
     q_gate[2, 0, 17] = np.nan
     q_gate[3, 1, 200] = np.inf
-    got = execute(forward_of(case, MosaicForward("halves", 1, late_weights=True)), q_gate, *rest)
+    got = execute(forward_of(case, MosaicForward("halves", 1, weights="after_sum")), q_gate, *rest)
     assert_same_bits(got[2:], [q_gate[..., 256:]])
     nan = np.isnan(got[0].astype(np.float32))
     assert nan[2, 0].all() and nan[3, 1, 200] and nan.any(axis=-1).sum() == 2

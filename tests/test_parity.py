@@ -62,8 +62,9 @@ def test_int64_positions(gpu, implementation):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("value", ["zero", "nan", "inf", "negative zero weights"])
-def test_special_rows(gpu, implementation, dtype, value):
-    case = Case(33, 3, 1, dtype=dtype)
+@pytest.mark.parametrize("num_tokens", [33, 16384])
+def test_special_rows(gpu, implementation, dtype, value, num_tokens):
+    case = Case(num_tokens, 3, 1, dtype=dtype)
     inputs = make_inputs(case)
     if value == "negative zero weights":
         inputs = dataclasses.replace(inputs, q_weight=jnp.full_like(inputs.q_weight, -0.0))

@@ -20,7 +20,15 @@ class Static(NamedTuple):
     norm_beta: float
 
 
-def check_static(eps, num_q_heads, num_kv_heads, head_dim, rotary_dim, mrope_section=None, norm_beta=0.0) -> Static:
+def check_static(
+    eps: float,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    mrope_section: list[int] | tuple[int, int, int] | None,
+    norm_beta: float,
+) -> Static:
     heads = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     for name, value in (heads | {"rotary_dim": rotary_dim}).items():
         if not _is_integer(value):
@@ -36,12 +44,25 @@ def check_static(eps, num_q_heads, num_kv_heads, head_dim, rotary_dim, mrope_sec
             f"got rotary_dim={rotary_dim}, head_dim={head_dim}. "
             "For a config with a partial_rotary_factor, pass int(partial_rotary_factor * head_dim)."
         )
-    stored = "Pass 1.0 for weights stored minus one (Gemma, Qwen3.5), else 0.0."
+    real_eps = _check_real("eps", eps)
+    if not math.isfinite(real_eps) or real_eps < 0:
+        raise ValueError(
+            f"eps must be finite and at least 0, got {eps}. Model configs call it rms_norm_eps and the like."
+        )
+    real_norm_beta = _check_real("norm_beta", norm_beta)
+    if not math.isfinite(real_norm_beta):
+        raise ValueError(
+            f"norm_beta must be finite, got {norm_beta}. "
+            "Pass 1.0 for weights stored minus one (Gemma, Qwen3.5), else 0.0."
+        )
     return Static(
-        _check_real("eps", eps, "finite and at least 0", "Model configs call it rms_norm_eps and the like.", minimum=0),
-        *(operator.index(n) for n in (num_q_heads, num_kv_heads, head_dim, rotary_dim)),
-        _check_mrope_section(mrope_section, rotary_dim),
-        _check_real("norm_beta", norm_beta, "finite", stored),
+        eps=real_eps,
+        num_q_heads=operator.index(num_q_heads),
+        num_kv_heads=operator.index(num_kv_heads),
+        head_dim=operator.index(head_dim),
+        rotary_dim=operator.index(rotary_dim),
+        mrope_section=_check_mrope_section(mrope_section, rotary_dim),
+        norm_beta=real_norm_beta,
     )
 
 
@@ -91,8 +112,10 @@ def check_tensors(
     _check_shape("k_weight", k_weight, (head_dim,), "head_dim")
     _check_shape("cos_sin_cache", cos_sin_cache, ("max_position", rotary_dim), "rotary_dim, each row [cos | sin]")
     if cos_sin_cache.shape[0] < 1:
-        got = tuple(cos_sin_cache.shape)
-        raise ValueError(f"cos_sin_cache must have at least one row, got shape {got}. Build it for max_position >= 1.")
+        raise ValueError(
+            f"cos_sin_cache must have at least one row, got shape {tuple(cos_sin_cache.shape)}. "
+            "Build it for max_position >= 1."
+        )
     if static.mrope_section is None:
         _check_shape("positions", positions, (num_tokens,), "(3, num_tokens) positions need mrope_section")
     else:
@@ -114,11 +137,9 @@ def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int | str, ...], 
         raise ValueError(f"{name} must have shape ({inner}), got {tuple(tensor.shape)}. Its sizes: {hint}.")
 
 
-def _check_real(name: str, value: float, rule: str, remedy: str, *, minimum: float = -math.inf) -> float:
+def _check_real(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {_describe(value)}. Pass a Python float.")
-    if not math.isfinite(value) or value < minimum:
-        raise ValueError(f"{name} must be {rule}, got {value}. {remedy}")
     return float(value)
 
 
@@ -132,7 +153,8 @@ def _check_mrope_section(mrope_section, rotary_dim: int) -> tuple[int, int, int]
     section = tuple(operator.index(n) for n in mrope_section)
     if len(section) != 3 or min(section) < 0 or sum(section) != rotary_dim // 2:
         raise ValueError(f"{rule}, got {section}. {remedy}")
-    return section
+    time, height, width = section
+    return time, height, width
 
 
 def _is_integer(value) -> bool:

@@ -110,7 +110,8 @@ def _gather_cos_sin(
             axis[(frequency % 3 == a) & (frequency < 3 * mrope_section[a])] = a
         lane = torch.arange(rotary_dim, device=table.device)
         values = values[axis.repeat(2), :, lane].T  # (3, T, R) -> (R, T) -> (T, R)
-    return values[:, None].chunk(2, dim=-1)
+    cos, sin = values[:, None].chunk(2, dim=-1)
+    return cos, sin
 
 
 def _rotate(y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -100,12 +100,9 @@ def fused_qk_rmsnorm_rope_gate(
 
     if q_weight.dtype != k_weight.dtype:  # the kernel picks one of the two pointers, so they need one type
         q_weight, k_weight = q_weight.float(), k_weight.float()
-    if device.type == "cpu":
-        kernel, context = _interpreted(), _interpreter_lock
-    else:
-        kernel, context = _qk_rmsnorm_rope_gate, torch.cuda.device(device)
     lanes = triton.next_power_of_2(head_dim)
-    with context:
+    kernel = _interpreted() if device.type == "cpu" else _qk_rmsnorm_rope_gate
+    with _interpreter_lock if device.type == "cpu" else torch.cuda.device(device):
         kernel[num_tokens, num_q_heads + num_kv_heads](
             q_gate,
             k,
@@ -134,7 +131,7 @@ def fused_qk_rmsnorm_rope_gate(
             # Only where a token's offset needs 64 bits: they are 13 instructions more in each program, of 158.
             wide_offsets=(num_tokens - 1) * max(rows.stride(0) for rows in (q_gate, k, q_out, k_out)) >= 2**31,
             # What decides bits: the order of the row's sum follows num_warps, and products are fused into sums.
-            # Triton's default is to fuse up to 3.9 alone.
+            # Triton fuses by default up to 3.9 only.
             num_warps=max(1, lanes // 64),
             num_stages=2,
             enable_fp_fusion=True,
