@@ -1,4 +1,4 @@
-"""Executes on a CPU, in NumPy, the code that the Mosaic GPU kernel is lowered to for CUDA.
+"""Executes on a CPU, in NumPy, the code that the Mosaic GPU kernels are lowered to for CUDA.
 
 Pallas's interpret mode can't run `inline_mgpu` bodies, and would not see what they emit. Here every thread of every
 program takes part in every operation: a value is an array (programs, threads), or a list of them for a vector.
@@ -24,26 +24,42 @@ WARP = 32
 
 
 def execute(function, *args: jax.Array | np.ndarray, programs: slice = slice(None)) -> list[np.ndarray]:
-    """The results of `function(*args)`, which must be one Mosaic GPU kernel between reshapes.
+    """The results of `function(*args)`, which must be Mosaic GPU kernels in a row, with reshapes between them.
 
-    `programs` of the grid may be picked; the others leave their part of the results zero.
+    `programs` of the first kernel's grid may be picked; the others leave their part of its results zero.
     """
-    kernel = emitted(function, *args)
-    inputs = [np.asarray(args[argument]) for argument in kernel.arguments]
-    memories = [_Memory(a) for a in inputs] + [_Memory(None, out) for out in kernel.outputs]
-    launch = _Launch(memories, programs)
-    with mlir.make_ir_context() as context:
-        launch.run(_module(context, kernel.code))
-    results = memories[len(inputs) :]
-    assert programs != slice(None) or all(r.written.all() for r in results), "a result is not written in full"
-    return [r.bytes.view(out.dtype).reshape(out.shape) for r, out in zip(results, kernel.outputs, strict=True)]
+    program = emitted(function, *args)
+    arrays = {_Argument(i): np.asarray(arg) for i, arg in enumerate(args)}
+    for index, kernel in enumerate(program.kernels):
+        picked = programs if index == 0 else slice(None)
+        inputs = [_Memory(arrays[key].reshape(shape)) for key, shape in kernel.inputs]
+        results = [_Memory(None, out) for out in kernel.outputs]
+        with mlir.make_ir_context() as context:
+            _Launch(inputs + results, picked).run(_module(context, kernel.code))
+        assert picked != slice(None) or all(r.written.all() for r in results), "a result is not written in full"
+        for place, (result, out) in enumerate(zip(results, kernel.outputs, strict=True)):
+            arrays[_Output(index, place)] = result.bytes.view(out.dtype).reshape(out.shape)
+    return [arrays[key].reshape(shape) for key, shape in program.results]
+
+
+class _Argument(NamedTuple):
+    """An array that the function is given."""
+
+    index: int
+
+
+class _Output(NamedTuple):
+    """An array that one of the kernels writes."""
+
+    kernel: int
+    index: int
 
 
 class Kernel(NamedTuple):
-    """The one kernel that a function is lowered to for CUDA."""
+    """One kernel, its inputs with the shape it sees them in, and what it writes."""
 
     code: bytes  # of the MLIR module
-    arguments: list[int]  # of the function, in the kernel's order
+    inputs: list[tuple[_Argument | _Output, tuple[int, ...]]]
     outputs: list[jax.ShapeDtypeStruct]
 
     def __str__(self) -> str:
@@ -51,13 +67,51 @@ class Kernel(NamedTuple):
             return str(_module(context, self.code))
 
 
-def emitted(function, *args) -> Kernel:
+class Program(NamedTuple):
+    """The kernels that a function is lowered to for CUDA, in their order, and the function's results."""
+
+    kernels: list[Kernel]
+    results: list[tuple[_Argument | _Output, tuple[int, ...]]]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.kernels))
+
+
+def emitted(function, *args) -> Program:
     shapes = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args)
-    lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
-    program = lowered.compiler_ir()
-    (call,) = (op for op in _operations(program.operation) if _is_kernel(op))
-    code = call.attributes["mhlo.backend_config"]["module"].value_bytes
-    return Kernel(code, [_argument(operand) for operand in call.operands], jax.tree.leaves(lowered.out_info))
+    program = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).compiler_ir()
+    (main,) = program.body.operations
+    *operations, end = main.regions[0].blocks[0].operations
+    calls: list[ir.Operation] = []
+    kernels = []
+
+    def source(value: ir.Value) -> tuple[_Argument | _Output, tuple[int, ...]]:
+        shape = tuple(ir.RankedTensorType(value.type).shape)
+        while not isinstance(value.owner, ir.Block) and value.owner.name in _RESHAPES:
+            (value,) = value.owner.operands
+        if isinstance(value.owner, ir.Block):
+            return _Argument(ir.BlockArgument(value).arg_number), shape
+        return _Output(calls.index(value.owner), ir.OpResult(value).result_number), shape
+
+    for call in (op.operation for op in operations):
+        if call.name in _RESHAPES:
+            continue
+        assert call.name == "stablehlo.custom_call", call
+        assert call.attributes["call_target_name"].value.startswith("mosaic_gpu"), call
+        code = call.attributes["mhlo.backend_config"]["module"].value_bytes
+        outputs = [_shape_dtype(result.type) for result in call.results]
+        kernels.append(Kernel(code, [source(operand) for operand in call.operands], outputs))
+        calls.append(call)
+    return Program(kernels, [source(result) for result in end.operands])
+
+
+_RESHAPES = ("stablehlo.reshape", "stablehlo.broadcast_in_dim")
+
+
+def _shape_dtype(kind: ir.Type) -> jax.ShapeDtypeStruct:
+    tensor = ir.RankedTensorType(kind)
+    dtypes = {"f16": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32}
+    return jax.ShapeDtypeStruct(tensor.shape, dtypes[str(tensor.element_type)])
 
 
 def _module(context: ir.Context, code: bytes) -> ir.Module:
@@ -66,25 +120,6 @@ def _module(context: ir.Context, code: bytes) -> ir.Module:
     module = ir.Module.parse(code)
     passmanager.PassManager.parse("builtin.module(mosaic_gpu-serde{serialize=false})").run(module.operation)
     return module
-
-
-def _operations(op):
-    for region in op.regions:
-        for block in region.blocks:
-            for inner in block.operations:
-                yield inner.operation
-                yield from _operations(inner.operation)
-
-
-def _is_kernel(op) -> bool:
-    return op.name == "stablehlo.custom_call" and op.attributes["call_target_name"].value.startswith("mosaic_gpu")
-
-
-def _argument(value: ir.Value) -> int:
-    while not isinstance(value.owner, ir.Block):
-        assert value.owner.name in ("stablehlo.reshape", "stablehlo.broadcast_in_dim"), value.owner
-        (value,) = value.owner.operands
-    return ir.BlockArgument(value).arg_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +251,7 @@ _ELEMENTWISE = {
     "arith.minui": np.minimum,
     "arith.andi": np.bitwise_and,
     "arith.ori": np.bitwise_or,
+    "arith.xori": np.bitwise_xor,
     "arith.shli": np.left_shift,
     "arith.shrui": np.right_shift,
     "arith.select": np.where,
@@ -252,8 +288,12 @@ class _Launch:
                 self._launch(op)
             elif op.name == "scf.if" and not op.results:
                 self._if(op)
+            elif op.name == "scf.for":
+                self._for(op)
             elif op.name == "llvm.store":
                 self._store(op)
+            elif op.name == "llvm.inline_asm" and not op.results and "prefetch" in op.attributes["asm_string"].value:
+                self._prefetch(op)
             else:
                 # What this kernel has no use for (barriers, elections, shared memory) stays without a value.
                 operands = [self.values.get(operand) for operand in op.operands]
@@ -272,14 +312,47 @@ class _Launch:
         self._block(block)
 
     def _if(self, op) -> None:
-        condition = np.atleast_2d(self.values[op.operands[0]])
-        assert (condition == condition[:, :1]).all(), "threads of a program part ways"
+        condition = np.asarray(self.values[op.operands[0]])
         outer = self.active
         for region, taken in zip(op.regions, (condition, ~condition), strict=True):
             self.active = outer & taken
             for block in region.blocks:
                 self._block(block)
         self.active = outer
+
+    def _for(self, op) -> None:
+        index, stop, step, *carried = (self.values[operand] for operand in op.operands)
+        (block,) = op.regions[0].blocks
+        *_, end = block.operations
+        outer = self.active
+        while (active := outer & (_signed(index) < _signed(stop))).any():
+            self.active = active
+            for argument, value in zip(block.arguments, (index, *carried), strict=True):
+                self.values[argument] = value
+            self._block(block)
+            new = (self.values[operand] for operand in end.operands)
+            carried = [np.where(active, a, b) for a, b in zip(new, carried, strict=True)]
+            index = index + step
+        self.active = outer
+        for result, value in zip(op.results, carried, strict=True):
+            self.values[result] = value
+
+    def _prefetch(self, op) -> None:
+        pointer = self.values[op.operands[0]]
+        offset, active = np.broadcast_arrays(pointer.offset, self.active)
+        self.memories[pointer.array].indices(offset, active, 1)
+
+    def _shuffle(self, op, operands) -> np.ndarray:
+        """The value that another thread of the warp holds."""
+        _, value, other, _ = operands
+        shape = (self.programs.size, self.threads.size)
+        warps = np.broadcast_to(self.active, shape).reshape(-1, WARP)
+        assert (warps == warps[:, :1]).all(), "threads of a warp part ways before a shuffle"
+        lane = np.arange(WARP, dtype=np.uint32)
+        other = np.broadcast_to(other, shape).reshape(-1, WARP)
+        assert (other < WARP).all()
+        source = lane ^ other if "bfly" in str(op.attributes["kind"]) else other
+        return np.take_along_axis(np.broadcast_to(value, shape).reshape(-1, WARP), source.astype(int), 1).reshape(shape)
 
     def _store(self, op) -> None:
         value, pointer = (self.values[operand] for operand in op.operands)
@@ -309,11 +382,8 @@ class _Launch:
                 return operands[0].view(_dtype(kind))
             case "arith.cmpi":
                 return _COMPARISONS[op.attributes["predicate"].value](*operands)
-            case "nvvm.shfl.sync" if "bfly" in str(op.attributes["kind"]):
-                _, value, distance, _ = operands
-                lanes = np.arange(self.threads.size)
-                assert int(distance) < WARP
-                return np.broadcast_to(value, (self.programs.size, lanes.size))[:, lanes ^ int(distance)]
+            case "nvvm.shfl.sync" if any(kind in str(op.attributes["kind"]) for kind in ("bfly", "idx")):
+                return self._shuffle(op, operands)
             case "vector.from_elements":
                 return list(operands)
             case "vector.extract":

@@ -159,7 +159,7 @@ REFUSED = {
         lambda: torch.zeros(4, device="meta"),
         "tensor must lie on a CPU or GPU, got meta. Move it with tensor.cpu().",
     ),
-    "complex32": (
+    "float8": (
         TypeError,
         lambda: torch.zeros(4, dtype=torch.int16).view(torch.float8_e4m3fn),
         f"tensor must be one of {DTYPE_NAMES}, got float8_e4m3fn. Cast it with tensor.to().",
