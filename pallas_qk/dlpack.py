@@ -67,12 +67,12 @@ def from_torch(tensor: torch.Tensor, *, copy: bool = False) -> jax.Array:
     _check_torch_device(tensor)
     with _current_device(tensor.device):
         if copy:
-            tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
+            tensor = tensor.resolve_conj().resolve_neg().contiguous()
             if tensor.is_pinned() or _misalignment(tensor):
                 tensor = tensor.clone()
         else:
             _check_torch_values(tensor)
-        # A tensor of our own over the same memory: nothing but JAX refers to it, so it dies with JAX's last reference.
+        # A tensor of our own over the same memory. Nothing but JAX refers to it, so it dies with JAX's last reference.
         exported = tensor.detach()
         array = jax.dlpack.from_dlpack(exported, copy=False)
     if _runs_behind_the_host(tensor.device):
@@ -226,8 +226,8 @@ def _check_jax_device(array: jax.Array, device: jax.Device) -> None:
 
 
 def _misalignment(tensor: torch.Tensor) -> int:
-    """Bytes past the last address where XLA lets an array start; 0 for a tensor without elements."""
-    return tensor.data_ptr() % _ALIGNMENT[tensor.device.type] if tensor.numel() else 0
+    """Bytes past the last address where XLA lets an array start; torch puts a tensor without elements at 0."""
+    return tensor.data_ptr() % _ALIGNMENT[tensor.device.type]
 
 
 def _current_device(device: torch.device) -> contextlib.AbstractContextManager:

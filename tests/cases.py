@@ -142,6 +142,7 @@ SMALL_CASES = (
     Case(2, 3, 2, head_dim=192, rotary_dim=48, dtype="float32"),
     Case(2, 1, 3, head_dim=512, rotary_dim=256, cache_dtype="float32", weight_dtype="float32"),
     Case(11, 24, 4, mrope_section=(11, 11, 10)),
+    Case(7, 3, 1, mrope_section=(18, 5, 9)),  # both limits fall inside the table
     Case(5, 4, 2, head_dim=128, rotary_dim=64, mrope_section=(16, 8, 8), dtype="float16", norm_beta=1.0),
     Case(3, 4, 4, head_dim=128, rotary_dim=128, mrope_section=(24, 20, 20), cache_dtype="float32"),
     Case(23, 16, 2, rotary_dim=256, weight_dtype="float32", cache_dtype="float32"),

@@ -292,7 +292,7 @@ class _Launch:
                 self._for(op)
             elif op.name == "llvm.store":
                 self._store(op)
-            elif op.name == "llvm.inline_asm" and not op.results and "prefetch" in op.attributes["asm_string"].value:
+            elif op.name == "llvm.inline_asm" and "prefetch" in op.attributes["asm_string"].value:
                 self._prefetch(op)
             else:
                 # What this kernel has no use for (barriers, elections, shared memory) stays without a value.
