@@ -37,6 +37,7 @@ def parser(implementations: Sequence[str]) -> argparse.ArgumentParser:
     run.add_argument("--head-dim", type=positive, default=256)
     run.add_argument("--rotary-dim", type=positive, default=64)
     run.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="bfloat16")
+    run.add_argument("--op", choices=("forward", "backward"), default="forward", help="backward: gradients by jax.vjp")
     run.add_argument("--implementations", choices=implementations, nargs="+", default=list(implementations))
     run.add_argument("--repeats", type=positive, help="calls of each in a round; default: 40, down to 8 for long ones")
     run.add_argument("--rounds", type=positive, default=5)
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from benchmarks.run import Settings, run
 
             cases = suites.timed(options.tokens, options.heads, options.head_dim, options.rotary_dim, options.dtype)
-            settings = Settings(options.repeats, options.rounds, options.cache)
+            settings = Settings(options.repeats, options.rounds, options.cache, options.op)
             return run(cases, options.implementations, settings, options.output, options.commit)
         case "verify":
             from benchmarks.verify import verify

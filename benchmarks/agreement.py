@@ -38,12 +38,13 @@ class Agreement:
     rotated_distance: float
     kept: bool
     first: str  # the first element that differs
+    against: str = "oracle"
 
     @property
     def checked(self) -> dict[str, object]:
         """The `checked` field of a record."""
         return {
-            "against": "oracle",
+            "against": self.against,
             "promise": str(self.promise),
             "elements": self.elements,
             "differing": self.differing,

@@ -63,11 +63,11 @@ PROVIDERS: dict[str, Builder] = {
 }
 
 
-def copies(case: Case) -> Mapping[str, Call]:
+def copies(case: Case, op: str = "forward") -> Mapping[str, Call]:
     """Elementwise copies that move the case's bytes, half read and half written, in several tile sizes.
 
     The fastest of them is the ceiling. Kernels, not memcpy nodes: a memcpy is up to 1.5 times slower at 1 GB.
     """
     from benchmarks import gpu_kernels
 
-    return gpu_kernels.copy_calls(minimum_bytes(case))
+    return gpu_kernels.copy_calls(minimum_bytes(case, op))

@@ -32,10 +32,10 @@ def default_path(gpu: str) -> pathlib.Path:
     return ROOT / "benchmarks" / "results" / f"{gpu_slug(gpu)}.jsonl"
 
 
-def op_name(case: Case) -> str:
-    """The field `op`: "forward" is the plain contract, with 1-D positions and table and weights in the dtype of q."""
+def op_name(case: Case, op: str = "forward") -> str:
+    """The field `op`: "forward" and "backward" are the plain contract: 1-D positions, table and weights like q."""
     dtype = jnp.dtype(case.dtype)
-    parts = ["forward"]
+    parts = [op]
     if case.mrope_section is not None:
         parts.append("mrope")
     if jnp.dtype(case.cache_dtype or dtype) != dtype:
@@ -51,6 +51,7 @@ def make_row(
     samples: Samples,
     copy: Samples,
     *,
+    op: str = "forward",
     run: str,
     gpu: str,
     cache: str,
@@ -58,11 +59,11 @@ def make_row(
     versions: dict[str, str],
 ) -> dict[str, object]:
     """The fields of one line, in their order; times are device times of one call, copy those of the same run."""
-    total_bytes = minimum_bytes(case)
+    total_bytes = minimum_bytes(case, op)
     return {
         "run": run,
         "gpu": gpu,
-        "op": op_name(case),
+        "op": op_name(case, op),
         "implementation": implementation,
         "num_tokens": case.num_tokens,
         "num_q_heads": case.num_q_heads,

@@ -2,14 +2,14 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import torch
 
-from benchmarks import record, table
-from benchmarks.agreement import agreement
+from benchmarks import backward, record, table
+from benchmarks.agreement import Agreement, agreement
 from benchmarks.gpu_kernels import copied_words
 from benchmarks.progress import progress, say
 from benchmarks.providers import PROVIDERS, Builder, Call, copies, to_jax
@@ -24,6 +24,7 @@ class Settings:
     repeats: int | None = None
     rounds: int = 5
     cache: str = "hot"
+    op: str = "forward"
 
 
 class Checked(NamedTuple):
@@ -37,22 +38,25 @@ def run(
     cases: Sequence[Case], names: Sequence[str], settings: Settings, output: pathlib.Path | None, commit: str | None
 ) -> int:
     """Appends the rows and prints the tables; 0, or 1 if a promise was broken somewhere."""
+    if settings.op == "backward":
+        names = [name for name in names if name in backward.PROVIDERS]  # the oracle has none
     gpu, run_id, versions = record.gpu_name(), record.new_run_id(), record.versions(commit)
     output = output or record.default_path(gpu)
     measured: dict[Case, dict[str, Samples]] = {}
     all_kept = True
     for case in progress(cases, "run", lambda case: case.id):
-        calls, kept = check(case, make_inputs(case), {name: PROVIDERS[name] for name in names})
+        calls, kept = CHECKS[settings.op](case, make_inputs(case), names)
         all_kept &= kept
         measured[case] = samples = time(case, {name: checked.call for name, checked in calls.items()}, settings)
         # The copies were compared with their source, in words of four bytes, when they were built.
-        copied = {"against": "its source", "elements": copied_words(minimum_bytes(case)), "differing": 0}
+        copied = {"against": "its source", "elements": copied_words(minimum_bytes(case, settings.op)), "differing": 0}
         for name, sample in samples.items():
             row = record.make_row(
                 case,
                 name,
                 sample,
                 samples["copy"],
+                op=settings.op,
                 run=run_id,
                 gpu=gpu,
                 cache=settings.cache,
@@ -62,26 +66,46 @@ def run(
             record.append(output, row)
         del calls  # and with them the inputs, before the next case allocates its own
         torch.cuda.empty_cache()
-    print_tables(measured, names, f"{settings.cache} cache, {gpu}, run {run_id}")
+    print_tables(measured, names, f"{settings.op}, {settings.cache} cache, {gpu}, run {run_id}")
     print(f"Rows appended to {output}.")
     return int(not all_kept)
 
 
-def check(case: Case, inputs: Inputs, builders: Mapping[str, Builder]) -> tuple[dict[str, Checked], bool]:
-    """The calls that agree with the oracle as promised, and whether none broke its promise.
-
-    One that can't run the case is left out and named; it has promised nothing.
-    """
+def check_forward(case: Case, inputs: Inputs, names: Sequence[str]) -> tuple[dict[str, Checked], bool]:
+    """The calls that agree with the oracle as promised, and whether none broke its promise."""
     oracle = PROVIDERS["oracle"](case, inputs)
     want = to_jax(oracle())
+    builders = {name: PROVIDERS[name] for name in names if name != "oracle"}
+
+    def compare(name: str, got) -> Agreement:
+        return agreement(name, case, got, want, platform="gpu")
+
+    calls, kept = check(case, inputs, builders, compare)
+    if "oracle" in names:
+        checked = {"against": "none: the reference", "elements": 0, "differing": 0}
+        calls = {"oracle": Checked(oracle, checked), **calls}
+    return calls, kept
+
+
+def check_backward(case: Case, inputs: Inputs, names: Sequence[str]) -> tuple[dict[str, Checked], bool]:
+    """The calls whose gradients are the float32 ones, rounded; the oracle has none."""
+    want = backward.expected(case, inputs)
+    builders = {name: backward.PROVIDERS[name] for name in names}
+    return check(case, inputs, builders, lambda name, got: backward.agreement(case, got, want))
+
+
+CHECKS = {"forward": check_forward, "backward": check_backward}
+
+
+def check(
+    case: Case, inputs: Inputs, builders: Mapping[str, Builder], compare: Callable[[str, Any], Agreement]
+) -> tuple[dict[str, Checked], bool]:
+    """The calls that keep their promise, and whether all do. One that can't run the case is named and left out."""
     calls, kept = {}, True
     for name, build in builders.items():
-        if name == "oracle":
-            calls[name] = Checked(oracle, {"against": "none: the reference", "elements": 0, "differing": 0})
-            continue
         call = build(case, inputs)
         try:
-            result = agreement(name, case, jax.block_until_ready(call()), want, platform="gpu")
+            result = compare(name, jax.block_until_ready(call()))
         except NotImplementedError as error:
             say(f"{case.id}: {name} skipped: {error}")
             continue
@@ -95,7 +119,7 @@ def check(case: Case, inputs: Inputs, builders: Mapping[str, Builder]) -> tuple[
 
 def time(case: Case, calls: Mapping[str, Call], settings: Settings) -> dict[str, Samples]:
     """The samples of each call and of "copy", the fastest tile size of the copy ceiling."""
-    ceiling = copies(case)
+    ceiling = copies(case, settings.op)
     samples = measure(
         case, {**calls, **ceiling}, repeats=settings.repeats, rounds=settings.rounds, cache=settings.cache
     )

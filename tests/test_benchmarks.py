@@ -569,7 +569,9 @@ def test_run_records_only_what_keeps_its_promise(device, monkeypatch, tmp_path, 
     }
     monkeypatch.setattr(run, "PROVIDERS", played)
     monkeypatch.setattr(run, "to_jax", list)
-    monkeypatch.setattr(run, "copies", lambda case: {name: provider(t, None)(case, None) for name, t in COPIES.items()})
+    monkeypatch.setattr(
+        run, "copies", lambda case, op: {name: provider(t, None)(case, None) for name, t in COPIES.items()}
+    )
     output = tmp_path / "h.jsonl"
     assert run.run([case], list(played), run.Settings(repeats=2, rounds=2), output, "abc") == 1
 
@@ -635,3 +637,24 @@ def test_run_writes_one_checked_row_for_each_implementation(gpu, tmp_path, capsy
     }
     assert all(list(row) == list(FIELDS) for row in rows.values())
     assert "16/2 heads" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["xla", "xla_plain"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gradients_are_checked_before_they_are_timed(name, dtype):
+    from benchmarks import backward
+
+    case = Case(5, 3, 1, head_dim=64, rotary_dim=16, dtype=dtype)
+    inputs = make_inputs(case)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # xla_plain is a user's code
+        got = backward.PROVIDERS[name](case, inputs)()
+    want = backward.expected(case, inputs)
+    result = backward.agreement(case, got, want)
+    assert result.kept and result.elements == sum(x.size for x in got)
+    for spoiled in ([got[0] * 1.1, *got[1:]], [got[0], got[1], got[2] + 1, got[3]], [-got[0], *got[1:]]):
+        assert not backward.agreement(case, [x.astype(dtype) for x in spoiled], want).kept
+
+
+def test_backward_bytes_count_q_k_and_three_cotangents_in_and_two_gradients_out():
+    case = Case(7, 3, 2, head_dim=64, rotary_dim=16)
+    assert minimum_bytes(case, "backward") == 7 * (3 * (1 + 1 + 1 + 2) + 2 * (1 + 1 + 1)) * 64 * 2
