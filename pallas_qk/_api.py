@@ -1,13 +1,17 @@
 """The public functions: check, choose, call."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding
 
-from pallas_qk import _checks, _implementations
+from pallas_qk import _checks, _implementations, _vjp
 from pallas_qk._config import Options, Spec
 from pallas_qk._implementations import IMPLEMENTATIONS, Choice
+from pallas_qk._sharding import Call
 
 
 def fused_qk_rmsnorm_rope_gate(
@@ -112,6 +116,10 @@ def fused_qk_rmsnorm_rope_gate(
         rotary_dim=rotary_dim,
         mrope=options.mrope_section is not None,
     )
+    _checks.check_whole_heads("q_gate", num_q_heads, _num_shards_of_last_axis(q_gate))
+    _checks.check_whole_heads("k", num_kv_heads, _num_shards_of_last_axis(k))
+    spec = Spec(q_gate.shape[0], num_q_heads, num_kv_heads, head_dim, rotary_dim, str(q_gate.dtype))
+    _implementations.check_supported(spec, implementation)
     return _fused_qk_rmsnorm_rope_gate(
         q_gate,
         k,
@@ -119,47 +127,25 @@ def fused_qk_rmsnorm_rope_gate(
         k_weight,
         cos_sin_cache,
         _checks.canonical_positions(positions, cos_sin_cache.shape[0]),
-        num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        options=options,
-        implementation=implementation,
+        call=Call(head_dim, options, implementation),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("num_q_heads", "num_kv_heads", "head_dim", "options", "implementation"))
-def _fused_qk_rmsnorm_rope_gate(
-    q_gate,
-    k,
-    q_weight,
-    k_weight,
-    cos_sin_cache,
-    positions,
-    *,
-    num_q_heads,
-    num_kv_heads,
-    head_dim,
-    options,
-    implementation,
-):
+@functools.partial(jax.jit, static_argnames=("call",))
+def _fused_qk_rmsnorm_rope_gate(q_gate, k, q_weight, k_weight, cos_sin_cache, positions, *, call):
     """Jitted here, so that an eager call gives the bits of a call inside `jax.jit`."""
-    num_tokens = q_gate.shape[0]
+    rows = positions if positions.ndim == 2 else positions[None]
     with jax.named_scope("fused_qk_rmsnorm_rope_gate"):
-        q_out, k_out, gate_out = _implementations.forward(
-            q_gate.reshape(num_tokens, num_q_heads, 2 * head_dim),
-            k.reshape(num_tokens, num_kv_heads, head_dim),
-            q_weight,
-            k_weight,
-            cos_sin_cache,
-            positions if positions.ndim == 2 else positions[None],
-            options=options,
-            implementation=implementation,
-        )
-        return (
-            q_out.reshape(num_tokens, num_q_heads * head_dim),
-            k_out.reshape(num_tokens, num_kv_heads * head_dim),
-            gate_out.reshape(num_tokens, num_q_heads * head_dim),
-        )
+        return tuple(_vjp.forward(call, q_gate, k, q_weight, k_weight, cos_sin_cache, rows))
+
+
+def _num_shards_of_last_axis(x: jax.Array | np.ndarray) -> int:
+    """As far as it is known here: of arrays and in explicit meshes. The compiler's choice is checked when it is made."""
+    sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or len(sharding.spec) < x.ndim:
+        return 1
+    axes = sharding.spec[-1] or ()
+    return math.prod(sharding.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def default_implementation(

@@ -172,6 +172,34 @@ def _check_shape(name: str, array, shape: tuple[int | str, ...], remedy: str) ->
         raise ValueError(f"{name} must have shape ({inner}), got {tuple(array.shape)}. Its sizes: {remedy}.")
 
 
+def check_whole_heads(name: str, num_heads: int, num_shards: int) -> None:
+    """Refuses heads that are cut across devices. `name` is "q_gate" or "k"."""
+    if num_heads % num_shards:
+        heads = {"q_gate": "num_q_heads", "k": "num_kv_heads"}[name]
+        raise ValueError(
+            f"{name} must hold whole heads on each device, got {heads}={num_heads} over {num_shards} devices. "
+            f"Shard its last axis over a number of devices that divides {num_heads}, or leave it replicated there."
+        )
+
+
+def check_manual_axes(mesh: jax.sharding.AbstractMesh) -> None:
+    """Refuses a shard_map that leaves axes to the compiler, which gives us no part of such a mesh to partition."""
+    left = tuple(axis for axis in mesh.axis_names if axis not in mesh.manual_axes and mesh.shape[axis] > 1)
+    if left:
+        raise NotImplementedError(
+            f"inside shard_map every axis of the mesh must be manual, got axes {left} that are not. "
+            "Leave its axis_names out, or call the op in a second shard_map over these axes."
+        )
+
+
+def check_export(num_devices: int) -> None:
+    if num_devices > 1:
+        raise NotImplementedError(
+            f"jax.export for several devices needs the op inside jax.shard_map, got {num_devices} devices outside one. "
+            "Put it there: elsewhere the compiler asks Python how to partition it, which an exported program can't."
+        )
+
+
 def canonical_positions(positions: jax.Array | np.ndarray, max_position: int) -> jax.Array | np.ndarray:
     """Keeps NumPy's 64-bit positions outside the table outside it where JAX would narrow them to 32 bits."""
     if isinstance(positions, np.ndarray) and positions.dtype.itemsize == 8 and not jax.config.read("jax_enable_x64"):

@@ -99,40 +99,49 @@ def triton_forward(spec: Spec) -> TritonForward:
     return TritonForward("chunks" if chunks else "row")
 
 
-def rows_of_a_warp(head_dim: int, dtype: str) -> int:
-    """Rows of next_power_of_2(D) lanes that one warp covers with 16 bytes a thread; 1 for longer rows."""
-    itemsize = 4 if dtype == "float32" else 2
-    return max(1, 32 * 16 // (next_power_of_2(head_dim) * itemsize))
-
-
 @dataclasses.dataclass(frozen=True)
 class TritonBackward:
     """Launch configuration of the backward kernel on Pallas Triton.
 
     `q_programs` programs of one warp walk over the q rows and `k_programs` over the k rows, each by steps of
-    `tiles_per_step` tiles of `rows_of_a_warp` rows. Each leaves one tile of partial weight gradients.
+    `rows_per_step`, and each leaves that many rows of partial weight gradients. For `layout` see TritonForward.
     """
 
-    tiles_per_step: int
+    layout: Layout
+    rows_per_step: int
     q_programs: int
     k_programs: int
 
 
-def triton_backward(spec: Spec, mrope: bool, num_sms: int) -> TritonBackward:
+def triton_backward(spec: Spec, num_sms: int, *, mrope: bool = False, wide: bool = False) -> TritonBackward:
     """The configuration for `spec` on a GPU of `num_sms` streaming multiprocessors.
 
-    All programs are resident at once, as many as their registers allow, and no more than take the fewest steps.
+    `wide` says that the activations, the weights or the table are float32. Layout and rows, which decide bits, follow
+    from D, R and dtypes alone, so a token's gradients don't depend on the batch it is in.
+
+    All programs are resident at once, as many as their registers allow and no more than the fewest steps take: on an
+    H200 a second wave costs 10 to 60 us of 180.
     """
-    tiles_per_step, programs_per_sm = 1, 24 if mrope else 32
+    d, r = spec.head_dim, spec.rotary_dim
+    vector = 4 if spec.dtype == "float32" else 8  # lanes in 16 bytes
+    halves = is_power_of_2(r // 2) and d % r == 0 and is_power_of_2(d // r) and r // 2 >= vector
+    lanes = next_power_of_2(d) // 2 if halves else next_power_of_2(d)
+    rows = max(1, 32 * vector // lanes)
+    # Registers (jax 0.11.2, sm_90): 80 without mRoPE, up to 96 where something is float32. mRoPE loads three rows of
+    # the table: half the rows at a time, 8 bytes a thread, need 64.
+    programs_per_sm = 20 if wide or mrope else 24
+    if mrope and rows > 1:
+        rows, programs_per_sm = rows // 2, 28
+    programs_per_sm = max(1, programs_per_sm * 32 * vector // max(32 * vector, rows * lanes))
+
     k_cost = 0.7  # of a row of k, in rows of q
-    rows = rows_of_a_warp(spec.head_dim, spec.dtype) * tiles_per_step
-    q_steps, k_steps = (-(-spec.num_tokens * heads // rows) for heads in (spec.num_q_heads, spec.num_kv_heads))
     resident = programs_per_sm * num_sms
+    q_steps, k_steps = (-(-spec.num_tokens * heads // rows) for heads in (spec.num_q_heads, spec.num_kv_heads))
     steps = max(1, math.ceil((q_steps + k_cost * k_steps) / resident))
     while True:
         q_programs, k_programs = -(-q_steps // steps), -(-k_steps // math.floor(steps / k_cost))
         if q_programs + k_programs <= resident:
-            return TritonBackward(tiles_per_step, q_programs, k_programs)
+            return TritonBackward("halves" if halves else "row", rows, q_programs, k_programs)
         steps += 1
 
 
@@ -176,45 +185,48 @@ def mosaic_forward(spec: Spec) -> MosaicForward:
 class MosaicBackward:
     """Launch configuration of the backward kernel on Pallas Mosaic GPU.
 
-    Each of `q_warps` and `k_warps` warps walks over its share of q rows or of k rows, `rows_per_warp` at a time or more
-    where rows are short, and writes one row of partial weight gradients. A program has `num_warpgroups` of four warps.
+    Each of `q_warps` and `k_warps` warps walks over its share of q rows or of k rows and writes one row of partial
+    weight gradients. A row has 32/rows_per_warp threads, or fewer where it is too short; a program has `num_warpgroups`
+    of four warps.
     """
 
     rows_per_warp: int
     num_warpgroups: int
     q_warps: int
     k_warps: int
-    waves: int = 1
-    positions_ahead: bool = True
-    prefetch: str = ""
-    fence: str = "never"
 
 
-def mosaic_backward(spec: Spec, num_sms: int, *, mrope: bool, cache_itemsize: int) -> MosaicBackward:
-    """The configuration for `spec` on a GPU of `num_sms` streaming multiprocessors."""
+def mosaic_backward(spec: Spec, num_sms: int, *, num_axes: int, cache_itemsize: int) -> MosaicBackward:
+    """The configuration for `spec` on a GPU of `num_sms` streaming multiprocessors, with 1 or 3 rows of positions.
+
+    One program an SM, as large as the registers allow: that is exactly one resident wave whatever ptxas does, which has
+    to fit the program's threads into the 65536 registers of an SM.
+
+    H200, bf16, D = 256, R = 64, 16/2 heads, T = 16384 (copy 168.9 us): 24 warps an SM take 179.2 us, 28 190.2, 32 191.2
+    and 24 in six programs 180.6. A row of k takes as long as a row of q, though it moves three vectors where that moves
+    five: 179.2 against 180.5 us with 1.25 for it and, at 32 warps, 191.2 against 205.9 with 0.7. Two rows a warp
+    (188.8), an L2 prefetch (201.6) and several waves (188.6, and 20.2 against 14.4 at T = 1024) lost.
+    """
+    itemsize = 4 if spec.dtype == "float32" else 2
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(spec.head_dim)))
-    return mosaic_backward_of(spec, num_sms, rows_per_warp, 8 if not mrope else 7)
+    lanes = math.gcd(16 // itemsize, spec.head_dim, spec.rotary_dim // 2)
+    threads = min(32 // rows_per_warp, max(1, next_power_of_2(spec.head_dim) // lanes))
+    vectors, rotated = (-(-size // (threads * lanes)) for size in (spec.head_dim, spec.rotary_dim))
+    words, cache_words = (-(-lanes * size // 4) for size in (itemsize, cache_itemsize))
+    # What a thread holds at once: sums and weights; x, dy and the gate's cotangent; cos and sin at each axis and the
+    # masks that merge them. 16 registers more are enough without spills (sm_90a, CUDA 12.9 and 13.0).
+    held = 2 * vectors * lanes + 3 * vectors * words + (3 * num_axes - 1) * rotated * cache_words
+    num_warpgroups = max(1, min(6, 512 // (held + 16)))
 
-
-def mosaic_backward_of(
-    spec: Spec,
-    num_sms: int,
-    rows_per_warp: int,
-    num_warpgroups: int,
-    programs_per_sm: int = 1,
-    k_cost: float = 0.7,
-    **knobs,
-) -> MosaicBackward:
-    q_tiles, k_tiles = (-(-spec.num_tokens * h // rows_per_warp) for h in (spec.num_q_heads, spec.num_kv_heads))
-    resident = 4 * num_warpgroups * programs_per_sm * num_sms
-    k_load = k_cost * spec.num_kv_heads
-    k_warps = max(1, round(resident * k_load / (spec.num_q_heads + k_load)))
-    waves = knobs.get("waves", 1)
+    rows_per_tile = 32 // threads
+    q_tiles, k_tiles = (-(-spec.num_tokens * h // rows_per_tile) for h in (spec.num_q_heads, spec.num_kv_heads))
+    resident = 4 * num_warpgroups * num_sms
+    k_warps = min(resident - 1, max(1, round(resident * spec.num_kv_heads / (spec.num_q_heads + spec.num_kv_heads))))
     # No more warps than the longest share needs.
     q_warps, k_warps = (
-        waves * -(-tiles // (waves * -(-tiles // (warps * waves))))
-        for tiles, warps in ((q_tiles, resident - k_warps), (k_tiles, k_warps))
+        -(-tiles // -(-tiles // warps)) for tiles, warps in ((q_tiles, resident - k_warps), (k_tiles, k_warps))
     )
-    if programs_per_sm == 1:
-        num_warpgroups = min(num_warpgroups, -(-(q_warps + k_warps) // (4 * waves * num_sms)))
-    return MosaicBackward(rows_per_warp, num_warpgroups, q_warps, k_warps, **knobs)
+    # Few warps spread best in small programs. ptxas then takes more registers, which leave room for two fewer.
+    few = q_warps + k_warps <= 4 * (num_warpgroups - 2) * num_sms
+    num_warpgroups = 1 if few else min(num_warpgroups, -(-(q_warps + k_warps) // (4 * num_sms)))
+    return MosaicBackward(rows_per_warp, num_warpgroups, q_warps, k_warps)

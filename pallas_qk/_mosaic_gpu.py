@@ -11,6 +11,7 @@ every access, order of the sum, form of every rounding. Pallas's interpret mode 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -82,32 +83,60 @@ def forward(
     q_programs = pl.cdiv(num_tokens * num_q_heads, rows_per_program)
     k_programs = pl.cdiv(num_tokens * num_kv_heads, rows_per_program)
 
+    thread = functools.partial(
+        _forward_thread,
+        rows_per_program=rows_per_program,
+        programs=(q_programs, k_programs),
+        options=options,
+        config=config,
+        layout=layout,
+    )
+    q_out, k_out, gate_out = _launch(
+        FORWARD_NAME,
+        thread,
+        [q_gate, k, q_weight, k_weight, cos_sin_cache, positions],
+        [q_shape, k_shape, q_shape],
+        num_programs=q_programs + k_programs,
+        num_warpgroups=config.num_warpgroups,
+    )
+    return q_out, k_out, gate_out
+
+
+def _launch(
+    name: str,
+    thread: Callable[[Value, list["_Pointer"], list[tuple[int, ...]]], None],
+    inputs: list[jax.Array],
+    outputs: list[jax.ShapeDtypeStruct],
+    *,
+    num_programs: int,
+    num_warpgroups: int,
+) -> tuple[jax.Array, ...]:
+    """Runs `thread(program, pointers, shapes)`, of inputs and outputs, in every thread of every program."""
+
     def kernel(*refs):
-        thread = functools.partial(
-            _forward_thread,
-            arrays=[jax.ShapeDtypeStruct(ref.shape, ref.dtype) for ref in refs],
-            rows_per_program=rows_per_program,
-            programs=(q_programs, k_programs),
-            options=options,
-            config=config,
-            layout=layout,
-        )
+        arrays = [jax.ShapeDtypeStruct(ref.shape, ref.dtype) for ref in refs]
+
+        def body(launch_context, program, *refs):
+            del launch_context
+            pointers = [_Pointer.to(ref, array.dtype) for ref, array in zip(refs, arrays, strict=True)]
+            thread(program.registers.item(), pointers, [array.shape for array in arrays])
+
         arg_types = (plgpu.Layout.WG_SPLAT(()), *(plgpu.RefType() for _ in refs))
-        plgpu.inline_mgpu(arg_types=arg_types)(thread)(lax.axis_index(_GRID_AXIS), *refs)
+        plgpu.inline_mgpu(arg_types=arg_types)(body)(lax.axis_index(_GRID_AXIS), *refs)
 
     return plgpu.kernel(
         kernel,
-        out_type=(q_shape, k_shape, q_shape),
-        grid=(q_programs + k_programs,),
+        out_type=tuple(outputs),
+        grid=(num_programs,),
         grid_names=(_GRID_AXIS,),
         # A name for a single warpgroup would cost a second barrier at the start of each program.
-        num_threads=None if config.num_warpgroups == 1 else config.num_warpgroups,
-        thread_name=None if config.num_warpgroups == 1 else _WARPGROUP_AXIS,
-        kernel_name=FORWARD_NAME,
+        num_threads=None if num_warpgroups == 1 else num_warpgroups,
+        thread_name=None if num_warpgroups == 1 else _WARPGROUP_AXIS,
+        kernel_name=name,
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
-    )(q_gate, k, q_weight, k_weight, cos_sin_cache, positions)
+    )(*inputs)
 
 
 class _Layout(NamedTuple):
@@ -152,10 +181,10 @@ def _layout(config: MosaicForward, head_dim: int, rotary_dim: int, dtype: jnp.dt
 
 
 def _forward_thread(
-    launch_context,
-    program,
-    *refs: Value,
-    arrays: list[jax.ShapeDtypeStruct],
+    program: Value,
+    pointers: list["_Pointer"],
+    shapes: list[tuple[int, ...]],
+    *,
     rows_per_program: int,
     programs: tuple[int, int],
     options: Options,
@@ -167,12 +196,9 @@ def _forward_thread(
     x, gate and table are loaded before the first store. A row or vector past the end repeats the last one, with
     equal bits.
     """
-    del launch_context
-    q_gate, k, q_weight, k_weight, cache, positions, q_out, k_out, gate_out = (
-        _Pointer.to(ref, array.dtype) for ref, array in zip(refs, arrays, strict=True)
-    )
-    (num_tokens, num_q_heads, _), (_, num_kv_heads, head_dim) = arrays[0].shape, arrays[1].shape
-    table = _Table(cache, positions, arrays[4].shape[0], num_tokens, options)
+    q_gate, k, q_weight, k_weight, cache, positions, q_out, k_out, gate_out = pointers
+    (num_tokens, num_q_heads, _), (_, num_kv_heads, head_dim) = shapes[:2]
+    table = _Table(cache, positions, shapes[4][0], num_tokens, options)
     thread = mgpu.thread_idx()
     place = _and(thread, layout.threads - 1)
     vectors, rotations = _vectors_and_rotations(layout, place, head_dim, options.rotary_dim)
@@ -221,7 +247,7 @@ def _forward_thread(
 
     q_programs, k_programs = programs
     # Every period-th program is a k program, so that k rows are spread evenly among q rows.
-    program, period = program.registers.item(), (q_programs + k_programs) // k_programs
+    period = (q_programs + k_programs) // k_programs
     group = _div(program, period)
     is_k = arith.andi(_equal(_rem(program, period), period - 1), _below(group, k_programs))
     with mgpu.when(is_k):
@@ -346,18 +372,26 @@ class _Table:
     options: Options
 
     def rows(self, token: Value) -> list[tuple["_Pointer", Value]]:
-        """For each position of a token: its row of the table, and whether the table has it; row 0 stands for others.
+        """What `row` says of each position of a token."""
+        return [self.row(self.position(token, axis)) for axis in self.axes]
+
+    @property
+    def axes(self) -> range:
+        """The rows of `positions`."""
+        return range(1 if self.options.mrope_section is None else 3)
+
+    def position(self, token: Value, axis: int) -> Value:
+        return (self.positions + _resized(token, 64) + axis * self.num_tokens).load_integer()
+
+    def row(self, position: Value) -> tuple["_Pointer", Value]:
+        """A position's row of the table, and whether the table has it; row 0 stands for others.
 
         Compared in the given integer type, so that 2^32 + 3 is not 3; no address outside the table is formed.
         """
-        rows = []
-        for axis in range(1 if self.options.mrope_section is None else 3):
-            position = (self.positions + _resized(token, 64) + axis * self.num_tokens).load_integer()
-            limit = min(self.max_position, 2 ** (position.type.width - 1) - 1)
-            inside = _below(position, limit)  # unsigned: a negative position is a large one
-            (row,) = _select(inside, [_resized(position, 32)], [_constant(0, 32)])
-            rows.append((self.cache.row(row, self.options.rotary_dim), inside))
-        return rows
+        limit = min(self.max_position, 2 ** (position.type.width - 1) - 1)
+        inside = _below(position, limit)  # unsigned: a negative position is a large one
+        (row,) = _select(inside, [_resized(position, 32)], [_constant(0, 32)])
+        return self.cache.row(row, self.options.rotary_dim), inside
 
     def load(self, rows, frequency: Value, lanes: int) -> list[tuple[list[Value], list[Value]]]:
         """The words of cos and sin of consecutive frequencies, for each of the token's positions."""

@@ -1,6 +1,6 @@
 """The op in plain XLA: its definition, the implementation for CPU and TPU, and the fallback.
 
-T num_tokens, Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim.
+T num_tokens, Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim. Any leading axes may stand for T.
 """
 
 import jax
@@ -39,16 +39,86 @@ def forward(
 
 def norm_and_rope(x: jax.Array, weight: jax.Array, cos: jax.Array, sin: jax.Array, options: Options) -> jax.Array:
     """RMSNorm of each row of x (T, H, D) and rotation of its first R lanes by cos and sin (T, R/2)."""
-    half = options.rotary_dim // 2
     head_dim = x.shape[-1]
     x32 = x.astype(jnp.float32)
     mean_square = tree_sum(x32 * x32) / head_dim
-    weight = effective_weight(weight, options.norm_beta)[None, None, :]
+    weight = _over_rows(effective_weight(weight, options.norm_beta), x)
     y = x32 * lax.rsqrt(mean_square + options.eps)[..., None] * weight
-    y = round_trip(y, x.dtype)
+    return _rotate(round_trip(y, x.dtype), cos, sin).astype(x.dtype)
+
+
+def _rotate(y: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    half = cos.shape[-1]
     y1, y2, rest = y[..., :half], y[..., half : 2 * half], y[..., 2 * half :]
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    return jnp.concatenate([y1 * cos - y2 * sin, y1 * sin + y2 * cos, rest], axis=-1).astype(x.dtype)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    return jnp.concatenate([y1 * cos - y2 * sin, y1 * sin + y2 * cos, rest], axis=-1)
+
+
+def _over_rows(weight: jax.Array, x: jax.Array) -> jax.Array:
+    return weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+
+
+def backward(
+    q_gate: jax.Array,
+    k: jax.Array,
+    q_weight: jax.Array,
+    k_weight: jax.Array,
+    cos_sin_cache: jax.Array,
+    positions: jax.Array,
+    dq_out: jax.Array,
+    dk_out: jax.Array,
+    dgate_out: jax.Array,
+    *,
+    options: Options,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The arguments of `forward`, then cotangents dq_out (T, Hq, D), dk_out (T, Hkv, D) and dgate_out (T, Hq, D).
+
+    Returns dq_gate (T, Hq, 2*D), dk (T, Hkv, D) and, in float32, dq_weight (D,) and dk_weight (D,). Rounding counts as
+    the identity. The table's gradient is `table_gradient`.
+    """
+    head_dim = k.shape[-1]
+    cos, sin = cos_and_sin(cos_sin_cache, positions, options)
+    dq, dq_weight = norm_and_rope_backward(q_gate[..., :head_dim], q_weight, cos, sin, dq_out, options)
+    dk, dk_weight = norm_and_rope_backward(k, k_weight, cos, sin, dk_out, options)
+    return jnp.concatenate([dq, dgate_out], axis=-1), dk, dq_weight, dk_weight
+
+
+def norm_and_rope_backward(
+    x: jax.Array, weight: jax.Array, cos: jax.Array, sin: jax.Array, dout: jax.Array, options: Options
+) -> tuple[jax.Array, jax.Array]:
+    """dx, and dweight (D,) in float32, of `norm_and_rope`."""
+    x32 = x.astype(jnp.float32)
+    inv_rms = _inv_rms(x32, options.eps)
+    dy = _rotate(dout.astype(jnp.float32), cos, -sin)
+    dweight = jnp.sum(dy * x32 * inv_rms, axis=tuple(range(x.ndim - 1)))
+    g = dy * _over_rows(weight.astype(jnp.float32) + options.norm_beta, x) * inv_rms
+    dx = g - x32 * (inv_rms * inv_rms * jnp.mean(g * x32, axis=-1, keepdims=True))
+    return dx.astype(x.dtype), dweight
+
+
+def unrounded(
+    q_gate: jax.Array,
+    k: jax.Array,
+    q_weight: jax.Array,
+    k_weight: jax.Array,
+    cos_sin_cache: jax.Array,
+    positions: jax.Array,
+    *,
+    options: Options,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`forward` on float32 arrays, without any rounding to 16 bits: the function whose derivatives are the op's."""
+
+    def norm_and_rope(x, weight):
+        weight = _over_rows(weight + options.norm_beta, x)
+        return _rotate(x * _inv_rms(x, options.eps) * weight, cos, sin)
+
+    head_dim = k.shape[-1]
+    cos, sin = cos_and_sin(cos_sin_cache, positions, options)
+    return norm_and_rope(q_gate[..., :head_dim], q_weight), norm_and_rope(k, k_weight), q_gate[..., head_dim:]
+
+
+def _inv_rms(x: jax.Array, eps: float) -> jax.Array:
+    return lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
 def tree_sum(x: jax.Array) -> jax.Array:
@@ -95,10 +165,10 @@ def cos_and_sin(cos_sin_cache: jax.Array, positions: jax.Array, options: Options
     table = jnp.where(inside[..., None], cos_sin_cache[row].astype(jnp.float32), jnp.nan)  # (1 or 3, T, R)
     angles = table[0]
     if options.mrope_section is not None:
-        frequency = lax.rem(lax.iota(jnp.int32, 2 * half), jnp.int32(half))[None, :]
+        frequency = _over_rows(lax.rem(lax.iota(jnp.int32, 2 * half), jnp.int32(half)), angles)
         for axis in (1, 2):
             angles = jnp.where(mrope_mask(frequency, axis, options.mrope_section), table[axis], angles)
-    return angles[:, :half], angles[:, half:]
+    return angles[..., :half], angles[..., half:]
 
 
 def mrope_mask(frequency: jax.Array, axis: int, mrope_section: tuple[int, int, int]) -> jax.Array:

@@ -53,8 +53,8 @@ def forward(
     num_tokens, num_q_heads, _ = q_gate.shape
     _, num_kv_heads, head_dim = k.shape
     dtype = q_gate.dtype
-    q_shape = jax.ShapeDtypeStruct((num_tokens, num_q_heads, head_dim), dtype)
-    k_shape = jax.ShapeDtypeStruct((num_tokens, num_kv_heads, head_dim), dtype)
+    q_shape = output((num_tokens, num_q_heads, head_dim), dtype)
+    k_shape = output((num_tokens, num_kv_heads, head_dim), dtype)
     if num_tokens == 0:
         return jnp.zeros(q_shape.shape, dtype), jnp.zeros(k_shape.shape, dtype), jnp.zeros(q_shape.shape, dtype)
     if config is None:
@@ -78,6 +78,11 @@ def forward(
         interpret=interpret,
         name=FORWARD_NAME,
     )(q_gate.reshape(num_tokens, num_q_heads, 2, head_dim), k, q_weight, k_weight, cos_sin_cache, positions)
+
+
+def output(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    """The type of a kernel's output. shard_map wants to hear how it varies over a mesh; kernels are one device's code."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType())
 
 
 def _forward_kernel(
@@ -290,18 +295,27 @@ class _Arithmetic(NamedTuple):
     mean_plus_eps: Callable  # (sum (B, 1), D, eps) -> mean + eps
     rotate: Callable  # (y1, y2, cos, sin) -> (o1, o2), after y1 and y2 are rounded to the activation dtype
     narrow: Callable  # float32 -> activation dtype
+    fma: Callable  # a * b + c
+    dot2: Callable  # a * b + c * d, or with negate a * b - c * d
+    select: Callable  # (mask, a, b) -> a where the mask is set, else b
 
 
 def _plain_arithmetic(dtype) -> _Arithmetic:
+    def dot2(a, b, c, d, *, negate: bool = False):
+        return a * b - c * d if negate else a * b + c * d
+
     def rotate(y1, y2, cos, sin):
         y1, y2 = _reference.round_trip(y1, dtype), _reference.round_trip(y2, dtype)
-        return y1 * cos - y2 * sin, y1 * sin + y2 * cos
+        return dot2(y1, cos, y2, sin, negate=True), dot2(y1, sin, y2, cos)
 
     return _Arithmetic(
         effective_weight=_reference.effective_weight,
         mean_plus_eps=lambda s, head_dim, eps: s / head_dim + eps,
         rotate=rotate,
         narrow=lambda y: y.astype(dtype),
+        fma=lambda a, b, c: a * b + c,
+        dot2=dot2,
+        select=jnp.where,
     )
 
 
@@ -318,6 +332,11 @@ def _ptx_arithmetic(dtype, mrope: bool) -> _Arithmetic:
         head_dim, eps = (jnp.full(s.shape, value, jnp.float32) for value in (head_dim, eps))
         code = "{ .reg .f32 r; rcp.approx.ftz.f32 r, $2; fma.rn.f32 $0, $1, r, $3; }"
         return _ptx(code, "=f,f,f,f", s.dtype, s, head_dim, eps)
+
+    def fma(a, b, c):
+        shape = jnp.broadcast_shapes(a.shape, b.shape, c.shape)
+        args = [jnp.broadcast_to(x, shape) for x in (a, b, c)]
+        return _ptx("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", jnp.float32, *args)
 
     def dot2(a, b, c, d, *, negate: bool = False):
         # a * b + c * d or a * b - c * d, the second product rounded, the first fused: with a float32 table other forms
@@ -340,6 +359,11 @@ def _ptx_arithmetic(dtype, mrope: bool) -> _Arithmetic:
     def narrow(y):
         return y if dtype == jnp.float32 else _ptx(f"{convert} $0, $2, $1;", "=r,r,r", dtype, y, pack=2)
 
+    def select(mask, a, b):
+        # 32 bits an instruction, and no predicate for each lane.
+        bits = jnp.where(mask, -1, 0).astype({2: jnp.int16, 4: jnp.int32}[a.dtype.itemsize])
+        return _ptx("lop3.b32 $0, $1, $2, $3, 0xca;", "=r,r,r,r", a.dtype, bits, a, b, pack=4 // a.dtype.itemsize)
+
     # Two lanes a conversion: a single F2F is a quarter-rate unit (146.6 against 140.2 us, T = 16384, 16/2 heads).
     convert, widen = {
         "bfloat16": ("cvt.rn.bf16x2.f32", "shl.b32 $0, t, 16; and.b32 $1, t, 0xffff0000;"),
@@ -349,7 +373,7 @@ def _ptx_arithmetic(dtype, mrope: bool) -> _Arithmetic:
         ),
         "float32": ("", ""),
     }[str(dtype)]
-    return _Arithmetic(effective_weight, mean_plus_eps, rotate, narrow)
+    return _Arithmetic(effective_weight, mean_plus_eps, rotate, narrow, fma, dot2, select)
 
 
 def _ptx(code: str, constraints: str, dtype, *args: jax.Array, pack: int = 1) -> jax.Array:
@@ -360,9 +384,11 @@ def _ptx(code: str, constraints: str, dtype, *args: jax.Array, pack: int = 1) ->
     )[0]
 
 
-def _load(ref, index, mask=None):
-    other = None if mask is None else jnp.zeros((), ref.dtype)
-    return plt.load(_at(ref, index), mask=mask, other=other)
+def _load(ref, index, mask=None, other=None):
+    """Where the mask is not set: `other`, or 0."""
+    if mask is None:
+        return plt.load(_at(ref, index))
+    return plt.load(_at(ref, index), mask=mask, other=jnp.zeros((), ref.dtype) if other is None else other)
 
 
 def _store(ref, index, value, mask=None):

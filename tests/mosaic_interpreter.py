@@ -211,6 +211,7 @@ _PTX = {
     "rcp.approx.ftz.f32": lambda x: _canonical(_flushed(1 / _flushed(x))),
     "rsqrt.approx.ftz.f32": lambda x: _canonical((1 / np.sqrt(_flushed(x).astype(np.float64))).astype(np.float32)),
     "fma.rn.f32": _fma,
+    "mov.b64": lambda x: x,
     "cvt.rn.bf16x2.f32": _packed(ml_dtypes.bfloat16),
     "cvt.rn.f16x2.f32": _packed(np.float16),
     "cvt.rn.bf16.f32": lambda x: _rounded(x, ml_dtypes.bfloat16),
@@ -292,8 +293,8 @@ class _Launch:
                 self._for(op)
             elif op.name == "llvm.store":
                 self._store(op)
-            elif op.name == "llvm.inline_asm" and "prefetch" in op.attributes["asm_string"].value:
-                self._prefetch(op)
+            elif op.name == "llvm.inline_asm" and "pmevent" in op.attributes["asm_string"].value:
+                pass
             else:
                 # What this kernel has no use for (barriers, elections, shared memory) stays without a value.
                 operands = [self.values.get(operand) for operand in op.operands]
@@ -336,11 +337,6 @@ class _Launch:
         self.active = outer
         for result, value in zip(op.results, carried, strict=True):
             self.values[result] = value
-
-    def _prefetch(self, op) -> None:
-        pointer = self.values[op.operands[0]]
-        offset, active = np.broadcast_arrays(pointer.offset, self.active)
-        self.memories[pointer.array].indices(offset, active, 1)
 
     def _shuffle(self, op, operands) -> np.ndarray:
         """The value that another thread of the warp holds."""

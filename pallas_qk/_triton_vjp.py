@@ -1,0 +1,304 @@
+"""The op's backward pass as Pallas GPU kernels on the Triton backend.
+
+T num_tokens, Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim, L next_power_of_2(D), B rows of a tile.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jax.extend import backend
+
+from pallas_qk import _reference
+from pallas_qk._config import (
+    Options,
+    Spec,
+    TritonBackward,
+    next_power_of_2,
+    triton_backward,
+)
+from pallas_qk._triton import (
+    _LAYOUTS,
+    _and,
+    _Arithmetic,
+    _div,
+    _iota,
+    _load,
+    _plain_arithmetic,
+    _ptx_arithmetic,
+    _rem,
+    _rows,
+    _store,
+    output,
+)
+
+BACKWARD_NAME = "pallas_qk_triton_backward"
+WEIGHT_SUM_NAME = "pallas_qk_triton_weight_sum"
+
+_SUM_COLUMNS = 8  # of one program: 32 bytes, the unit of L2
+_SUM_ROWS = 4096  # of one tile of partials
+_SUM_ROWS_OF_A_WARP = 256  # 64 values a thread
+_H200_SMS = 132
+
+
+def backward(
+    q_gate: jax.Array,
+    k: jax.Array,
+    q_weight: jax.Array,
+    k_weight: jax.Array,
+    cos_sin_cache: jax.Array,
+    positions: jax.Array,
+    dq_out: jax.Array,
+    dk_out: jax.Array,
+    dgate_out: jax.Array,
+    *,
+    options: Options,
+    config: TritonBackward | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The contract of `_reference.backward`. `interpret` runs the kernels in plain XLA, without inline assembly."""
+    num_tokens, num_q_heads, _ = q_gate.shape
+    _, num_kv_heads, head_dim = k.shape
+    dtype = q_gate.dtype
+    if num_tokens == 0:
+        no_rows = jnp.zeros((head_dim,), jnp.float32)
+        return jnp.zeros_like(q_gate), jnp.zeros_like(k), no_rows, no_rows
+    mrope = options.mrope_section is not None
+    if config is None:
+        spec = Spec(num_tokens, num_q_heads, num_kv_heads, head_dim, options.rotary_dim, str(dtype))
+        wide = any(x.dtype == jnp.float32 for x in (q_gate, q_weight, k_weight, cos_sin_cache))
+        config = triton_backward(spec, _num_sms(), mrope=mrope, wide=wide)
+    kernel = functools.partial(
+        _backward_kernel,
+        options=options,
+        config=config,
+        arithmetic=_plain_arithmetic(dtype) if interpret else _ptx_arithmetic(dtype, mrope),
+    )
+    num_programs, num_rows = config.q_programs + config.k_programs, config.rows_per_step
+    # One warp a program. What crosses warps goes through shared memory, and a kernel that uses any, 256 bytes even, is
+    # launched with a carve-out that leaves 28 KB of L1 (H200, T = 16384, 16/2 heads: 196.9 against 182.6 us).
+    dq_gate, dk, partials = pl.pallas_call(
+        kernel,
+        grid=(num_programs,),
+        out_shape=(
+            output((num_tokens, num_q_heads, 2, head_dim), dtype),
+            output(k.shape, dtype),
+            output((num_programs * num_rows, head_dim), jnp.float32),
+        ),
+        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
+        interpret=interpret,
+        name=BACKWARD_NAME,
+    )(
+        q_gate.reshape(num_tokens, num_q_heads, 2, head_dim),
+        k,
+        q_weight,
+        k_weight,
+        cos_sin_cache,
+        positions,
+        dq_out,
+        dk_out,
+        dgate_out,
+    )
+    dq_weight, dk_weight = _sum_weights(partials, config.q_programs * num_rows, interpret)
+    return dq_gate.reshape(q_gate.shape), dk, dq_weight, dk_weight
+
+
+def _sum_weights(partials: jax.Array, q_rows: int, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """The column sums (D,) of the first `q_rows` rows of partials and of the others."""
+    num_rows, head_dim = partials.shape
+    weight = output((head_dim,), jnp.float32)
+    tile_rows = min(next_power_of_2(max(q_rows, num_rows - q_rows)), _SUM_ROWS)
+    return pl.pallas_call(
+        functools.partial(_weight_sum_kernel, q_rows=q_rows),
+        grid=(2 * pl.cdiv(head_dim, _SUM_COLUMNS),),
+        out_shape=(weight, weight),
+        compiler_params=plt.CompilerParams(num_warps=max(1, tile_rows // _SUM_ROWS_OF_A_WARP), num_stages=1),
+        interpret=interpret,
+        name=WEIGHT_SUM_NAME,
+    )(partials)
+
+
+def _num_sms() -> int:
+    """Streaming multiprocessors of the GPU to make code for: the abstract mesh's, else the local one, else an H200."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.platform in ("cuda", "gpu") and device.num_cores:
+        return device.num_cores
+    client = backend.backends().get("cuda")
+    return _H200_SMS if client is None else min(d.core_count for d in client.local_devices())
+
+
+def _backward_kernel(
+    q_gate_ref,
+    k_ref,
+    q_weight_ref,
+    k_weight_ref,
+    cache_ref,
+    positions_ref,
+    dq_out_ref,
+    dk_out_ref,
+    dgate_out_ref,
+    dq_gate_ref,
+    dk_ref,
+    partials_ref,
+    *,
+    options: Options,
+    config: TritonBackward,
+    arithmetic: _Arithmetic,
+):
+    """One program: every so many-th block of B rows of q with their gates, or of k, and one block of partials.
+
+    In a row with r = 1 / rms and dy the cotangent rotated back: dweight gets dy * r * x, and with g = dy * r * weight
+    dx = g - x * r^2 / D * sum(g * x).
+    """
+    num_tokens, head_dim = k_ref.shape[0], k_ref.shape[-1]
+    num_rows = config.rows_per_step
+    layout = _LAYOUTS[config.layout](num_rows, head_dim, options.rotary_dim)
+    columns, exists = layout.columns[: len(layout.offsets)], layout.exists[: len(layout.offsets)]
+    arithmetic = arithmetic._replace(rotate=functools.partial(_rotate_back, arithmetic))
+    # Rows past the last are ones with cotangents of zero: a row of zeros has no finite 1 / rms where eps is 0.
+    one, zero = jnp.ones((), k_ref.dtype), jnp.zeros((), k_ref.dtype)
+    no_x = [one if e is None else jnp.where(e, one, zero) for e in exists]
+
+    def walk(program, programs, slot, x_ref, half, weight_ref, dout_ref, dx_ref, dgate_ref=None):
+        num_heads = x_ref.shape[1]
+
+        def rows(step, lanes):
+            return _rows(program + step * programs, num_rows, num_tokens, num_heads, lanes)
+
+        def load_positions(step):
+            """The positions of a step's tokens, one for each axis."""
+            token = jnp.minimum(rows(step, 1)[0], num_tokens - 1)  # past the last row there is none
+            return [_load(positions_ref, (axis, token)) for axis in range(positions_ref.shape[0])]
+
+        def body(step, carry):
+            dweights, positions = carry
+            # Every load is issued before the first store.
+            if dgate_ref is not None:
+                # One tile over the whole row, 16 bytes a thread in every layout.
+                gate_columns = _iota((num_rows, next_power_of_2(head_dim)), 1)
+                token, head, in_rows = rows(step, gate_columns.shape[1])
+                gate_row = token, head
+                in_gate = _and(in_rows, None if gate_columns.shape[1] == head_dim else gate_columns < head_dim)
+                gate = _load(dgate_ref, (*gate_row, gate_columns), in_gate)
+            token, head, in_rows = rows(step, columns[0].shape[1])
+            in_tiles = [_and(in_rows, e) for e in exists]
+            xs = [_load(x_ref, (token, head, *half, c), m, n) for c, m, n in zip(columns, in_tiles, no_x, strict=True)]
+            douts = [
+                _load(dout_ref, (token, head, c), _and(in_rows, e))
+                for c, e in zip(layout.columns, layout.exists, strict=True)
+            ]
+            angles = [
+                _cos_and_sin(cache_ref, positions, f, layout.rotated, options, arithmetic) for f in layout.frequencies
+            ]
+            # One step ahead: the next table row then waits for nothing (2 us).
+            positions = load_positions(step + 1)
+            if dgate_ref is not None:
+                _store(dx_ref, (*gate_row, 1, gate_columns), gate, in_gate)
+            # From L1. Loaded after a store that might alias them, they keep ptxas from sinking it, and with it the
+            # loads before it, below the sums.
+            weights = [_load(weight_ref, (c,), e).astype(jnp.float32) for c, e in zip(columns, exists, strict=True)]
+            if options.norm_beta:
+                weights = [weight + options.norm_beta for weight in weights]
+
+            xs = [x.astype(jnp.float32) for x in xs]
+            angles = [(cos.astype(jnp.float32), sin.astype(jnp.float32)) for cos, sin in angles]
+            dys = layout.rotate([dout.astype(jnp.float32) for dout in douts], angles, arithmetic)
+            mean_plus_eps = arithmetic.mean_plus_eps(_row_sum(xs, xs, arithmetic), head_dim, options.eps)
+            inv_rms = lax.rsqrt(mean_plus_eps)
+            dys = [dy * inv_rms for dy in dys]
+            dweights = [arithmetic.fma(dy, x, dw) for dy, x, dw in zip(dys, xs, dweights, strict=True)]
+            gs = [dy * weight for dy, weight in zip(dys, weights, strict=True)]
+            # Not inv_rms * inv_rms, which is the first to leave the range of float32.
+            along_x = (_row_sum(gs, xs, arithmetic) * inv_rms) * (inv_rms * (-1.0 / head_dim))
+            dxs = [arithmetic.fma(x, along_x, g) for x, g in zip(xs, gs, strict=True)]
+            for c, mask, dx in zip(columns, in_tiles, dxs, strict=True):
+                _store(dx_ref, (token, head, *half, c), arithmetic.narrow(dx), mask)
+            return dweights, positions
+
+        num_steps = pl.cdiv(num_tokens * num_heads, num_rows)
+        own_steps = _div(num_steps - program + (programs - 1), programs)
+        init = [jnp.zeros(c.shape, jnp.float32) for c in columns], load_positions(0)
+        dweights, _ = lax.fori_loop(0, own_steps, body, init)
+        for c, e, dweight in zip(columns, exists, dweights, strict=True):
+            _store(partials_ref, (slot * num_rows + _iota(c.shape, 0), c), dweight, e)
+
+    # Every period-th program is a k program: q rows and k rows side by side (3 us).
+    q_programs, k_programs = config.q_programs, config.k_programs
+    program, period = pl.program_id(0), (q_programs + k_programs) // k_programs
+    group = _div(program, period)
+    is_k = (_rem(program, period) == period - 1) & (group < k_programs)
+
+    @pl.when(is_k)
+    def _():
+        walk(group, k_programs, q_programs + group, k_ref, (), k_weight_ref, dk_out_ref, dk_ref)
+
+    @pl.when(jnp.logical_not(is_k))
+    def _():
+        slot = program - jnp.minimum(group, k_programs)
+        walk(slot, q_programs, slot, q_gate_ref, (0,), q_weight_ref, dq_out_ref, dq_gate_ref, dgate_out_ref)
+
+
+def _rotate_back(arithmetic: _Arithmetic, d1, d2, cos, sin):
+    """The transposed rotation of a cotangent."""
+    return arithmetic.dot2(d1, cos, d2, sin), arithmetic.dot2(d2, cos, d1, sin, negate=True)
+
+
+def _row_sum(a_tiles, b_tiles, arithmetic: _Arithmetic) -> jax.Array:
+    """(B, 1): the sums over the rows of a * b."""
+    total = a_tiles[0] * b_tiles[0]
+    for a, b in zip(a_tiles[1:], b_tiles[1:], strict=True):
+        total = arithmetic.fma(a, b, total)
+    return jnp.sum(total, axis=1, keepdims=True)
+
+
+def _cos_and_sin(cache_ref, positions, frequency, rotated, options: Options, arithmetic: _Arithmetic):
+    """cos and sin over a tile of frequencies, in the table's dtype; NaN for the cos of a position outside the table.
+
+    With mRoPE each axis reads its row of the table in whole, 16 bytes a thread, and the lanes choose.
+    """
+    half = options.rotary_dim // 2
+    nan = jnp.array(jnp.nan, cache_ref.dtype)
+    angles = []
+    for position in positions:
+        row, inside = _reference.table_rows(position, cache_ref.shape[0])
+        row, inside = jnp.broadcast_to(row, frequency.shape), jnp.broadcast_to(inside, frequency.shape)
+        mask = _and(inside, rotated)
+        angles.append((_load(cache_ref, (row, frequency), mask, nan), _load(cache_ref, (row, half + frequency), mask)))
+    cos, sin = angles[0]
+    if options.mrope_section is not None:
+        for axis in (1, 2):
+            reads = _reference.mrope_mask(frequency, axis, options.mrope_section)
+            cos, sin = (arithmetic.select(reads, a, b) for a, b in zip(angles[axis], (cos, sin), strict=True))
+    return cos, sin
+
+
+def _weight_sum_kernel(partials_ref, dq_weight_ref, dk_weight_ref, *, q_rows: int):
+    """One program: the sum of a few columns of q's partials, or of k's, in a fixed order."""
+    all_rows, head_dim = partials_ref.shape
+    num_groups = pl.cdiv(head_dim, _SUM_COLUMNS)
+
+    def sum_columns(first_row, num_rows, group, out_ref):
+        tile_rows = min(next_power_of_2(num_rows), _SUM_ROWS)
+        row, column = (_iota((tile_rows, _SUM_COLUMNS), axis) for axis in (0, 1))
+        column = group * _SUM_COLUMNS + column
+        in_columns = None if head_dim % _SUM_COLUMNS == 0 else column < head_dim
+        total = jnp.zeros((1, _SUM_COLUMNS), jnp.float32)
+        for start in range(0, num_rows, tile_rows):
+            in_rows = None if start + tile_rows <= num_rows else start + row < num_rows
+            partials = _load(partials_ref, (first_row + start + row, column), _and(in_rows, in_columns))
+            total = total + jnp.sum(partials, axis=0, keepdims=True)
+        column = group * _SUM_COLUMNS + _iota(total.shape, 1)
+        _store(out_ref, (column,), total, None if in_columns is None else column < head_dim)
+
+    program = pl.program_id(0)
+
+    @pl.when(program < num_groups)
+    def _():
+        sum_columns(0, q_rows, program, dq_weight_ref)
+
+    @pl.when(program >= num_groups)
+    def _():
+        sum_columns(q_rows, all_rows - q_rows, program - num_groups, dk_weight_ref)
