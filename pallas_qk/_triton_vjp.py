@@ -77,7 +77,7 @@ def backward(
         config=config,
         arithmetic=_plain_arithmetic(dtype) if interpret else _ptx_arithmetic(dtype, mrope),
     )
-    num_programs, num_rows = config.q_programs + config.k_programs, config.rows_per_step
+    num_programs, partial_rows = config.q_programs + config.k_programs, _partial_rows(config)
     # One warp a program. What crosses warps goes through shared memory, and a kernel that uses any, 256 bytes even, is
     # launched with a carve-out that leaves 28 KB of L1 (H200, T = 16384, 16/2 heads: 196.9 against 182.6 us).
     dq_gate, dk, partials = pl.pallas_call(
@@ -86,7 +86,7 @@ def backward(
         out_shape=(
             output((num_tokens, num_q_heads, 2, head_dim), dtype),
             output(k.shape, dtype),
-            output((num_programs * num_rows, head_dim), jnp.float32),
+            output((num_programs * partial_rows, head_dim), jnp.float32),
         ),
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
@@ -102,7 +102,7 @@ def backward(
         dk_out,
         dgate_out,
     )
-    dq_weight, dk_weight = _sum_weights(partials, config.q_programs * num_rows, interpret)
+    dq_weight, dk_weight = _sum_weights(partials, config.q_programs * partial_rows, interpret)
     return dq_gate.reshape(q_gate.shape), dk, dq_weight, dk_weight
 
 
@@ -148,7 +148,7 @@ def _backward_kernel(
     config: TritonBackward,
     arithmetic: _Arithmetic,
 ):
-    """One program: every so many-th block of B rows of q with their gates, or of k, and one block of partials.
+    """One program: every so many-th block of B rows of q with their gates, or of k, and its partial weight gradients.
 
     In a row with r = 1 / rms and dy the cotangent rotated back: dweight gets dy * r * x, and with g = dy * r * weight
     dx = g - x * r^2 / D * sum(g * x).
@@ -222,8 +222,10 @@ def _backward_kernel(
         own_steps = _div(num_steps - program + (programs - 1), programs)
         init = [jnp.zeros(c.shape, jnp.float32) for c in columns], load_positions(0)
         dweights, _ = lax.fori_loop(0, own_steps, body, init)
-        for c, e, dweight in zip(columns, exists, dweights, strict=True):
-            _store(partials_ref, (slot * num_rows + _iota(c.shape, 0), c), dweight, e)
+        partial = _LAYOUTS[config.layout](_partial_rows(config), head_dim, options.rotary_dim)
+        for c, e, dweight in zip(partial.columns, partial.exists, dweights, strict=False):
+            row = slot * _partial_rows(config) + _iota(c.shape, 0)
+            _store(partials_ref, (row, c), _add_pairs_of_rows(dweight), e)
 
     # Every period-th program is a k program: q rows and k rows side by side (3 us).
     q_programs, k_programs = config.q_programs, config.k_programs
@@ -239,6 +241,22 @@ def _backward_kernel(
     def _():
         slot = program - jnp.minimum(group, k_programs)
         walk(slot, q_programs, slot, q_gate_ref, (0,), q_weight_ref, dq_out_ref, dq_gate_ref, dgate_out_ref)
+
+
+def _partial_rows(config: TritonBackward) -> int:
+    """Rows of partial weight gradients that one program writes."""
+    return max(1, config.rows_per_step // 2)
+
+
+def _add_pairs_of_rows(tile: jax.Array) -> jax.Array:
+    """(B/2, L) of (B, L), and one row as it is: what a warp adds and stores without shared memory.
+
+    All the rows of short heads, two rows by the second form or more by the first would go through it.
+    """
+    num_rows, lanes = tile.shape
+    if num_rows > 2:
+        return jnp.sum(tile.reshape(num_rows // 2, 2, lanes), axis=1)
+    return jnp.sum(tile, axis=0, keepdims=True)
 
 
 def _rotate_back(arithmetic: _Arithmetic, d1, d2, cos, sin):
