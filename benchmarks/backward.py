@@ -61,7 +61,8 @@ def expected(case: Case, inputs: Inputs) -> list[jax.Array]:
 
     @jax.jit
     def backward(q_gate, k, q_weight, k_weight, cache, positions, *cotangents):
-        q_gate32, k32, q_weight32, k_weight32, cache32 = (x.astype(jnp.float32) for x in (q_gate, k, q_weight, k_weight, cache))
+        inputs32 = [x.astype(jnp.float32) for x in (q_gate, k, q_weight, k_weight, cache)]
+        q_gate32, k32, q_weight32, k_weight32, cache32 = inputs32
         heads = (case.num_q_heads, case.num_kv_heads, case.num_q_heads)
         dq_out, dk_out, dgate_out = (
             ct.astype(jnp.float32).reshape(num_tokens, h, head_dim) for ct, h in zip(cotangents, heads, strict=True)

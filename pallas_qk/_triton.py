@@ -81,7 +81,7 @@ def forward(
 
 
 def output(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-    """The type of a kernel's output. shard_map wants to hear how it varies over a mesh; kernels are one device's code."""
+    """The type of a kernel's output. shard_map asks how it varies over a mesh; a kernel is one device's code."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType())
 
 
