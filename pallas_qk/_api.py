@@ -75,7 +75,7 @@ def fused_qk_rmsnorm_rope_gate(
       `q_gate` before the rotation, which is computed in float32 and rounded once more. A token's result depends
       neither on the other tokens nor on whether the call is inside `jax.jit`. For float16 and bfloat16, "mosaic_gpu"
       and "triton" give the bits of the Triton kernel that serving stacks run; "xla" on a GPU does for 16-bit tables
-      where D is a power of two, and otherwise differs by a unit or two in the last place in some 40 elements of 10^6.
+      where D is a power of two, and otherwise differs by one unit in the last place in a few elements of 10^6.
       A position outside [0, max_pos) gives NaN in the elements that read it and nowhere else; no address outside
       the table is formed.
 
@@ -140,7 +140,7 @@ def _fused_qk_rmsnorm_rope_gate(q_gate, k, q_weight, k_weight, cos_sin_cache, po
 
 
 def _num_shards_of_last_axis(x: jax.Array | np.ndarray) -> int:
-    """As far as it is known here: of arrays and in explicit meshes. The compiler's choice is checked when it's made."""
+    """As far as it is known here: of arrays and in explicit meshes. The compiler's choice is checked when it is made."""
     sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or len(sharding.spec) < x.ndim:
         return 1

@@ -1,5 +1,10 @@
 """Fixtures and the environment of every test."""
 
+import os
+
+# Eight devices of the host for the tests of sharding, on a machine with GPUs too; read when JAX starts its CPU backend.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
 import jax
 import pytest
 

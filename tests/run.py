@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxprs_in_params
 
 import pallas_qk
 from pallas_qk import _implementations
@@ -47,3 +48,15 @@ def _kernel(implementation: str, case: Case, **config):
     from tests.mosaic_interpreter import execute
 
     return jax.jit(forward) if case.num_tokens == 0 else functools.partial(execute, forward)
+
+
+def primitives(function, *args) -> list[str]:
+    """The names of the primitives that `function` is traced to, those of inner programs included."""
+
+    def names(jaxpr):
+        for eqn in jaxpr.eqns:
+            yield eqn.primitive.name
+            for inner in jaxprs_in_params(eqn.params):
+                yield from names(inner)
+
+    return list(names(jax.make_jaxpr(function)(*args).jaxpr))

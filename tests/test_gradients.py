@@ -1,0 +1,247 @@
+"""Derivatives of the public op: against float64 and torch, in every mode, and what they cost."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_qk
+from tests.cases import SMALL_CASES, Case, make_inputs
+from tests.compare import compare_bits
+from tests.gradients import assert_defined, define_gradients, float64_inputs, float64_op, in_float64, make_cotangents
+from tests.run import has_gpu, primitives
+
+DIFFERENTIABLE = (0, 1, 2, 3, 4)  # everything but positions
+TINY = Case(5, 3, 2, head_dim=16, rotary_dim=8, dtype="float32", max_position=32)
+
+
+@pytest.fixture(params=pallas_qk.IMPLEMENTATIONS if has_gpu() else ["xla"])
+def implementation(request) -> str:
+    """What runs here through the public op; on a CPU the kernels have their own tests."""
+    return request.param
+
+
+def op(case, implementation=None):
+    return functools.partial(
+        pallas_qk.fused_qk_rmsnorm_rope_gate, **case.static_arguments, implementation=implementation
+    )
+
+
+def gradients(case, inputs, cotangents, implementation=None):
+    """Of q_gate, k, both weights and the table."""
+    *args, positions = inputs
+
+    @jax.jit
+    def run(args, cotangents):
+        return jax.vjp(lambda *args: op(case, implementation)(*args, positions), *args)[1](cotangents)
+
+    return run(args, cotangents)
+
+
+def of_floats(case, inputs, implementation=None):
+    """The op as a function of its differentiable arguments, and those."""
+    *args, positions = inputs
+    return (lambda *args: op(case, implementation)(*args, positions)), tuple(args)
+
+
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.id)
+def test_equal_float64_autodiff(implementation, case):
+    inputs, cotangents = make_inputs(case, seed=1), make_cotangents(case)
+    got = gradients(case, inputs, cotangents, implementation)
+    assert_defined(got, define_gradients(case, inputs, cotangents), [x.dtype for x in list(inputs)[:5]])
+    shape = (case.num_tokens, case.num_q_heads, 2, case.head_dim)
+    gate = got[0].reshape(shape)[:, :, 1].reshape(cotangents[2].shape)
+    assert compare_bits("dgate", gate, cotangents[2]).differing == 0
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(5, 3, 2, head_dim=32, rotary_dim=8),
+        Case(4, 2, 3, head_dim=24, rotary_dim=24, dtype="float16", mrope_section=(5, 4, 3), norm_beta=1.0),
+        Case(6, 1, 1, head_dim=64, rotary_dim=16, dtype="float32"),
+    ],
+    ids=lambda case: case.id,
+)
+def test_equal_torch_autograd(case):
+    torch = pytest.importorskip("torch", reason="the torch reference")
+    from torch_ref import reference
+
+    inputs, cotangents = make_inputs(case), make_cotangents(case)
+    args = [torch.tensor(x, requires_grad=True) for x in float64_inputs(inputs)]
+    outputs = reference.fused_qk_rmsnorm_rope_gate(
+        *args, torch.tensor(np.asarray(inputs.positions)), **case.static_arguments
+    )
+    torch.autograd.backward(outputs, [torch.tensor(np.asarray(ct).astype(np.float64)) for ct in cotangents])
+    want = define_gradients(case, inputs, cotangents)
+    want = [
+        gradient._replace(exact=x.grad.numpy()) for gradient, x in zip(want, args, strict=True)
+    ]
+    got = gradients(case, inputs, cotangents)
+    assert_defined(got, want, [x.dtype for x in list(inputs)[:5]])
+
+
+@pytest.mark.parametrize("weight", [0.0, -0.0])
+def test_a_weight_of_zero_has_a_gradient(weight):
+    case = dataclasses.replace(TINY, num_tokens=3)
+    inputs = make_inputs(case)
+    zeros = jnp.full((case.head_dim,), weight)
+    inputs = dataclasses.replace(inputs, q_weight=zeros, k_weight=zeros)
+    cotangents = make_cotangents(case)
+    want = define_gradients(case, inputs, cotangents)
+    assert np.abs(want[2].exact).min() > 1e-3
+    assert_defined(gradients(case, inputs, cotangents), want, [jnp.float32] * 5)
+    function, args = of_floats(case, inputs)
+    tangents = [jnp.ones_like(x) if i in (2, 3) else jnp.zeros_like(x) for i, x in enumerate(args)]
+    _, moved = jax.jvp(function, args, tuple(tangents))
+    assert np.abs(np.asarray(moved[0])).max() > 0.1
+
+
+def relative(got, want):
+    """The largest error of each array, relative to its largest element."""
+    errors = []
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a).astype(np.float64), np.asarray(b)
+        assert a.shape == b.shape
+        errors.append(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-3))
+    return max(errors)
+
+
+def scalar(function):
+    """A function whose derivatives of every order are full."""
+    return lambda *args: sum(jnp.sum(jnp.sin(out * (i + 1))) for i, out in enumerate(function(*args)))
+
+
+def second_gradient(function):
+    first = jax.grad(scalar(function), DIFFERENTIABLE)
+    return jax.grad(lambda *args: sum(jnp.sum(jnp.sin(g)) for g in first(*args)), DIFFERENTIABLE)
+
+
+def along(args):
+    """Tangents for each argument."""
+    return tuple(jnp.cos(3 * x + 1) for x in args)
+
+
+TRANSFORMS = {
+    "jvp": lambda f: lambda *args: jax.jvp(f, args, along(args))[1],
+    "linearize": lambda f: lambda *args: jax.linearize(f, *args)[1](*along(args)),
+    "jvp of jvp": lambda f: lambda *args: jax.jvp(lambda *a: jax.jvp(f, a, along(a))[1], args, along(args))[1],
+    "grad of grad": second_gradient,
+    "jvp of grad": lambda f: lambda *args: jax.jvp(jax.grad(scalar(f), DIFFERENTIABLE), args, along(args))[1],
+    "grad of jvp": lambda f: jax.grad(scalar(lambda *args: jax.jvp(f, args, along(args))[1]), DIFFERENTIABLE),
+    "jacfwd": lambda f: jax.jacfwd(f, (2, 4)),
+    "jacrev": lambda f: jax.jacrev(f, (2, 4)),
+    "hessian": lambda f: jax.hessian(scalar(f), (2, 3)),
+    "linear_transpose": lambda f: lambda *args: jax.linear_transpose(jax.linearize(f, *args)[1], *args)(f(*args)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize(
+    "case", [TINY, dataclasses.replace(TINY, mrope_section=(2, 1, 1), norm_beta=1.0)], ids=lambda case: case.id
+)
+def test_every_mode_and_order(implementation, name, case):
+    """float32 against the same derivatives of the definition in float64.
+
+    2^-14: first derivatives come within 2^-22 of the largest element, each further one multiplies it by sums of D.
+    """
+    inputs = make_inputs(case)
+    function, args = of_floats(case, inputs, implementation)
+    got = jax.jit(TRANSFORMS[name](function))(*args)
+    want = in_float64(TRANSFORMS[name](float64_op(case, inputs.positions)))(*float64_inputs(inputs))
+    assert relative(got, want) < 2.0**-14
+
+
+def test_forward_mode_in_16_bits():
+    case = dataclasses.replace(TINY, dtype="bfloat16")
+    inputs = make_inputs(case)
+    function, args = of_floats(case, inputs)
+    outputs, got = jax.jvp(function, args, args)
+    assert [x.dtype for x in got] == [x.dtype for x in outputs] == [jnp.bfloat16] * 3
+    exact = float64_inputs(inputs)
+    want = in_float64(lambda *args: jax.jvp(float64_op(case, inputs.positions), args, args)[1])(*exact)
+    assert relative(got, want) < 2.0**-8
+
+
+def test_positions_have_no_gradient():
+    inputs = make_inputs(TINY)
+    got = jax.grad(lambda *args: jnp.sum(op(TINY)(*args)[0]), argnums=5, allow_int=True)(*inputs)
+    assert got.dtype == jax.dtypes.float0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weight_gradients_are_summed_in_float32_and_rounded_once(dtype):
+    case = Case(37, 4, 2, head_dim=32, rotary_dim=8, dtype=dtype)
+    inputs, cotangents = make_inputs(case), make_cotangents(case)
+    wide = dataclasses.replace(
+        inputs, q_weight=inputs.q_weight.astype(jnp.float32), k_weight=inputs.k_weight.astype(jnp.float32)
+    )
+    got, want = gradients(case, inputs, cotangents), gradients(case, wide, cotangents)
+    for narrow, exact in zip(got[2:4], want[2:4], strict=True):
+        assert exact.dtype == jnp.float32
+        assert compare_bits("weight", narrow[None], exact.astype(dtype)[None]).differing == 0
+
+
+def test_ten_runs_give_the_same_bits(implementation):
+    case = Case(1024 if has_gpu() else 64, 4, 2, mrope_section=(11, 11, 10))
+    inputs, cotangents = make_inputs(case), make_cotangents(case)
+    run = jax.jit(functools.partial(gradients, case, implementation=implementation))
+    first = run(list(inputs), cotangents)[:4]
+    for _ in range(9):
+        again = run(list(inputs), cotangents)[:4]
+        for name, a, b in zip(("q_gate", "k", "q_weight", "k_weight"), again, first, strict=True):
+            assert compare_bits(name, a.reshape(1, -1), b.reshape(1, -1)).differing == 0
+
+
+def test_no_tokens_give_zeros(implementation):
+    case = dataclasses.replace(TINY, num_tokens=0)
+    inputs = make_inputs(case)
+    got = gradients(case, inputs, make_cotangents(case), implementation)
+    for x, like in zip(got, inputs, strict=False):
+        assert x.shape == like.shape and x.dtype == like.dtype and not np.asarray(x).any()
+
+
+def test_a_position_outside_the_table_spoils_its_token_and_the_weights(implementation):
+    inputs, cotangents = make_inputs(TINY), make_cotangents(TINY)
+    bad = dataclasses.replace(inputs, positions=inputs.positions.at[2].set(-1))
+    got, want = (gradients(TINY, x, cotangents, implementation) for x in (bad, inputs))
+    others = np.array([0, 1, 3, 4])
+    for a, b in zip(got[:2], want[:2], strict=True):
+        assert compare_bits("others", a[others], b[others]).differing == 0
+    q_and_gate = np.asarray(got[0][2]).reshape(TINY.num_q_heads, 2, TINY.head_dim)
+    assert np.isnan(q_and_gate[:, 0]).all() and np.isnan(np.asarray(got[1][2])).all()
+    assert not np.isnan(q_and_gate[:, 1]).any()
+    assert np.isnan(np.asarray(got[2])[: TINY.rotary_dim]).all() and np.isnan(np.asarray(got[3])[: TINY.rotary_dim]).all()
+
+
+def backward_text(argnums, case=TINY):
+    inputs = make_inputs(case)
+    function, args = of_floats(case, inputs, "xla")
+    return jax.jit(jax.grad(scalar(function), argnums)).lower(*args).compile().as_text()
+
+
+def test_the_table_gradient_costs_nothing_when_unused():
+    assert "scatter" in backward_text(DIFFERENTIABLE)
+    assert "scatter" not in backward_text((0, 1, 2, 3))
+
+
+@pytest.mark.parametrize("argnums", [(0,), (1, 2), (0, 1, 2, 3), (4,), DIFFERENTIABLE], ids=str)
+def test_one_forward_and_one_backward(argnums):
+    function, args = of_floats(TINY, make_inputs(TINY))
+    names = primitives(jax.grad(scalar(function), argnums), *args)
+    assert sorted(name for name in names if name.startswith("fused_qk")) == ["fused_qk_rmsnorm_rope_gate", "fused_qk_rmsnorm_rope_gate_backward"]
+
+
+def test_residuals_are_the_inputs():
+    """What `jax.vjp` keeps: nothing that the layer doesn't hold anyway."""
+    inputs = make_inputs(TINY)
+    function, args = of_floats(TINY, inputs)
+    _, pullback = jax.vjp(function, *args)
+    kept = [x for x in jax.tree.leaves(pullback) if isinstance(x, jax.Array)]
+    assert kept
+    held = {x.unsafe_buffer_pointer() for x in inputs}
+    sizes = sorted(x.size for x in kept if x.unsafe_buffer_pointer() not in held)
+    assert all(size == TINY.num_tokens for size in sizes)  # positions with an axis for their rows

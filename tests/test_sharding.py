@@ -1,0 +1,459 @@
+"""Eight devices of the host: the bits of one device, and which collectives the compiled programs hold."""
+
+import contextlib
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import pallas_qk
+from pallas_qk import _sharding
+from pallas_qk._config import Options
+from tests.cases import Case, make_inputs
+from tests.compare import compare_bits
+from tests.devices import collectives, mesh, put
+from tests.gradients import assert_agree, make_cotangents
+from tests.test_choice import GPU_IMPLEMENTATIONS, device
+
+CASE = Case(16, 8, 2, head_dim=16, rotary_dim=8, max_position=64)
+
+
+@pytest.fixture(autouse=True)
+def on_the_host():
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+def op(case, implementation=None, **static):
+    static = case.static_arguments | static
+    return functools.partial(pallas_qk.fused_qk_rmsnorm_rope_gate, **static, implementation=implementation)
+
+
+def gradients(function):
+    """Of q_gate, k and the weights, as a function of the op's arguments and the cotangents."""
+
+    def run(*args):
+        floats, table, positions, cotangents = args[:4], args[4], args[5], args[6:]
+        return jax.vjp(lambda *floats: function(*floats, table, positions), *floats)[1](cotangents)
+
+    return run
+
+
+def batch_of(case, size):
+    """Arguments and cotangents with a leading axis over activations, and the vmapped op."""
+    seeds = [(list(make_inputs(case, seed)), make_cotangents(case, seed)) for seed in range(size)]
+    first = seeds[0][0]
+    stack = lambda xs: jnp.stack(list(xs))
+    q_gate, k, positions = (stack(inputs[i] for inputs, _ in seeds) for i in (0, 1, 5))
+    cotangents = [stack(cts[i] for _, cts in seeds) for i in range(3)]
+    return [q_gate, k, *first[2:5], positions], cotangents, jax.vmap(op(case), (0, 0, None, None, None, 0))
+
+
+def compiled(function, args):
+    program = jax.jit(function).lower(*args).compile()
+    return program(*args), collectives(program.as_text())
+
+
+def assert_same(got, want):
+    for name, a, b in zip(("q_out", "k_out", "gate_out"), got, want, strict=True):
+        rows = (-1, a.shape[-1])
+        comparison = compare_bits(name, np.asarray(a).reshape(rows), np.asarray(b).reshape(rows))
+        assert comparison.differing == 0, comparison
+
+
+def assert_only_weight_sums(found, head_dim=CASE.head_dim, most=2):
+    """Sums of the two weights' gradients in float32, together or each over its own devices."""
+    assert 1 <= len(found) <= most, found
+    for collective in found:
+        name, types = collective.split(" ", 1)
+        shapes = re.findall(r"\w+\[[\d,]*\]", types)
+        assert name.removesuffix("-start") == "all-reduce" and set(shapes) == {f"f32[{head_dim}]"}, found
+
+
+def check(function, args, cotangents, specs, want, want_gradients, on, most=2):
+    """Forward and backward, with activations and outputs laid out by `specs` (tokens and heads of q, of k)."""
+    q, k, positions = specs
+    args = put(on, args, (q, k, (), (), (), positions))
+    cotangents = put(on, cotangents, (q, k, q))
+    got, found = compiled(function, args)
+    assert found == []
+    assert_same(got, want)
+    for x, spec in zip(got, (q, k, q), strict=True):
+        assert x.sharding.is_equivalent_to(NamedSharding(on, P(*spec)), x.ndim), x.sharding
+    got, found = compiled(gradients(function), [*args, *cotangents])
+    assert_only_weight_sums(found, most=most)
+    assert_agree(got, want_gradients)
+    for x, spec in zip(got, (q, k, (), ()), strict=True):
+        assert x.sharding.is_equivalent_to(NamedSharding(on, P(*spec)), x.ndim), x.sharding
+
+
+@functools.cache
+def on_one_device(case=CASE):
+    inputs, cotangents = list(make_inputs(case)), make_cotangents(case)
+    outputs = jax.jit(op(case))(*inputs)
+    return inputs, cotangents, outputs, jax.jit(gradients(op(case)))(*inputs, *cotangents)
+
+
+@functools.cache
+def batch_on_one_device(case=CASE, size=4):
+    inputs, cotangents, mapped = batch_of(case, size)
+    return inputs, cotangents, jax.jit(mapped)(*inputs), jax.jit(gradients(mapped))(*inputs, *cotangents), mapped
+
+
+FLAT = {  # mesh, then the axes of tokens, of q's heads and of k's
+    "(8,1)": ({"data": 8, "model": 1}, "data", "model", "model"),
+    "(4,2)": ({"data": 4, "model": 2}, "data", "model", "model"),
+    "(4,2), k replicated": ({"data": 4, "model": 2}, "data", "model", None),
+    "(1,8), k replicated": ({"data": 1, "model": 8}, "data", "model", None),
+    "tokens over both": ({"data": 4, "model": 2}, ("data", "model"), None, None),
+    "heads over both, k replicated": ({"data": 4, "model": 2}, None, ("model", "data"), None),
+    "heads over a part, three axes": ({"a": 2, "b": 2, "c": 2}, ("c",), ("a", "b"), "a"),
+}
+MODES = {
+    "auto": (AxisType.Auto, False),
+    "auto, set_mesh": (AxisType.Auto, True),
+    "explicit": (AxisType.Explicit, False),
+    "explicit, set_mesh": (AxisType.Explicit, True),
+}
+
+
+@contextlib.contextmanager
+def mesh_of(axes, mode):
+    axis_type, is_set = MODES[mode]
+    on = mesh(axis_type, **axes)
+    with jax.set_mesh(on) if is_set else contextlib.nullcontext():
+        yield on
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", FLAT)
+def test_tokens_and_heads(layout, mode):
+    axes, tokens, q_heads, k_heads = FLAT[layout]
+    inputs, cotangents, outputs, grads = on_one_device()
+    with mesh_of(axes, mode) as on:
+        specs = (tokens, q_heads), (tokens, k_heads), (tokens,)
+        check(op(CASE), inputs, cotangents, specs, outputs, grads, on)
+
+
+BATCHED = {
+    "batch on data, sequence on another axis": ("data", "seq", None),
+    "unbatched axis unsharded, tokens sharded": (None, "seq", None),
+    "tokens on data, heads on the other": (None, "data", "seq"),
+    "batch on data, heads on the other": ("data", None, "seq"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", BATCHED)
+def test_vmap(layout, mode):
+    batch, tokens, heads = BATCHED[layout]
+    inputs, cotangents, outputs, grads, mapped = batch_on_one_device()
+    with mesh_of({"data": 4, "seq": 2}, mode) as on:
+        specs = (batch, tokens, heads), (batch, tokens, None), (batch, tokens)
+        check(mapped, inputs, cotangents, specs, outputs, grads, on)
+
+
+def test_mrope_and_float32():
+    case = dataclasses.replace(
+        CASE, mrope_section=(2, 1, 1), dtype="float32", weight_dtype="float32", norm_beta=1.0, num_kv_heads=4
+    )
+    inputs, cotangents, outputs, _ = on_one_device(case)
+    on = mesh(data=4, model=2)
+    args = put(on, inputs, (("data", "model"), ("data", "model"), (), (), (), (None, "data")))
+    got, found = compiled(op(case), args)
+    assert found == []
+    assert_same(got, outputs)
+    got, found = compiled(
+        gradients(op(case)), [*args, *put(on, cotangents, [("data", "model")] * 3)]
+    )
+    assert_only_weight_sums(found)
+    want = jax.jit(gradients(op(case)))(*inputs, *cotangents)
+    assert_agree(got, want)
+
+
+@pytest.mark.parametrize("tokens", ["model", None, ("data", "model")], ids=str)
+def test_positions_sharded_otherwise_still_give_the_right_result(tokens):
+    """Shardy leaves such conflicts to the op: it moves positions, never activations."""
+    inputs, cotangents, outputs, grads = on_one_device()
+    on = mesh(data=4, model=2)
+    layout = (("data", "model"), ("data", "model"), (), (), (), (tokens,))
+    args = put(on, inputs, layout)
+    got, _ = compiled(op(CASE), args)
+    assert_same(got, outputs)
+    got, _ = compiled(gradients(op(CASE)), [*args, *put(on, cotangents, [("data", "model")] * 3)])
+    assert_agree(got, grads)
+
+
+def test_k_sharded_over_tokens_where_q_is_over_heads():
+    inputs, cotangents, outputs, grads = on_one_device()
+    on = mesh(model=8)
+    args = put(on, inputs, ((None, "model"), ("model", None), (), (), (), ()))
+    got, _ = compiled(op(CASE), args)
+    assert_same(got, outputs)
+    cotangents = put(on, cotangents, ((None, "model"), ("model", None), (None, "model")))
+    got, _ = compiled(gradients(op(CASE)), [*args, *cotangents])
+    assert_agree(got, grads)
+
+
+def test_tokens_that_do_not_divide():
+    """XLA pads an uneven axis; the rows that pad it must not count in the weights' gradients."""
+    case = dataclasses.replace(CASE, num_tokens=10)
+    inputs, cotangents, outputs, grads = on_one_device(case)
+    sharded = NamedSharding(mesh(data=8), P("data"))
+
+    def constrained(q_gate, k, *rest):
+        constrain = functools.partial(lax.with_sharding_constraint, shardings=sharded)
+        return [constrain(x) for x in op(case)(constrain(q_gate), constrain(k), *rest)]
+
+    got, _ = compiled(constrained, inputs)
+    assert_same(got, outputs)
+
+    def summed(*args):
+        return gradients(lambda *args: tuple(constrained(*args)))(*args)
+
+    got, _ = compiled(summed, [*inputs, *cotangents])
+    assert_agree(got, grads)
+
+
+def test_two_kv_heads_shared_by_eight_devices():
+    """As attention asks for them: each kv head with its four query heads. Two parts of an axis of eight."""
+    inputs, _, (q_out, k_out, _), _ = on_one_device()
+    on = mesh(model=8)
+    args = put(on, inputs, ((None, "model"), (), (), (), (), ()))
+
+    def scores(*args):
+        q, k, _ = op(CASE)(*args)
+        q, k = q.reshape(16, 2, 4, 16), k.reshape(16, 2, 1, 16)
+        return jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1).reshape(16, 8)
+
+    sharded = jax.jit(scores, out_shardings=NamedSharding(on, P(None, "model")))
+    program = sharded.lower(*args).compile()
+    assert collectives(program.as_text()) == []
+    np.testing.assert_allclose(program(*args), jax.jit(scores)(*inputs), rtol=1e-5, atol=1e-5)
+    del q_out, k_out
+
+
+WHOLE_HEADS = {
+    "k": (CASE, (None, None), (None, "model"), "k must hold whole heads on each device, got num_kv_heads=2 over 8"),
+    "q_gate": (
+        dataclasses.replace(CASE, num_q_heads=12),
+        (None, "model"),
+        (),
+        "q_gate must hold whole heads on each device, got num_q_heads=12 over 8",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_HEADS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_head_cut_across_devices_is_refused(name, mode):
+    """With both numbers and the remedy: at once where the sharding is known, else when the compiler has chosen it."""
+    case, q, k, message = WHOLE_HEADS[name]
+    heads = {"k": 2, "q_gate": 12}[name]
+    message += (
+        f" devices. Shard its last axis over a number of devices that divides {heads}, or leave it replicated there."
+    )
+    with mesh_of({"model": 8}, mode) as on:
+        args = put(on, make_inputs(case), (q, k, (), (), (), ()))
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            op(case)(*args)  # arrays know their sharding
+        error = ValueError if mode.startswith("explicit") else jax.errors.JaxRuntimeError
+        with pytest.raises(error, match=re.escape(message)):
+            jax.jit(op(case))(*args)
+
+
+SHARD_MAP = {
+    "tokens and heads": ("data", "model", "model"),
+    "k replicated": ("data", "model", None),
+    "heads alone, k replicated": (None, "model", None),
+    "tokens over both": (("data", "model"), None, None),
+}
+
+
+def shard_mapped(layout, on, implementation=None, check_vma=True):
+    tokens, q_heads, k_heads = SHARD_MAP[layout]
+    static = {"num_q_heads": 8 // (2 if q_heads else 1), "num_kv_heads": 2 // (2 if k_heads else 1)}
+    specs = P(tokens, q_heads), P(tokens, k_heads), P(tokens)
+    return specs, jax.shard_map(
+        op(CASE, implementation, **static),
+        mesh=on,
+        in_specs=(*specs[:2], P(), P(), P(), specs[2]),
+        out_specs=(*specs[:2], specs[0]),
+        check_vma=check_vma,
+    )
+
+
+@pytest.mark.parametrize("layout", SHARD_MAP)
+def test_shard_map(layout):
+    """With the check of varying axes: replicated weights beside sharded activations."""
+    inputs, cotangents, outputs, grads = on_one_device()
+    on = mesh(data=4, model=2)
+    _, function = shard_mapped(layout, on)
+    got, found = compiled(function, inputs)
+    assert found == []
+    assert_same(got, outputs)
+    got, found = compiled(gradients(function), [*inputs, *cotangents])
+    assert_only_weight_sums(found)
+    assert_agree(got, grads)
+    assert_same(function(*inputs), outputs)  # eagerly
+
+
+@pytest.mark.parametrize("layout", SHARD_MAP)
+def test_gradients_inside_shard_map(layout):
+    """Summed over exactly the axes that the activations vary along, so that they may leave as replicated."""
+    inputs, cotangents, _, grads = on_one_device()
+    on = mesh(data=4, model=2)
+    (q, k, tokens), _ = shard_mapped(layout, on)
+    static = {"num_q_heads": 8 // (2 if q[1] else 1), "num_kv_heads": 2 // (2 if k[1] else 1)}
+    inside = jax.shard_map(
+        gradients(op(CASE, **static)),
+        mesh=on,
+        in_specs=(q, k, P(), P(), P(), tokens, q, k, q),
+        out_specs=(q, k, P(), P()),
+    )
+    got, found = compiled(inside, [*inputs, *cotangents])
+    assert_only_weight_sums(found)
+    assert_agree(got, grads)
+
+
+def test_shard_map_without_the_check():
+    inputs, cotangents, outputs, grads = on_one_device()
+    _, function = shard_mapped("tokens and heads", mesh(data=4, model=2), check_vma=False)
+    got, found = compiled(function, inputs)
+    assert found == []
+    assert_same(got, outputs)
+    got, _ = compiled(gradients(function), [*inputs, *cotangents])
+    assert_agree(got[:2], grads[:2])
+    for a, b in zip(got[2:], grads[2:], strict=True):  # shard_map sums what each device has rounded to bfloat16
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=2.0**-6 * np.abs(b).max())
+
+
+def test_shard_map_in_shard_map():
+    inputs, _, outputs, _ = on_one_device()
+    on = mesh(data=4, model=2)
+    inner = jax.shard_map(
+        op(CASE, num_q_heads=4, num_kv_heads=1),
+        in_specs=(P(None, "model"), P(None, "model"), P(), P(), P(), P()),
+        out_specs=P(None, "model"),
+        axis_names={"model"},
+    )
+    outer = jax.shard_map(
+        inner,
+        mesh=on,
+        in_specs=(P("data"), P("data"), P(), P(), P(), P("data")),
+        out_specs=P("data"),
+        axis_names={"data"},
+    )
+    got, found = compiled(outer, inputs)
+    assert found == []
+    assert_same(got, outputs)
+
+
+def test_shard_map_over_a_part_of_the_axes_is_refused():
+    message = (
+        "inside shard_map every axis of the mesh must be manual, got axes ('model',) that are not. "
+        "Leave its axis_names out, or call the op in a second shard_map over these axes."
+    )
+    tokens = P("data")
+    partly = jax.shard_map(
+        op(CASE),
+        mesh=mesh(data=4, model=2),
+        in_specs=(tokens, tokens, P(), P(), P(), tokens),
+        out_specs=tokens,
+        axis_names={"data"},
+    )
+    with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
+        jax.jit(partly)(*make_inputs(CASE))
+    whole = jax.shard_map(  # an axis of one device may stay
+        op(CASE),
+        mesh=mesh(data=8, model=1),
+        in_specs=(tokens, tokens, P(), P(), P(), tokens),
+        out_specs=tokens,
+        axis_names={"data"},
+    )
+    assert_same(jax.jit(whole)(*make_inputs(CASE)), on_one_device()[2])
+
+
+def lowered_for_cuda(function, *args) -> str:
+    """On a machine without it."""
+    with device("NVIDIA H200"):
+        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def kernels(text: str, kernel: str) -> int:
+    return len(re.findall(rf"custom_call @[^\n]*{kernel}", text))
+
+
+def collective_operations(text: str) -> list[str]:
+    """Of a lowered program."""
+    names = "all_gather|all_reduce|all_to_all|collective_permute|collective_broadcast|reduce_scatter"
+    return re.findall(rf"stablehlo\.({names})\b", text)
+
+
+@pytest.mark.parametrize("name", GPU_IMPLEMENTATIONS)
+def test_gpu_kernels_in_shard_map(name):
+    inputs, cotangents, *_ = on_one_device()
+    _, function = shard_mapped("k replicated", mesh(data=4, model=2), name)
+    text = lowered_for_cuda(function, *inputs)
+    assert kernels(text, f"pallas_qk_{name}_forward") == 1 and collective_operations(text) == []
+    text = lowered_for_cuda(gradients(function), *inputs, *cotangents)
+    assert kernels(text, f"pallas_qk_{name}_backward") == 1 and collective_operations(text) == ["all_reduce"] * 2
+
+
+@pytest.mark.parametrize("name", GPU_IMPLEMENTATIONS)
+@pytest.mark.parametrize("direction, sums", [("forward", []), ("backward", ["all_reduce"] * 2)])
+def test_gpu_kernels_in_what_the_compiler_partitions(name, direction, sums):
+    """What its partitioner is told that each device computes, lowered for CUDA; the custom call itself shows nothing."""
+    on = mesh(data=4, model=2)
+    inputs, cotangents, *_ = on_one_device()
+    args = [*inputs[:5], inputs[5][None], *(cotangents if direction == "backward" else ())]
+    activation = ("data", "model")
+    args = put(on, args, [activation, activation, (), (), (), (None, "data"), *[activation] * 3][: len(args)])
+    call = _sharding.Call(CASE.head_dim, Options(CASE.rotary_dim, CASE.eps), name)
+    refined, one_device, results, operands = _sharding._partition(direction, call, on, args, None)
+    assert operands[0].shard_shape(args[0].shape) == (4, 4 * 2 * 16)
+    manual = jax.shard_map(
+        one_device,
+        mesh=refined,
+        in_specs=tuple(x.spec for x in operands),
+        out_specs=[x.spec for x in results],
+        check_vma=False,
+    )
+    text = lowered_for_cuda(manual, *args)
+    assert kernels(text, f"pallas_qk_{name}_{direction}") == 1
+    assert collective_operations(text) == sums
+
+
+def test_the_list_of_collectives_sees_what_is_there():
+    on = mesh(data=8)
+    x = jax.device_put(jnp.ones((8, 8)), NamedSharding(on, P("data")))
+    programs = {
+        "all-gather": P(),
+        "all-to-all": P(None, "data"),
+    }
+    for name, spec in programs.items():
+        _, found = compiled(jax.jit(lambda x: x * 2, out_shardings=NamedSharding(on, spec)), [x])
+        assert [line.split()[0] for line in found] == [name], found
+    _, found = compiled(jnp.sum, [x])
+    assert [line.split()[0] for line in found] == ["all-reduce"]
+    shift = jax.shard_map(
+        lambda x: lax.ppermute(x, "data", [(i, (i + 1) % 8) for i in range(8)]),
+        mesh=on,
+        in_specs=P("data"),
+        out_specs=P("data"),
+    )
+    _, found = compiled(shift, [x])
+    assert [line.split()[0] for line in found] == ["collective-permute"]
+    asynchronous = (
+        "  %ar = (f32[16]{0}, f32[16]{0}) all-reduce-start(f32[16]{0} %a, f32[16]{0} %b), to_apply=%add\n"
+        "  %done = (f32[16]{0}, f32[16]{0}) all-reduce-done((f32[16]{0}, f32[16]{0}) %ar)\n"
+        "  %rs = f32[2]{0} reduce-scatter(f32[16]{0} %a), dimensions={0}\n"
+    )
+    assert [line.split()[0] for line in collectives(asynchronous)] == ["all-reduce-start", "reduce-scatter"]
