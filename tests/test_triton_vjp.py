@@ -340,7 +340,7 @@ def test_every_case_is_lowered_for_cuda_to_two_kernels_without_a_gpu(case):
 
 
 def shared_memory(case: Case, directory) -> dict[str, int]:
-    """Bytes of shared memory of each kernel as Triton compiles it, which is what JAX compiles it with."""
+    """Bytes of shared memory of each kernel as Triton compiles it, a relative of the Triton inside JAX."""
     import triton
     from jaxlib.mlir import ir
     from jaxlib.triton import dialect
@@ -375,6 +375,7 @@ def shared_memory(case: Case, directory) -> dict[str, int]:
     "case",
     [
         Case(16384),
+        Case(5, 3, 1, head_dim=128, rotary_dim=64),
         Case(5, 3, 1, head_dim=64, rotary_dim=32, cache_dtype="float32", mrope_section=(6, 5, 5)),
         Case(5, 3, 1, head_dim=80, rotary_dim=40, weight_dtype="float32"),
     ],
@@ -386,6 +387,8 @@ def test_the_main_kernel_uses_no_shared_memory(case, tmp_path, monkeypatch):
     sizes = shared_memory(case, tmp_path)
     assert list(sizes) == [BACKWARD_NAME, WEIGHT_SUM_NAME]
     assert sizes[BACKWARD_NAME] == 0
+    if case.num_tokens > 1000:
+        assert sizes[WEIGHT_SUM_NAME] > 0  # many warps add up there: it would be seen
 
 
 def test_no_tokens_need_no_kernel():
@@ -452,6 +455,27 @@ def test_reruns_give_equal_bits(gpu, case):
     first = run(case, inputs, cotangents)
     for _ in range(10):
         assert_same_bits(run(case, inputs, cotangents), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(16384),
+        Case(5, 3, 1, head_dim=64, rotary_dim=32, mrope_section=(6, 5, 5)),
+        Case(5, 3, 1, head_dim=128, rotary_dim=64, weight_dtype="float32", cache_dtype="float32"),
+        Case(5, 3, 1, head_dim=80, rotary_dim=40, dtype="float32"),
+    ],
+    ids=lambda case: case.id,
+)
+def test_jax_gives_the_main_kernel_one_warp_and_no_shared_memory(gpu, case, tmp_path):
+    options = Options(case.rotary_dim, case.eps, case.norm_beta, case.mrope_section)
+    shapes = jax.eval_shape(lambda: [*arguments(case, make_inputs(case)), *make_cotangents(case)])
+    call = jax.jit(functools.partial(_triton_vjp.backward, options=options))
+    call.lower(*shapes).compile(compiler_options={"xla_dump_to": str(tmp_path)})
+    (launches,) = tmp_path.glob("*.thunk_sequence.txt")
+    launch = re.search(rf"{BACKWARD_NAME} .*threads: \[(\d+), 1, 1\] +shared_memory: (\d+) bytes", launches.read_text())
+    assert launch is not None and launch.groups() == ("32", "0")
 
 
 @pytest.mark.gpu
