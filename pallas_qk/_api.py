@@ -140,7 +140,7 @@ def _fused_qk_rmsnorm_rope_gate(q_gate, k, q_weight, k_weight, cos_sin_cache, po
 
 
 def _num_shards_of_last_axis(x: jax.Array | np.ndarray) -> int:
-    """As far as it is known here: of arrays and in explicit meshes. The compiler's choice is checked when it is made."""
+    """As far as it is known here: of arrays and in explicit meshes. The compiler's choice is checked when it's made."""
     sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or len(sharding.spec) < x.ndim:
         return 1

@@ -6,7 +6,7 @@ on each device alone: a reshape before that gathers a sharded axis that lies beh
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import jax
@@ -95,7 +95,7 @@ def _trace(direction: str, call: Call, args: Sequence[jax.Array]):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.manual_axes:
         _checks.check_manual_axes(mesh)
-        function = functools.partial(_local, direction, call)
+        function: Callable = functools.partial(_local, direction, call)
     else:
         function = _partitioned(direction, call, args[K].ndim - 1)
     with without_mesh():
@@ -180,7 +180,7 @@ def _partitioned(direction: str, call: Call, num_lead: int) -> Callable:
 
 
 def _sharding_rule(direction: str, num_lead: int) -> SdyShardingRule:
-    """Leading axes and heads may be sharded. A head's lanes count with the heads, so that `_partition` sees them cut."""
+    """Leading axes and heads may be sharded. A head's lanes count with the heads, which `_partition` then sees cut."""
     lead = [f"lead{i}" for i in range(num_lead)]
     q_gate = ArrayMapping(*lead, CompoundFactor("q", "half"))
     q, k = ArrayMapping(*lead, "q"), ArrayMapping(*lead, "k")
@@ -264,7 +264,7 @@ def _num_parts(mesh: Mesh, axes: tuple[str, ...]) -> int:
 # vmap
 
 
-def batch(bind: Callable, args, dims, constants: Sequence[int]):
+def batch(bind: Callable, args, dims, constants: Collection[int]):
     """Batched activations become a leading axis of one call; batched weights or tables make a call for each."""
     (size,) = {x.shape[dim] for x, dim in zip(args, dims, strict=True) if dim is not None}
     if any(dims[place] is not None for place in constants):

@@ -1,4 +1,4 @@
-"""Gradients of the op by autodiff of its definition in float64, with the error that a correct implementation may make."""
+"""Gradients of the op by autodiff of its float64 definition, with the error that a correct implementation may make."""
 
 import functools
 from typing import NamedTuple
@@ -132,9 +132,7 @@ def assert_defined(got, want: list[Gradient], dtypes) -> None:
         assert x.shape == gradient.exact.shape and x.dtype == dtype, (name, x.shape, x.dtype)
         error = np.abs(np.asarray(x).astype(np.float64) - gradient.exact)
         worst = np.unravel_index(np.argmax(error - gradient.bound), error.shape)
-        assert (error <= gradient.bound).all(), (
-            f"{name}{worst}: error {error[worst]}, bound {gradient.bound[worst]}"
-        )
+        assert (error <= gradient.bound).all(), f"{name}{worst}: error {error[worst]}, bound {gradient.bound[worst]}"
 
 
 def assert_agree(got, want) -> None:

@@ -77,9 +77,7 @@ def test_equal_torch_autograd(case):
     )
     torch.autograd.backward(outputs, [torch.tensor(np.asarray(ct).astype(np.float64)) for ct in cotangents])
     want = define_gradients(case, inputs, cotangents)
-    want = [
-        gradient._replace(exact=x.grad.numpy()) for gradient, x in zip(want, args, strict=True)
-    ]
+    want = [gradient._replace(exact=x.grad.numpy()) for gradient, x in zip(want, args, strict=True)]
     got = gradients(case, inputs, cotangents)
     assert_defined(got, want, [x.dtype for x in list(inputs)[:5]])
 
@@ -214,7 +212,9 @@ def test_a_position_outside_the_table_spoils_its_token_and_the_weights(implement
     q_and_gate = np.asarray(got[0][2]).reshape(TINY.num_q_heads, 2, TINY.head_dim)
     assert np.isnan(q_and_gate[:, 0]).all() and np.isnan(np.asarray(got[1][2])).all()
     assert not np.isnan(q_and_gate[:, 1]).any()
-    assert np.isnan(np.asarray(got[2])[: TINY.rotary_dim]).all() and np.isnan(np.asarray(got[3])[: TINY.rotary_dim]).all()
+    assert (
+        np.isnan(np.asarray(got[2])[: TINY.rotary_dim]).all() and np.isnan(np.asarray(got[3])[: TINY.rotary_dim]).all()
+    )
 
 
 def backward_text(argnums, case=TINY):
@@ -232,7 +232,10 @@ def test_the_table_gradient_costs_nothing_when_unused():
 def test_one_forward_and_one_backward(argnums):
     function, args = of_floats(TINY, make_inputs(TINY))
     names = primitives(jax.grad(scalar(function), argnums), *args)
-    assert sorted(name for name in names if name.startswith("fused_qk")) == ["fused_qk_rmsnorm_rope_gate", "fused_qk_rmsnorm_rope_gate_backward"]
+    assert sorted(name for name in names if name.startswith("fused_qk")) == [
+        "fused_qk_rmsnorm_rope_gate",
+        "fused_qk_rmsnorm_rope_gate_backward",
+    ]
 
 
 def test_residuals_are_the_inputs():

@@ -50,7 +50,10 @@ def batch_of(case, size):
     """Arguments and cotangents with a leading axis over activations, and the vmapped op."""
     seeds = [(list(make_inputs(case, seed)), make_cotangents(case, seed)) for seed in range(size)]
     first = seeds[0][0]
-    stack = lambda xs: jnp.stack(list(xs))
+
+    def stack(xs):
+        return jnp.stack(list(xs))
+
     q_gate, k, positions = (stack(inputs[i] for inputs, _ in seeds) for i in (0, 1, 5))
     cotangents = [stack(cts[i] for _, cts in seeds) for i in range(3)]
     return [q_gate, k, *first[2:5], positions], cotangents, jax.vmap(op(case), (0, 0, None, None, None, 0))
@@ -170,9 +173,7 @@ def test_mrope_and_float32():
     got, found = compiled(op(case), args)
     assert found == []
     assert_same(got, outputs)
-    got, found = compiled(
-        gradients(op(case)), [*args, *put(on, cotangents, [("data", "model")] * 3)]
-    )
+    got, found = compiled(gradients(op(case)), [*args, *put(on, cotangents, [("data", "model")] * 3)])
     assert_only_weight_sums(found)
     want = jax.jit(gradients(op(case)))(*inputs, *cotangents)
     assert_agree(got, want)
@@ -410,7 +411,7 @@ def test_gpu_kernels_in_shard_map(name):
 @pytest.mark.parametrize("name", GPU_IMPLEMENTATIONS)
 @pytest.mark.parametrize("direction, sums", [("forward", []), ("backward", ["all_reduce"] * 2)])
 def test_gpu_kernels_in_what_the_compiler_partitions(name, direction, sums):
-    """What its partitioner is told that each device computes, lowered for CUDA; the custom call itself shows nothing."""
+    """What its partitioner is told that each device computes, lowered for CUDA; the custom call shows nothing."""
     on = mesh(data=4, model=2)
     inputs, cotangents, *_ = on_one_device()
     args = [*inputs[:5], inputs[5][None], *(cotangents if direction == "backward" else ())]

@@ -145,7 +145,9 @@ def test_grad_of_vmap(batched):
 
     @jax.jit
     def got(args, cts):
-        mapped = lambda *floats: jax.vmap(op(MROPE, "xla"), axes)(*floats, args[5])
+        def mapped(*floats):
+            return jax.vmap(op(MROPE, "xla"), axes)(*floats, args[5])
+
         return jax.vjp(mapped, *args[:5])[1](cts)
 
     each = [one_call(MROPE)(*call, *ct) for call, ct in zip(calls, cts, strict=True)]
@@ -175,7 +177,9 @@ def test_batched_activations_are_one_launch(name):
     cts = tuple(jnp.stack([x] * SIZE) for x in make_cotangents(CASE))
 
     def grad_of_vmap(args, cts):
-        mapped = lambda *floats: jax.vmap(op(CASE, name), axes)(*floats, args[5])
+        def mapped(*floats):
+            return jax.vmap(op(CASE, name), axes)(*floats, args[5])
+
         return jax.vjp(mapped, *args[:5])[1](cts)[:4]
 
     def vmap_of_grad(args, cts):
