@@ -1,12 +1,9 @@
 """The public functions: check, choose, call."""
 
 import functools
-import math
 from collections.abc import Sequence
 
 import jax
-import numpy as np
-from jax.sharding import NamedSharding
 
 from pallas_qk import _checks, _implementations, _vjp
 from pallas_qk._config import Options, Spec
@@ -66,18 +63,31 @@ def fused_qk_rmsnorm_rope_gate(
       q_out (T, Hq*D), k_out (T, Hkv*D) and gate_out (T, Hq*D), in the dtype of `q_gate`; the gate is raw.
 
     Raises:
-      ValueError: a shape or a value breaks a rule above.
+      ValueError: a shape or a value breaks a rule above, or a head is cut across devices.
       TypeError: a dtype or a type does, or `eps` or `norm_beta` is traced.
-      NotImplementedError: the implementation asked for by name can't run this; the message says why.
+      NotImplementedError: the implementation asked for by name can't run this, or a shard_map or an export over devices
+        leaves the op to the compiler; the message says why.
 
     Numerics:
       The norm is computed in float32, with the sum of squares in one fixed order, and rounded to the dtype of
       `q_gate` before the rotation, which is computed in float32 and rounded once more. A token's result depends
       neither on the other tokens nor on whether the call is inside `jax.jit`. For float16 and bfloat16, "mosaic_gpu"
       and "triton" give the bits of the Triton kernel that serving stacks run; "xla" on a GPU does for 16-bit tables
-      where D is a power of two, and otherwise differs by one unit in the last place in a few elements of 10^6.
+      where D is a power of two, and otherwise differs by a unit or two in the last place in some 40 elements of 10^6.
       A position outside [0, max_pos) gives NaN in the elements that read it and nowhere else; no address outside
       the table is formed.
+
+    Derivatives:
+      Of q_gate, k, both weights and the table, in reverse and forward mode and of any order; rounding counts as the
+      identity. Reverse mode keeps the inputs and nothing else, and is one kernel. The weights' gradients are summed in
+      float32, in a fixed order, and rounded once. The table's is XLA's scatter-add, on a GPU in no fixed order, and
+      costs nothing where it isn't used. Forward mode and derivatives beyond the first are plain XLA.
+
+    Mapping and sharding:
+      `jax.vmap` over activations is one launch, over weights or a table one for each. Tokens and heads may be sharded
+      over any axes of a mesh, automatic, explicit or of `jax.shard_map` (which takes the numbers of heads on one
+      device); weights and table are replicated. The forward takes no collective and the backward only the sum of the
+      weights' gradients. A device holds whole heads: fewer kv heads than devices are left replicated over that axis.
 
     Semantics from: `fused_qk_rmsnorm_rope_gate` of vLLM 0.33.0 (model_executor/layers/fused_qk_norm_rope.py), which
       trusts positions and takes no float32 activations.
@@ -116,8 +126,8 @@ def fused_qk_rmsnorm_rope_gate(
         rotary_dim=rotary_dim,
         mrope=options.mrope_section is not None,
     )
-    _checks.check_whole_heads("q_gate", num_q_heads, _num_shards_of_last_axis(q_gate))
-    _checks.check_whole_heads("k", num_kv_heads, _num_shards_of_last_axis(k))
+    _checks.check_known_sharding("q_gate", q_gate, num_q_heads)
+    _checks.check_known_sharding("k", k, num_kv_heads)
     spec = Spec(q_gate.shape[0], num_q_heads, num_kv_heads, head_dim, rotary_dim, str(q_gate.dtype))
     _implementations.check_supported(spec, implementation)
     return _fused_qk_rmsnorm_rope_gate(
@@ -137,15 +147,6 @@ def _fused_qk_rmsnorm_rope_gate(q_gate, k, q_weight, k_weight, cos_sin_cache, po
     rows = positions if positions.ndim == 2 else positions[None]
     with jax.named_scope("fused_qk_rmsnorm_rope_gate"):
         return tuple(_vjp.forward(call, q_gate, k, q_weight, k_weight, cos_sin_cache, rows))
-
-
-def _num_shards_of_last_axis(x: jax.Array | np.ndarray) -> int:
-    """As far as it is known here: of arrays and in explicit meshes. The compiler's choice is checked when it's made."""
-    sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or len(sharding.spec) < x.ndim:
-        return 1
-    axes = sharding.spec[-1] or ()
-    return math.prod(sharding.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def default_implementation(

@@ -7,6 +7,7 @@ import operator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 ACTIVATION_DTYPES = ("float16", "bfloat16", "float32")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -180,6 +181,14 @@ def check_whole_heads(name: str, num_heads: int, num_shards: int) -> None:
             f"{name} must hold whole heads on each device, got {heads}={num_heads} over {num_shards} devices. "
             f"Shard its last axis over a number of devices that divides {num_heads}, or leave it replicated there."
         )
+
+
+def check_known_sharding(name: str, x: jax.Array | np.ndarray, num_heads: int) -> None:
+    """`check_whole_heads` where a sharding is known while tracing: of arrays, and in explicit meshes."""
+    sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    if isinstance(sharding, NamedSharding) and len(sharding.spec) == x.ndim and (axes := sharding.spec[-1]):
+        axes = (axes,) if isinstance(axes, str) else axes
+        check_whole_heads(name, num_heads, math.prod(sharding.mesh.shape[axis] for axis in axes))
 
 
 def check_manual_axes(mesh: jax.sharding.AbstractMesh) -> None:

@@ -6,7 +6,7 @@ on each device alone: a reshape before that gathers a sharded axis that lies beh
 
 import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -30,19 +30,19 @@ class Call(NamedTuple):
     implementation: str | None
 
 
-# Operands by place, in both directions; backward has the outputs' cotangents too.
+# Operands by place, in both directions; backward has the cotangents too.
 Q_GATE, K, Q_WEIGHT, K_WEIGHT, CACHE, POSITIONS, DQ_OUT, DK_OUT, DGATE_OUT = range(9)
 CONSTANTS = (Q_WEIGHT, K_WEIGHT, CACHE)  # without leading axes
 
-# For each result the operand that has its axes and their sharding, and the operands that it depends on.
-LIKE = {"forward": (Q_GATE, K, Q_GATE), "backward": (Q_GATE, K, Q_WEIGHT, K_WEIGHT)}
-READS = {
-    "forward": ((Q_GATE, Q_WEIGHT, CACHE, POSITIONS), (K, K_WEIGHT, CACHE, POSITIONS), (Q_GATE,)),
+# For each result the operand that has its axes, and the operands that it depends on.
+_LIKE = {"forward": (Q_GATE, K, Q_GATE), "backward": (Q_GATE, K, Q_WEIGHT, K_WEIGHT)}
+_READS = {
+    "forward": ({Q_GATE, Q_WEIGHT, CACHE, POSITIONS}, {K, K_WEIGHT, CACHE, POSITIONS}, {Q_GATE}),
     "backward": (
-        (Q_GATE, Q_WEIGHT, CACHE, POSITIONS, DQ_OUT, DGATE_OUT),
-        (K, K_WEIGHT, CACHE, POSITIONS, DK_OUT),
-        (Q_GATE, CACHE, POSITIONS, DQ_OUT),
-        (K, CACHE, POSITIONS, DK_OUT),
+        {Q_GATE, Q_WEIGHT, CACHE, POSITIONS, DQ_OUT, DGATE_OUT},
+        {K, K_WEIGHT, CACHE, POSITIONS, DK_OUT},
+        {Q_GATE, CACHE, POSITIONS, DQ_OUT},
+        {K, CACHE, POSITIONS, DK_OUT},
     ),
 }
 
@@ -52,7 +52,7 @@ def forward(call: Call, *args: jax.Array) -> list[jax.Array]:
 
     Returns q_out (*lead, Hq*D), k_out (*lead, Hkv*D) and gate_out (*lead, Hq*D).
     """
-    return forward_p.bind(*args, call=call, body=_trace("forward", call, args))
+    return forward_p.bind(*args, call=call, body=_body("forward", call, args))
 
 
 def backward(call: Call, *args: jax.Array) -> list[jax.Array]:
@@ -60,11 +60,11 @@ def backward(call: Call, *args: jax.Array) -> list[jax.Array]:
 
     Returns dq_gate, dk and, summed over all leading axes in float32, dq_weight (D,) and dk_weight (D,).
     """
-    return backward_p.bind(*args, call=call, body=_trace("backward", call, args))
+    return backward_p.bind(*args, call=call, body=_body("backward", call, args))
 
 
 def on_heads(function: Callable, call: Call, *args: jax.Array, flatten: bool = False) -> list[jax.Array]:
-    """Results, flat in heads, of a function of arrays (*lead, heads, 2*D or D), or (T, heads, 2*D or D)."""
+    """The results, flat in heads, of a function of arrays (*lead, heads, 2*D or D); with `flatten`, of (T, …)."""
     lead = args[K].shape[:-1]
     tokens = (math.prod(lead),) if flatten else lead
     widths = {Q_GATE: 2 * call.head_dim} | dict.fromkeys((K, DQ_OUT, DK_OUT, DGATE_OUT), call.head_dim)
@@ -83,23 +83,28 @@ def _local(direction: str, call: Call, *args: jax.Array) -> list[jax.Array]:
     return on_heads(functools.partial(run, implementation=call.implementation), call, *args, flatten=True)
 
 
-def without_mesh():
-    """The context in which one device's code is traced. It keeps the device that an abstract mesh names."""
-    return jax.sharding.use_abstract_mesh(
-        AbstractMesh((), (), abstract_device=jax.sharding.get_abstract_mesh().abstract_device)
-    )
+def _body(direction: str, call: Call, args: Sequence[jax.Array]):
+    """The op as a jaxpr of arrays without mesh axes.
 
-
-def _trace(direction: str, call: Call, args: Sequence[jax.Array]):
-    """The op as a jaxpr of untyped arrays: a parameter of the primitive, in which JAX finds that it needs devices."""
+    A parameter of the primitive: JAX looks there for what must know its devices, as `custom_partitioning` must.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.manual_axes:
         _checks.check_manual_axes(mesh)
         function: Callable = functools.partial(_local, direction, call)
     else:
         function = _partitioned(direction, call, args[K].ndim - 1)
-    with without_mesh():
+    with _without_mesh():
         return jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args))
+
+
+def _without_mesh():
+    """The context of one device's code. It keeps the device that an abstract mesh names."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+
+
+# Primitives
 
 
 def primitive(name: str) -> Primitive:
@@ -108,19 +113,29 @@ def primitive(name: str) -> Primitive:
 
     @p.def_impl
     def impl(*args, **params):
-        # Eager only where JAX evaluates jitted code step by step: under disable_jit, and to find a NaN.
+        # Eager only where JAX goes through jitted code step by step: under disable_jit, and in search of a NaN.
         with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
             return jax.jit(functools.partial(p.bind, **params))(*args)
 
     return p
 
 
-def typed(aval, like, reads):
-    """The type of a result: shape and dtype of `aval`, mesh axes of `like`, varying as the operands it depends on."""
-    varying = frozenset().union(*(operand.manual_axis_type.varying for operand in reads))
-    return like.update(
-        shape=aval.shape, dtype=aval.dtype, weak_type=False, manual_axis_type=ManualAxisType(varying=varying)
-    )
+def result_types(direction: str, results, operands, places: Iterable[int]):
+    """Types of results that have a shape and dtype: sharded as what they are like, varying as what they depend on."""
+    at = list(zip(places, operands, strict=True))
+    types = []
+    for result, like, reads in zip(results, _LIKE[direction], _READS[direction], strict=True):
+        varying = frozenset().union(*(x.manual_axis_type.varying for place, x in at if place in reads))
+        update = {"shape": result.shape, "dtype": result.dtype, "manual_axis_type": ManualAxisType(varying=varying)}
+        types.append(operands[like].update(weak_type=False, **update))
+    return types
+
+
+def lower_untyped(ctx, function: Callable, *args):
+    """Lowers `function` without mesh axes in the types of its arrays."""
+    avals = [jax.core.ShapedArray(x.shape, x.dtype) for x in ctx.avals_in]
+    with _without_mesh():
+        return mlir.lower_fun(function, multiple_results=True)(ctx.replace(avals_in=avals), *args)
 
 
 def compiler_partitioned(function: Callable, like: Sequence[jax.Array]) -> Callable:
@@ -131,26 +146,14 @@ def compiler_partitioned(function: Callable, like: Sequence[jax.Array]) -> Calla
     return jax.sharding.auto_axes(function, out_sharding=shardings)
 
 
-def lower_untyped(ctx, function: Callable, *args):
-    """Lowers `function` without mesh axes in the types of its arrays."""
-    with without_mesh():
-        avals = [jax.core.ShapedArray(x.shape, x.dtype) for x in ctx.avals_in]
-        return mlir.lower_fun(function, multiple_results=True)(ctx.replace(avals_in=avals), *args)
-
-
 def _op_primitive(name: str, direction: str) -> Primitive:
     p = primitive(name)
 
     @p.def_abstract_eval
-    def abstract_eval(*args, call, body):
-        del call
-        return [
-            typed(aval, args[like], [args[place] for place in reads])
-            for aval, like, reads in zip(body.out_avals, LIKE[direction], READS[direction], strict=True)
-        ]
+    def abstract_eval(*args, body, **_):
+        return result_types(direction, body.out_avals, args, range(len(args)))
 
-    def lower(ctx, *args, call, body):
-        del call
+    def lower(ctx, *args, body, **_):
         context = ctx.module_context
         if context.lowering_parameters.for_export and isinstance(context.axis_context, mlir.ShardingContext):
             _checks.check_export(context.axis_context.num_devices)
@@ -173,14 +176,14 @@ def _partitioned(direction: str, call: Call, num_lead: int) -> Callable:
     partitioned.def_partition(
         functools.partial(_partition, direction, call),
         sharding_rule=_sharding_rule(direction, num_lead),
-        # Also parts of a mesh axis, which a NamedSharding can't name: 2 heads over an axis of 8 devices.
+        # Decoded here: JAX has no name for a part of a mesh axis, such as 2 kv heads over an axis of 8 devices.
         decode_shardings=False,
     )
     return partitioned
 
 
 def _sharding_rule(direction: str, num_lead: int) -> SdyShardingRule:
-    """Leading axes and heads may be sharded. A head's lanes count with the heads, which `_partition` then sees cut."""
+    """Leading axes and heads may be sharded. Lanes count with the heads, so that `_partition` sees where one is cut."""
     lead = [f"lead{i}" for i in range(num_lead)]
     q_gate = ArrayMapping(*lead, CompoundFactor("q", "half"))
     q, k = ArrayMapping(*lead, "q"), ArrayMapping(*lead, "k")
@@ -194,38 +197,36 @@ def _sharding_rule(direction: str, num_lead: int) -> SdyShardingRule:
 
 
 def _partition(direction: str, call: Call, mesh: Mesh, operands, results):
-    """What each device computes and how arrays are laid out for it, for `custom_partitioning`.
+    """What each device computes and how arrays are laid out for it, as `custom_partitioning` asks.
 
-    q_gate says how leading axes are sharded. The partitioner leaves conflicts to us: k or positions otherwise sharded.
+    q_gate says how leading axes are sharded: Shardy leaves it to us where k or positions are sharded otherwise.
     """
     del results
     q_gate, k = operands[Q_GATE], operands[K]
     mesh = _refined(mesh, list(_starts(q_gate)))
     *lead, q_heads = _mesh_axes(mesh, q_gate)
     *_, k_heads = _mesh_axes(mesh, k)
-    # Rows that pad an uneven axis would count in the weights' gradients.
-    lead = [() if size % _num_parts(mesh, axes) else axes for size, axes in zip(k.shape, lead, strict=False)]
+    # XLA pads an axis that doesn't divide, with rows that would count in the weights' gradients.
+    lead = [axes if size % _num_parts(mesh, axes) == 0 else () for axes, size in zip(lead, k.shape, strict=False)]
     tokens = sum(lead, ())
     k_heads = tuple(axis for axis in k_heads if axis not in tokens)
     _checks.check_whole_heads("q_gate", q_gate.shape[-1] // (2 * call.head_dim), _num_parts(mesh, q_heads))
     _checks.check_whole_heads("k", k.shape[-1] // call.head_dim, _num_parts(mesh, k_heads))
 
     def one_device(*args):
-        with without_mesh():
+        with _without_mesh():
             outputs = _local(direction, call, *args)
-            for place, heads in ((2, q_heads), (3, k_heads)) if direction == "backward" else ():
-                if tokens + heads:
-                    outputs[place] = lax.psum(outputs[place], tokens + heads)
-            return outputs
+            sums = {2: tokens + q_heads, 3: tokens + k_heads} if direction == "backward" else {}
+            return [lax.psum(x, sums[place]) if sums.get(place) else x for place, x in enumerate(outputs)]
 
     q, k, positions, constant = ((*lead, q_heads), (*lead, k_heads), (None, *lead), ())
     specs = (q, k, constant, constant, constant, positions, q, k, q)
     shardings = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs]
-    return mesh, one_device, [shardings[place] for place in LIKE[direction]], tuple(shardings[: len(operands)])
+    return mesh, one_device, [shardings[like] for like in _LIKE[direction]], tuple(shardings[: len(operands)])
 
 
 def _refined(mesh: Mesh, devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh, or a flat one, with axes of prime sizes, which name parts of an axis: 2 heads over one of 8 devices."""
+    """The mesh, or a flat one where there is none, with axes of prime sizes: each part of an axis has a name."""
     sizes = mesh.axis_sizes if mesh.size == len(devices) else (len(devices),)
     primes = [prime for size in sizes for prime in _prime_factors(size)]
     return Mesh(np.array(devices).reshape(primes), [f"axis{i}" for i in range(len(primes))])
@@ -264,17 +265,18 @@ def _num_parts(mesh: Mesh, axes: tuple[str, ...]) -> int:
 # vmap
 
 
-def batch(bind: Callable, args, dims, constants: Collection[int]):
+def batch(bind: Callable, args, dims, constants: Iterable[int]):
     """Batched activations become a leading axis of one call; batched weights or tables make a call for each."""
-    (size,) = {x.shape[dim] for x, dim in zip(args, dims, strict=True) if dim is not None}
     if any(dims[place] is not None for place in constants):
         batched = [jnp.moveaxis(x, dim, 0) for x, dim in zip(args, dims, strict=True) if dim is not None]
 
-        def call(xs):
+        def one(xs):
             xs = iter(xs)
             return bind(*(x if dim is None else next(xs) for x, dim in zip(args, dims, strict=True)))
 
-        return lax.map(call, batched)
+        return lax.map(one, batched)
+
+    (size,) = {x.shape[dim] for x, dim in zip(args, dims, strict=True) if dim is not None}
 
     def to_front(place, x, dim):
         if place in constants:
@@ -284,23 +286,20 @@ def batch(bind: Callable, args, dims, constants: Collection[int]):
             return jnp.moveaxis(x, dim, front)
         return jnp.broadcast_to(jnp.expand_dims(x, front), (*x.shape[:front], size, *x.shape[front:]))
 
-    return bind(*(to_front(place, x, dim) for place, (x, dim) in enumerate(zip(args, dims, strict=True))))
+    return bind(*map(to_front, range(len(args)), args, dims))
 
 
-def _forward_batch(args, dims, *, call, body):
-    del body
+def _forward_batch(args, dims, *, call, **_):
     outputs = batch(functools.partial(forward, call), args, dims, CONSTANTS)
     return outputs, [0] * len(outputs)
 
 
-def _backward_batch(args, dims, *, call, body):
-    del body
+def _backward_batch(args, dims, *, call, **_):
     outputs = list(batch(functools.partial(backward, call), args, dims, CONSTANTS))
     if all(dims[place] is None for place in CONSTANTS):
-        # The kernel sums over every token. A sum for each example is plain XLA, which drops it where nobody wants it.
-        outputs[2:] = compiler_partitioned(
-            jax.vmap(lambda *args: tuple(on_heads(_reference.backward, call, *args)[2:]), dims), outputs[2:]
-        )(*args)
+        # The kernel sums over all tokens. Sums for each example are plain XLA, which drops them where nobody asks.
+        each = jax.vmap(lambda *args: tuple(on_heads(_reference.backward, call, *args)[2:]), dims)
+        outputs[2:] = compiler_partitioned(each, outputs[2:])(*args)
     return outputs, [0] * len(outputs)
 
 

@@ -15,15 +15,26 @@ from jax.interpreters import ad, batching, mlir
 from pallas_qk import _reference, _sharding
 from pallas_qk._sharding import CACHE, CONSTANTS, POSITIONS, Call, backward_p, forward_p
 
-_NUM_INPUTS = POSITIONS + 1
-
 forward = _sharding.forward  # the differentiable op
 
+# Its operands: the inputs, and then the tangents of those inputs that `moving` names by place.
 tangent_p = _sharding.primitive("fused_qk_rmsnorm_rope_gate_tangent")
+
+_NUM_INPUTS = POSITIONS + 1
+
+
+def _forward_jvp(inputs, tangents, *, call: Call, **_):
+    moving = _nonzero(tangents)
+    outputs = forward(call, *inputs)
+    return outputs, tangent_p.bind(*inputs, *moving.values(), call=call, moving=tuple(moving))
+
+
+def _nonzero(tangents) -> dict[int, jax.Array]:
+    return {place: t for place, t in enumerate(tangents) if place != POSITIONS and type(t) is not ad.Zero}
 
 
 def _tangent(*args: jax.Array, call: Call, moving: tuple[int, ...]) -> list[jax.Array]:
-    """Tangents of the outputs, from the inputs and then the tangents of those inputs that `moving` names by place."""
+    """Tangents of the outputs: what `tangent_p` computes."""
     inputs, tangents = args[:_NUM_INPUTS], args[_NUM_INPUTS:]
     inputs32 = [*(x.astype(jnp.float32) for x in inputs[:POSITIONS]), inputs[POSITIONS]]
     tangents32 = {place: x.astype(jnp.float32) for place, x in zip(moving, tangents, strict=True)}
@@ -32,7 +43,7 @@ def _tangent(*args: jax.Array, call: Call, moving: tuple[int, ...]) -> list[jax.
 
 
 def _derivative(function: Callable, args: Sequence[jax.Array], tangents: dict[int, jax.Array]):
-    """The derivative of `function` along the tangents of those arguments that have one."""
+    """The derivative of `function` along the tangents of some of its arguments, by place."""
 
     def of_moving(*moved):
         merged = list(args)
@@ -41,39 +52,6 @@ def _derivative(function: Callable, args: Sequence[jax.Array], tangents: dict[in
         return tuple(function(*merged))
 
     return jax.jvp(of_moving, [args[place] for place in tangents], list(tangents.values()))[1]
-
-
-def _second_derivative(function: Callable, outputs, args, tangents):
-    tangents = _nonzero(tangents)
-
-    def derivative(args, moved):
-        return _derivative(function, args, dict(zip(tangents, moved, strict=True)))
-
-    derivative = _sharding.compiler_partitioned(derivative, outputs)
-    return outputs, derivative(args, list(tangents.values()))
-
-
-def _nonzero(tangents) -> dict[int, jax.Array]:
-    return {place: t for place, t in enumerate(tangents) if place != POSITIONS and type(t) is not ad.Zero}
-
-
-def _forward_jvp(inputs, tangents, *, call: Call, body):
-    del body
-    moving = _nonzero(tangents)
-    outputs = _sharding.forward(call, *inputs)
-    return outputs, tangent_p.bind(*inputs, *moving.values(), call=call, moving=tuple(moving))
-
-
-def _tangent_jvp(args, tangents, **params):
-    outputs = tangent_p.bind(*args, **params)
-    return _second_derivative(functools.partial(_tangent, **params), outputs, args, tangents)
-
-
-def _backward_jvp(args, tangents, *, call: Call, body):
-    del body
-    outputs = _sharding.backward(call, *args)
-    function = functools.partial(_sharding.on_heads, _reference.backward, call)
-    return _second_derivative(function, outputs, args, tangents)
 
 
 def _tangent_transpose(cotangents, *args, call: Call, moving: tuple[int, ...]):
@@ -108,22 +86,37 @@ def _sum_to(gradient: jax.Array, aval) -> jax.Array:
     return (lax.psum(gradient, tuple(axes)) if axes else gradient).astype(aval.dtype)
 
 
-def _tangent_batch(args, dims, *, call: Call, moving: tuple[int, ...]):
-    constants = {place for place, kind in enumerate((*range(_NUM_INPUTS), *moving)) if kind in CONSTANTS}
-    outputs = _sharding.batch(functools.partial(tangent_p.bind, call=call, moving=moving), args, dims, constants)
+def _tangent_jvp(args, tangents, **params):
+    outputs = tangent_p.bind(*args, **params)
+    return outputs, _further_derivative(functools.partial(_tangent, **params), args, tangents, outputs)
+
+
+def _backward_jvp(args, tangents, *, call: Call, **_):
+    outputs = _sharding.backward(call, *args)
+    function = functools.partial(_sharding.on_heads, _reference.backward, call)
+    return outputs, _further_derivative(function, args, tangents, outputs)
+
+
+def _further_derivative(function: Callable, args, tangents, outputs):
+    tangents = _nonzero(tangents)
+
+    def derivative(args, moved):
+        return _derivative(function, args, dict(zip(tangents, moved, strict=True)))
+
+    return _sharding.compiler_partitioned(derivative, outputs)(args, list(tangents.values()))
+
+
+def _tangent_batch(args, dims, *, moving: tuple[int, ...], **params):
+    constants = [i for i, place in enumerate((*range(_NUM_INPUTS), *moving)) if place in CONSTANTS]
+    outputs = _sharding.batch(functools.partial(tangent_p.bind, moving=moving, **params), args, dims, constants)
     return outputs, [0] * len(outputs)
 
 
 @tangent_p.def_abstract_eval
-def _tangent_abstract_eval(*args, call: Call, moving: tuple[int, ...]):
-    del call
-    outputs = []
-    for like, reads in zip(_sharding.LIKE["forward"], _sharding.READS["forward"], strict=True):
-        x = args[like]
-        read = [x for place, x in zip((*range(_NUM_INPUTS), *moving), args, strict=True) if place in reads]
-        shape = x.shape if like else (*x.shape[:-1], x.shape[-1] // 2)
-        outputs.append(_sharding.typed(x.update(shape=shape), x, read))
-    return outputs
+def _tangent_abstract_eval(q_gate, k, *args, moving: tuple[int, ...], **_):
+    q_out = q_gate.update(shape=(*q_gate.shape[:-1], q_gate.shape[-1] // 2))
+    places = (*range(_NUM_INPUTS), *moving)
+    return _sharding.result_types("forward", (q_out, k, q_out), (q_gate, k, *args), places)
 
 
 def _tangent_lowering(ctx, *args, **params):

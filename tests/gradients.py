@@ -1,4 +1,4 @@
-"""Gradients of the op by autodiff of its float64 definition, with the error that a correct implementation may make."""
+"""Gradients of the op by autodiff of its definition in float64, with the error that an implementation may make."""
 
 import functools
 from typing import NamedTuple

@@ -48,15 +48,10 @@ def gradients(function):
 
 def batch_of(case, size):
     """Arguments and cotangents with a leading axis over activations, and the vmapped op."""
-    seeds = [(list(make_inputs(case, seed)), make_cotangents(case, seed)) for seed in range(size)]
-    first = seeds[0][0]
-
-    def stack(xs):
-        return jnp.stack(list(xs))
-
-    q_gate, k, positions = (stack(inputs[i] for inputs, _ in seeds) for i in (0, 1, 5))
-    cotangents = [stack(cts[i] for _, cts in seeds) for i in range(3)]
-    return [q_gate, k, *first[2:5], positions], cotangents, jax.vmap(op(case), (0, 0, None, None, None, 0))
+    each = [list(make_inputs(case, seed)) for seed in range(size)]
+    q_gate, k, positions = (jnp.stack([inputs[i] for inputs in each]) for i in (0, 1, 5))
+    cotangents = [jnp.stack(x) for x in zip(*(make_cotangents(case, seed) for seed in range(size)), strict=True)]
+    return [q_gate, k, *each[0][2:5], positions], cotangents, jax.vmap(op(case), (0, 0, None, None, None, 0))
 
 
 def compiled(function, args):
@@ -192,45 +187,47 @@ def test_positions_sharded_otherwise_still_give_the_right_result(tokens):
     assert_agree(got, grads)
 
 
-def test_k_sharded_over_tokens_where_q_is_over_heads():
-    inputs, cotangents, outputs, grads = on_one_device()
+@pytest.mark.parametrize(
+    "q, k",
+    [((None, "model"), ("model", None)), (("model", None), (None, "model"))],
+    ids=["q over heads", "q over tokens"],
+)
+def test_q_and_k_that_share_an_axis_otherwise(q, k):
+    case = dataclasses.replace(CASE, num_kv_heads=8)
+    inputs, cotangents, outputs, grads = on_one_device(case)
     on = mesh(model=8)
-    args = put(on, inputs, ((None, "model"), ("model", None), (), (), (), ()))
-    got, _ = compiled(op(CASE), args)
+    args = put(on, inputs, (q, k, (), (), (), ()))
+    got, _ = compiled(op(case), args)
     assert_same(got, outputs)
-    cotangents = put(on, cotangents, ((None, "model"), ("model", None), (None, "model")))
-    got, _ = compiled(gradients(op(CASE)), [*args, *cotangents])
+    got, _ = compiled(gradients(op(case)), [*args, *put(on, cotangents, (q, k, q))])
     assert_agree(got, grads)
 
 
 def test_tokens_that_do_not_divide():
-    """XLA pads an uneven axis; the rows that pad it must not count in the weights' gradients."""
-    case = dataclasses.replace(CASE, num_tokens=10)
-    inputs, cotangents, outputs, grads = on_one_device(case)
+    """XLA pads an uneven axis; the rows that pad it must not count in the weights' gradients, here cos(0) = 1."""
+    case = dataclasses.replace(CASE, num_tokens=10, dtype="float32")
+    inputs = list(make_inputs(case))
+
+    def loss(q_gate, k, *rest, constrain=lambda x: x):
+        q_gate, k = jnp.cos(constrain(q_gate)), jnp.cos(constrain(k))
+        return sum(jnp.sum(out + jnp.sin(out)) for out in op(case)(q_gate, k, *rest))
+
     sharded = NamedSharding(mesh(data=8), P("data"))
-
-    def constrained(q_gate, k, *rest):
-        constrain = functools.partial(lax.with_sharding_constraint, shardings=sharded)
-        return [constrain(x) for x in op(case)(constrain(q_gate), constrain(k), *rest)]
-
-    got, _ = compiled(constrained, inputs)
-    assert_same(got, outputs)
-
-    def summed(*args):
-        return gradients(lambda *args: tuple(constrained(*args)))(*args)
-
-    got, _ = compiled(summed, [*inputs, *cotangents])
-    assert_agree(got, grads)
+    constrain = functools.partial(lax.with_sharding_constraint, shardings=sharded)
+    argnums = (0, 1, 2, 3)
+    got, _ = compiled(jax.grad(functools.partial(loss, constrain=constrain), argnums), inputs)
+    assert_agree(got, jax.jit(jax.grad(loss, argnums))(*inputs))
 
 
 def test_two_kv_heads_shared_by_eight_devices():
-    """As attention asks for them: each kv head with its four query heads. Two parts of an axis of eight."""
-    inputs, _, (q_out, k_out, _), _ = on_one_device()
+    """As attention asks for them, each kv head with its four query heads: two parts of an axis of eight devices."""
+    inputs, *_ = on_one_device()
     on = mesh(model=8)
     args = put(on, inputs, ((None, "model"), (), (), (), (), ()))
 
-    def scores(*args):
-        q, k, _ = op(CASE)(*args)
+    def scores(q_gate, k, *rest):
+        k = k @ jnp.eye(k.shape[-1], dtype=k.dtype)  # no input: the compiler chooses how it lies
+        q, k, _ = op(CASE)(q_gate, k, *rest)
         q, k = q.reshape(16, 2, 4, 16), k.reshape(16, 2, 1, 16)
         return jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1).reshape(16, 8)
 
@@ -238,7 +235,6 @@ def test_two_kv_heads_shared_by_eight_devices():
     program = sharded.lower(*args).compile()
     assert collectives(program.as_text()) == []
     np.testing.assert_allclose(program(*args), jax.jit(scores)(*inputs), rtol=1e-5, atol=1e-5)
-    del q_out, k_out
 
 
 WHOLE_HEADS = {
@@ -322,6 +318,55 @@ def test_gradients_inside_shard_map(layout):
     got, found = compiled(inside, [*inputs, *cotangents])
     assert_only_weight_sums(found)
     assert_agree(got, grads)
+
+
+FLOAT32 = dataclasses.replace(CASE, dtype="float32")
+
+
+def further_derivatives(function):
+    """The table's gradient, forward mode and the gradient of a gradient, as a function of the op's arguments."""
+
+    def loss(positions, *floats):
+        return sum(jnp.sum(jnp.sin(out)) for out in function(*floats, positions))
+
+    def run(*args):
+        floats, positions = args[:5], args[5]
+        table = jax.grad(loss, 5)(positions, *floats)
+        _, moved = jax.jvp(lambda *floats: function(*floats, positions), floats, tuple(map(jnp.cos, floats)))
+        first = jax.grad(loss, (1, 2, 3, 4))
+        second = jax.grad(lambda *floats: sum(jnp.sum(jnp.sin(g)) for g in first(positions, *floats)), (0, 1, 2, 3, 4))
+        return table, *moved, *second(*floats)
+
+    return run
+
+
+@pytest.mark.parametrize("mode", [*MODES, "shard_map"])
+def test_further_derivatives(mode):
+    inputs = list(make_inputs(FLOAT32))
+    want = jax.jit(further_derivatives(op(FLOAT32)))(*inputs)
+    with mesh_of({"data": 4, "model": 2}, mode if mode in MODES else "auto") as on:
+        args = put(on, inputs, (("data", "model"), ("data", "model"), (), (), (), ("data",)))
+        function = op(FLOAT32) if mode in MODES else shard_mapped("tokens and heads", on)[1]
+        got = jax.jit(further_derivatives(function))(*args)
+    for a, b in zip(got, want, strict=True):  # sums in another order, twice
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_each_example(mode):
+    inputs, cotangents, *_ = batch_on_one_device()
+
+    def each(*args):
+        axes = (0, 0, None, None, None, 0, 0, 0, 0)
+        return jax.vmap(gradients(op(CASE)), axes)(*args)
+
+    want = jax.jit(each)(*inputs, *cotangents)
+    with mesh_of({"data": 4, "seq": 2}, mode) as on:
+        layout = ("data", "seq", None)
+        args = put(on, inputs, (layout, layout, (), (), (), ("data", "seq")))
+        got = jax.jit(each)(*args, *put(on, cotangents, [layout] * 3))
+    assert got[2].shape == (4, 16)
+    assert_agree(got, want)
 
 
 def test_shard_map_without_the_check():
@@ -411,7 +456,7 @@ def test_gpu_kernels_in_shard_map(name):
 @pytest.mark.parametrize("name", GPU_IMPLEMENTATIONS)
 @pytest.mark.parametrize("direction, sums", [("forward", []), ("backward", ["all_reduce"] * 2)])
 def test_gpu_kernels_in_what_the_compiler_partitions(name, direction, sums):
-    """What its partitioner is told that each device computes, lowered for CUDA; the custom call shows nothing."""
+    """What its partitioner is told that each device computes, lowered for CUDA; its custom call shows nothing."""
     on = mesh(data=4, model=2)
     inputs, cotangents, *_ = on_one_device()
     args = [*inputs[:5], inputs[5][None], *(cotangents if direction == "backward" else ())]

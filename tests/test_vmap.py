@@ -145,10 +145,7 @@ def test_grad_of_vmap(batched):
 
     @jax.jit
     def got(args, cts):
-        def mapped(*floats):
-            return jax.vmap(op(MROPE, "xla"), axes)(*floats, args[5])
-
-        return jax.vjp(mapped, *args[:5])[1](cts)
+        return jax.vjp(lambda *floats: jax.vmap(op(MROPE, "xla"), axes)(*floats, args[5]), *args[:5])[1](cts)
 
     each = [one_call(MROPE)(*call, *ct) for call, ct in zip(calls, cts, strict=True)]
     got = got(args, tuple(jnp.stack(x) for x in zip(*cts, strict=True)))
@@ -177,10 +174,7 @@ def test_batched_activations_are_one_launch(name):
     cts = tuple(jnp.stack([x] * SIZE) for x in make_cotangents(CASE))
 
     def grad_of_vmap(args, cts):
-        def mapped(*floats):
-            return jax.vmap(op(CASE, name), axes)(*floats, args[5])
-
-        return jax.vjp(mapped, *args[:5])[1](cts)[:4]
+        return jax.vjp(lambda *floats: jax.vmap(op(CASE, name), axes)(*floats, args[5]), *args[:5])[1](cts)[:4]
 
     def vmap_of_grad(args, cts):
         return jax.vmap(lambda *args: gradients(CASE, name)(*args)[:2], (*axes, 0, 0, 0))(*args, *cts)

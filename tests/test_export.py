@@ -1,0 +1,179 @@
+"""jax.export: for the CPU, for CUDA without a GPU, over devices, and with a number of tokens left open."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import pallas_qk
+from tests.cases import Case, make_inputs
+from tests.compare import compare_outputs
+from tests.devices import mesh, put
+from tests.gradients import assert_agree, make_cotangents
+from tests.test_choice import FIRST, GPU_IMPLEMENTATIONS
+
+CASE = Case(8, 4, 2, head_dim=16, rotary_dim=8, max_position=32)
+SPECS = (P("data", "model"), P("data", "model"), P(), P(), P(), P("data"))
+
+# What jax.export must be told to let pass, by implementation: JAX promises that Mosaic GPU's custom call stays
+# readable, and nothing about the Triton backend's.
+DISABLED_CHECKS = {
+    "triton": [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")],
+    "mosaic_gpu": [],
+}
+
+
+@pytest.fixture(autouse=True)
+def on_the_host():
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+def op(implementation=None, **static):
+    static = CASE.static_arguments | static
+    return functools.partial(pallas_qk.fused_qk_rmsnorm_rope_gate, **static, implementation=implementation)
+
+
+def gradients(function):
+    def run(*args):
+        floats, positions, cotangents = args[:5], args[5], args[6:]
+        return jax.vjp(lambda *floats: function(*floats, positions), *floats)[1](cotangents)
+
+    return run
+
+
+def round_trip(exported, **options):
+    """Through bytes, as to another machine."""
+    pytest.importorskip("flatbuffers", reason="jax.export writes with it and JAX does not depend on it")
+    return export.deserialize(exported.serialize(**options))
+
+
+def kernels(exported) -> list[str]:
+    return re.findall(r"custom_call @[^\n]*?pallas_qk_(\w+?_(?:forward|backward))", str(exported.mlir_module()))
+
+
+def test_for_the_cpu():
+    inputs, cotangents = make_inputs(CASE), make_cotangents(CASE)
+    exported = round_trip(export.export(jax.jit(op()), platforms=["cpu"])(*inputs))
+    assert compare_outputs(exported.call(*inputs), op()(*inputs)).differing == 0
+    exported = round_trip(export.export(jax.jit(gradients(op())), platforms=["cpu"])(*inputs, *cotangents))
+    assert_agree(exported.call(*inputs, *cotangents), gradients(op())(*inputs, *cotangents))
+
+
+@pytest.mark.parametrize("name", GPU_IMPLEMENTATIONS)
+def test_for_cuda_without_a_gpu(name):
+    inputs, cotangents = make_inputs(CASE), make_cotangents(CASE)
+    for_cuda = functools.partial(export.export, platforms=["cuda"], disabled_checks=DISABLED_CHECKS[name])
+    exported = round_trip(for_cuda(jax.jit(op(name)))(*inputs))
+    assert exported.platforms == ("cuda",) and kernels(exported) == [f"{name}_forward"]
+    exported = round_trip(for_cuda(jax.jit(gradients(op(name))))(*inputs, *cotangents))
+    assert kernels(exported) == [f"{name}_backward"]
+
+
+def test_the_disabled_check_is_needed():
+    """The list above is as short as it can be."""
+    for name, checks in DISABLED_CHECKS.items():
+        if checks:
+            with pytest.raises(ValueError, match="no compatibility guarantees"):
+                export.export(jax.jit(op(name)), platforms=["cuda"])(*make_inputs(CASE))
+
+
+def test_differentiated_after_export():
+    inputs, cotangents = make_inputs(CASE), make_cotangents(CASE)
+    exported = round_trip(export.export(jax.jit(op()), platforms=["cpu"])(*inputs), vjp_order=1)
+    got = gradients(exported.call)(*inputs, *cotangents)
+    assert_agree(got, gradients(op())(*inputs, *cotangents))
+
+
+def test_for_the_cpu_and_cuda_together():
+    inputs = make_inputs(CASE)
+    exported = export.export(jax.jit(op()), platforms=["cpu", "cuda"], disabled_checks=DISABLED_CHECKS[FIRST])(*inputs)
+    assert kernels(exported) == [f"{FIRST}_forward"]
+    assert compare_outputs(round_trip(exported).call(*inputs), op()(*inputs)).differing == 0
+
+
+def shard_mapped(on, implementation=None):
+    local = op(implementation, num_q_heads=2, num_kv_heads=1)
+    return jax.shard_map(local, mesh=on, in_specs=SPECS, out_specs=P("data", "model"))
+
+
+def test_over_devices():
+    inputs, cotangents = list(make_inputs(CASE)), make_cotangents(CASE)
+    on = mesh(data=4, model=2)
+    args = put(on, inputs, SPECS)
+    exported = round_trip(export.export(jax.jit(shard_mapped(on)), platforms=["cpu"])(*args))
+    assert exported.nr_devices == 8
+    got = [np.asarray(x) for x in exported.call(*args)]
+    assert compare_outputs(got, [np.asarray(x) for x in op()(*inputs)]).differing == 0
+    cotangents = put(on, cotangents, [("data", "model")] * 3)
+    exported = export.export(jax.jit(gradients(shard_mapped(on))), platforms=["cpu"])(*args, *cotangents)
+    assert_agree(round_trip(exported).call(*args, *cotangents), gradients(op())(*inputs, *make_cotangents(CASE)))
+
+
+@pytest.mark.parametrize("name", [*GPU_IMPLEMENTATIONS, None])
+@pytest.mark.parametrize("abstract", [False, True], ids=["mesh", "abstract mesh"])
+def test_over_cuda_devices_that_are_not_there(name, abstract):
+    inputs = list(make_inputs(CASE))
+    on = AbstractMesh((4, 2), ("data", "model"), (AxisType.Auto,) * 2) if abstract else mesh(data=4, model=2)
+    layouts = [NamedSharding(on, spec) for spec in SPECS]
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(inputs, layouts, strict=True)]
+    checks = DISABLED_CHECKS[name or FIRST]
+    program = jax.jit(shard_mapped(on, name), in_shardings=layouts)
+    exported = export.export(program, platforms=["cuda"], disabled_checks=checks)(*shapes)
+    assert exported.nr_devices == 8 and kernels(exported) == [f"{name or FIRST}_forward"]
+
+
+def test_over_devices_outside_shard_map_is_refused():
+    on = mesh(data=4, model=2)
+    args = put(on, list(make_inputs(CASE)), SPECS)
+    message = (
+        "jax.export for several devices needs the op inside jax.shard_map, got 8 devices outside one. "
+        "Put it there: elsewhere the compiler asks Python how to partition it, which an exported program can't."
+    )
+    with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
+        export.export(jax.jit(op()), platforms=["cpu"])(*args)
+
+
+def open_inputs():
+    """Shapes with any number of tokens."""
+    (tokens,) = export.symbolic_shape("tokens")
+    inputs = make_inputs(CASE)
+    return [
+        jax.ShapeDtypeStruct((tokens, *x.shape[1:]) if x.shape[0] == CASE.num_tokens else x.shape, x.dtype)
+        for x in inputs
+    ]
+
+
+@pytest.mark.parametrize("name", ["xla", None])
+def test_any_number_of_tokens(name):
+    inputs = make_inputs(CASE)
+    exported = round_trip(export.export(jax.jit(op(name)), platforms=["cpu", "cuda"])(*open_inputs()))
+    assert kernels(exported) == []
+    assert compare_outputs(exported.call(*inputs), op()(*inputs)).differing == 0
+    shorter = [x[:3] if x.shape[0] == CASE.num_tokens else x for x in inputs]
+    assert compare_outputs(exported.call(*shorter), [x[:3] for x in op()(*inputs)]).differing == 0
+
+    def squares(*args):
+        def loss(*floats):
+            return sum(jnp.sum(jnp.square(out.astype(jnp.float32))) for out in op(name)(*floats, args[5]))
+
+        return jax.grad(loss, (0, 1, 2, 3, 4))(*args[:5])
+
+    exported = export.export(jax.jit(squares), platforms=["cpu"])(*open_inputs())
+    assert_agree(round_trip(exported).call(*inputs), jax.jit(squares)(*inputs))
+
+
+@pytest.mark.parametrize("name", GPU_IMPLEMENTATIONS)
+def test_gpu_kernels_refuse_an_open_number_of_tokens(name):
+    message = (
+        f"implementation={name!r} can't run this: its grid needs a number of tokens known when tracing, got tokens. "
+        "Leave implementation out, or pass 'xla'."
+    )
+    with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
+        export.export(jax.jit(op(name)), platforms=["cuda"])(*open_inputs())

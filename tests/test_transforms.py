@@ -1,0 +1,239 @@
+"""What `jax.jit` can wrap: layers in a scan, rematerialisation, ahead-of-time compilation, x64, the cache on disk."""
+
+import functools
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import pallas_qk
+from tests.cases import Case, make_inputs
+from tests.compare import compare_bits, compare_outputs
+from tests.devices import mesh
+from tests.gradients import assert_agree, make_cotangents
+from tests.run import primitives
+from tests.test_choice import GPU_IMPLEMENTATIONS, device
+
+CASE = Case(6, 4, 2, head_dim=16, rotary_dim=8, max_position=32)
+LAYERS = 3
+
+
+def op(case, implementation=None):
+    return functools.partial(
+        pallas_qk.fused_qk_rmsnorm_rope_gate, **case.static_arguments, implementation=implementation
+    )
+
+
+def gradients(case=CASE, implementation=None):
+    def run(*args):
+        floats, positions, cotangents = args[:5], args[5], args[6:]
+        return jax.vjp(lambda *floats: op(case, implementation)(*floats, positions), *floats)[1](cotangents)
+
+    return run
+
+
+def model(weights, hidden, table, positions, implementation=None, wrap=lambda layer: layer, loop=None):
+    """LAYERS layers that project, call the op and mix what it returns, and a loss."""
+
+    @wrap
+    def layer(hidden, weights):
+        q_gate, k = hidden @ weights["q"], hidden @ weights["k"]
+        q, k, gate = op(CASE, implementation)(q_gate, k, weights["q_norm"], weights["k_norm"], table, positions)
+        q, k, gate = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(gate, "gate")
+        mixed = q * jax.nn.sigmoid(gate) * jnp.concatenate([k, k], axis=-1)
+        return hidden + mixed @ weights["out"], None
+
+    hidden, _ = (loop or jax.lax.scan)(layer, hidden, weights)
+    return jnp.sum(jnp.sin(hidden.astype(jnp.float32)))
+
+
+def unrolled(layer, hidden, weights):
+    for i in range(LAYERS):
+        hidden, _ = layer(hidden, jax.tree.map(lambda x, i=i: x[i], weights))
+    return hidden, None
+
+
+@functools.cache
+def model_arguments(dtype="float32"):
+    rng = np.random.default_rng(0)
+    q, k, d = CASE.num_q_heads * CASE.head_dim, CASE.num_kv_heads * CASE.head_dim, CASE.head_dim
+    shapes = {"q": (32, 2 * q), "k": (32, k), "out": (q, 32), "q_norm": (d,), "k_norm": (d,)}
+    weights = {
+        name: jnp.asarray(rng.normal(size=(LAYERS, *shape)) / 4 + ("norm" in name), dtype)
+        for name, shape in shapes.items()
+    }
+    inputs = make_inputs(CASE)
+    hidden = jnp.asarray(rng.normal(size=(CASE.num_tokens, 32)), dtype)
+    return weights, hidden, inputs.cos_sin_cache.astype(dtype), inputs.positions
+
+
+def close(got, want):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+
+
+@functools.cache
+def unrolled_gradients():
+    return jax.jit(jax.grad(functools.partial(model, loop=unrolled), (0, 1, 2)))(*model_arguments())
+
+
+def test_scan_over_layers():
+    close(jax.jit(jax.grad(model, (0, 1, 2)))(*model_arguments()), unrolled_gradients())
+
+
+POLICIES = jax.checkpoint_policies
+REMAT = {  # the policy, and how many of our forward kernels a layer then has in all
+    "everything again": (None, 2),
+    "nothing saveable": (POLICIES.nothing_saveable, 2),
+    "save q, k and gate": (POLICIES.save_only_these_names("q", "k", "gate"), 1),
+    "save q alone": (POLICIES.save_only_these_names("q"), 2),
+    "everything saveable": (POLICIES.everything_saveable, 1),
+}
+
+
+@pytest.mark.parametrize("name", REMAT)
+def test_checkpoint(name):
+    policy, forwards = REMAT[name]
+    rematerialised = functools.partial(model, wrap=functools.partial(jax.checkpoint, policy=policy))
+    close(jax.jit(jax.grad(rematerialised, (0, 1, 2)))(*model_arguments()), unrolled_gradients())
+    for implementation in GPU_IMPLEMENTATIONS:
+        loss = jax.grad(functools.partial(rematerialised, implementation=implementation))
+        with device("NVIDIA H200"):
+            text = jax.jit(loss).trace(*model_arguments()).lower(lowering_platforms=("cuda",)).as_text()
+        calls = [line for line in text.splitlines() if "custom_call @" in line]
+        assert sum(f"pallas_qk_{implementation}_forward" in call for call in calls) == forwards
+        assert sum(f"pallas_qk_{implementation}_backward" in call for call in calls) == 1
+
+
+def test_linearize_of_scan_with_checkpoint():
+    weights, hidden, table, positions = model_arguments()
+
+    def function(weights, hidden, table):
+        return model(weights, hidden, table, positions, wrap=jax.checkpoint)
+
+    arguments = weights, hidden, table
+    tangents = jax.tree.map(lambda x: jnp.cos(x * 3), arguments)
+    _, along = jax.linearize(function, *arguments)
+    want = sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (unrolled_gradients(), tangents)), strict=True))
+    np.testing.assert_allclose(along(*tangents), want, rtol=1e-4)
+    np.testing.assert_allclose(jax.jvp(function, arguments, tangents)[1], want, rtol=1e-4)
+
+
+def test_ahead_of_time():
+    inputs, cotangents = make_inputs(CASE), make_cotangents(CASE)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]
+    program = jax.jit(op(CASE)).lower(*shapes).compile()
+    assert compare_outputs(program(*inputs), op(CASE)(*inputs)).differing == 0
+    shapes += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cotangents]
+    got = jax.jit(gradients()).lower(*shapes).compile()(*inputs, *cotangents)
+    assert_agree(got, gradients()(*inputs, *cotangents))
+
+
+def test_ahead_of_time_over_devices():
+    on = mesh(data=2, model=2)
+    with jax.default_device(jax.devices("cpu")[0]):
+        inputs = make_inputs(CASE)
+        want = op(CASE)(*inputs)
+    specs = (P("data", "model"), P("data", "model"), P(), P(), P(), P("data"))
+    layouts = [NamedSharding(on, spec) for spec in specs]
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(inputs, layouts, strict=True)]
+    program = jax.jit(op(CASE)).lower(*shapes).compile()
+    got = program(*(jax.device_put(x, s) for x, s in zip(inputs, layouts, strict=True)))
+    assert compare_outputs([np.asarray(x) for x in got], [np.asarray(x) for x in want]).differing == 0
+
+
+def test_donated_activations_and_cotangents():
+    inputs, cotangents = make_inputs(CASE), make_cotangents(CASE)
+    want = jax.jit(gradients())(*inputs, *cotangents)
+    donated = jax.jit(gradients(), donate_argnums=(0, 1))
+    inputs = make_inputs(CASE)
+    got = donated(*inputs, *cotangents)
+    assert inputs.q_gate.is_deleted() and inputs.k.is_deleted()
+    for a, b in zip(got, want, strict=True):
+        assert compare_bits("gradient", a.reshape(1, -1), b.reshape(1, -1)).differing == 0
+
+
+@pytest.mark.parametrize("promotion", ["strict", "standard"])
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_x64_and_promotion(dtype, x64, promotion):
+    """The same bits, and no array of float64 on the way, whatever the setting."""
+    case = Case(5, 2, 1, head_dim=16, rotary_dim=8, dtype=dtype, max_position=32, mrope_section=(2, 1, 1))
+    inputs, cotangents = list(make_inputs(case)), make_cotangents(case)
+    outputs, grads = op(case)(*inputs), jax.jit(gradients(case))(*inputs, *cotangents)
+    with jax.enable_x64(x64), jax.numpy_dtype_promotion(promotion):
+        if x64:
+            inputs[5] = inputs[5].astype(jnp.int64)
+        assert compare_outputs(op(case)(*inputs), outputs).differing == 0
+        got = jax.jit(gradients(case))(*inputs, *cotangents)
+        for a, b in zip(got, grads, strict=True):
+            assert compare_bits("gradient", a.reshape(1, -1), b.reshape(1, -1)).differing == 0
+
+        def along(*args):
+            return jax.jvp(lambda *floats: op(case)(*floats, args[5]), args[:5], args[:5])[1]
+
+        assert [x.dtype for x in along(*inputs)] == [jnp.dtype(dtype)] * 3
+        for function, args in ((op(case), inputs), (gradients(case), [*inputs, *cotangents]), (along, inputs)):
+            assert not re.search(r"f64\[\d", str(jax.make_jaxpr(function)(*args)))
+
+
+def test_disable_jit_differentiates():
+    inputs, cotangents = make_inputs(CASE), make_cotangents(CASE)
+    want = gradients()(*inputs, *cotangents)
+    with jax.disable_jit():
+        assert_agree(gradients()(*inputs, *cotangents), want)
+
+
+def test_the_jaxpr_shows_one_call():
+    assert primitives(op(CASE), *make_inputs(CASE)).count("fused_qk_rmsnorm_rope_gate") == 1
+
+
+CACHED = """
+import sys
+import jax
+from jax.sharding import NamedSharding, PartitionSpec as P
+from tests.devices import mesh
+from tests.test_transforms import CASE, gradients, make_cotangents, make_inputs
+
+jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", sys.argv[1] == "without the pointer")
+on = mesh(data=2, model=2)
+specs = [P("data", "model"), P("data", "model"), P(), P(), P(), P("data"), *[P("data", "model")] * 3]
+args = [jax.device_put(x, NamedSharding(on, s)) for x, s in zip([*make_inputs(CASE), *make_cotangents(CASE)], specs)]
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+jax.jit(gradients()).lower(*args).compile()
+print(sum(event == "/jax/compilation_cache/cache_hits" for event in events))
+"""
+
+
+@pytest.mark.parametrize("key, hits", [("without the pointer", 1), ("with the pointer", 0)])
+def test_persistent_cache_in_a_new_process(key, hits, tmp_path):
+    """A sharded program is found again once the callback's pointer is left out of the key."""
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_PLATFORMS": "cpu",
+    }
+    found = []
+    for _ in range(2):
+        run = subprocess.run(
+            [sys.executable, "-c", CACHED, key],
+            env=environment,
+            cwd=pathlib.Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr[-2000:]
+        found.append(int(run.stdout))
+    assert found == [0, hits]
