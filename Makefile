@@ -17,13 +17,16 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/ready-$(subst $(comma),-,$(EXTRAS))
 endif
 
-.PHONY: demo test lint format clean
+.PHONY: demo test sanitize lint format clean
 
 demo: $(READY)
 	$(RUN) -m benchmarks demo
 
 test: $(READY)
 	$(RUN) -m pytest $(PYTEST_FLAGS)
+
+sanitize: $(READY)
+	$(RUN) -m tests.sanitize
 
 lint: $(READY)
 	$(RUN) -m ruff check

@@ -27,6 +27,13 @@ CASE = Case(6, 4, 2, head_dim=16, rotary_dim=8, max_position=32)
 LAYERS = 3
 
 
+@pytest.fixture(autouse=True)
+def whole_float32_products():
+    """The models' own; a GPU would otherwise take them in TF32."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 def op(case, implementation=None):
     return functools.partial(
         pallas_qk.fused_qk_rmsnorm_rope_gate, **case.static_arguments, implementation=implementation

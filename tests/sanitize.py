@@ -1,0 +1,127 @@
+"""Every kernel under NVIDIA's compute-sanitizer, on small cases: `make sanitize`, on a machine with a GPU.
+
+python -m tests.sanitize [memcheck racecheck initcheck synccheck]
+
+A report that names a kernel of ours makes it fail; reports on other kernels (XLA's, cuBLAS's) are listed.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+from tests.cases import Case
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+OUR_KERNEL = "pallas_qk_"
+DONE = "every kernel ran"
+
+# Masks, tails and layouts of every kind: rows that fill no program, lanes that D lacks, mRoPE, a lone k row.
+CASES = (
+    Case(1, 1, 1),
+    Case(3),
+    Case(37, 5, 2, mrope_section=(11, 11, 10)),
+    Case(7, 3, 1, head_dim=80, rotary_dim=40, dtype="float16"),
+    Case(5, 2, 5, head_dim=96, rotary_dim=96, dtype="float16", cache_dtype="float32", weight_dtype="float32"),
+    Case(3, 1, 2, head_dim=32, rotary_dim=2, dtype="float16"),
+    Case(3, 2, 1, head_dim=64, rotary_dim=6),
+    Case(5, 2, 1, head_dim=128, rotary_dim=64, dtype="float32", norm_beta=1.0),
+    Case(300, 16, 2),
+)
+
+
+class Report(NamedTuple):
+    """One finding of compute-sanitizer: its first line, and all of them."""
+
+    title: str
+    text: str
+
+
+def read_reports(output: str) -> list[Report]:
+    """The findings in what compute-sanitizer printed; its banner and summaries are none."""
+    reports: list[list[str]] = []
+    for line in output.splitlines():
+        match = re.match(r"=========( *)(.*)", line)
+        if match is None or not match[2]:
+            continue
+        indent, text = match.groups()
+        if len(indent) > 1 and reports:
+            reports[-1].append(text)
+        elif not re.match(r"COMPUTE-SANITIZER|.*SUMMARY|Target application|LEAK", text):
+            reports.append([text])
+    return [Report(lines[0], "\n".join(lines)) for lines in reports]
+
+
+def run_tool(tool: str) -> bool:
+    """Whether the tool ran all cases and found nothing in a kernel of ours."""
+    environment = os.environ | {
+        # One cudaMalloc an array, so that a stray access leaves it, and plain launches.
+        "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer=",
+    }
+    command = ["compute-sanitizer", "--tool", tool, "--print-limit", "1000", sys.executable, "-m", "tests.sanitize"]
+    start = time.monotonic()
+    done = subprocess.run([*command, "--run"], env=environment, capture_output=True, text=True, check=False)
+    output = done.stdout + done.stderr
+    ran = DONE in output and re.search(r"(ERROR|RACECHECK) SUMMARY", output) is not None
+    reports = read_reports(output)
+    ours = [report for report in reports if OUR_KERNEL in report.text]
+    found = f"{len(ours)} reports on our kernels, {len(reports) - len(ours)} on others"
+    print(f"{tool}: {found if ran else 'DID NOT RUN'}, {time.monotonic() - start:.0f} s", flush=True)
+    for report in ours:
+        print(report.text)
+    for report in {report.title: report for report in reports if report not in ours}.values():
+        print(f"  elsewhere: {report.text.splitlines()[:2]}")
+    if not ran:
+        print(output[-3000:])
+    return ran and not ours
+
+
+def run_kernels() -> None:
+    """Forward and backward of every case, by both kernels."""
+    import jax
+
+    import pallas_qk
+    from tests.cases import make_inputs
+    from tests.gradients import make_cotangents
+    from tests.test_choice import GPU_IMPLEMENTATIONS
+
+    for case in CASES:
+        *floats, positions = make_inputs(case)
+        cotangents = make_cotangents(case)
+        for name in GPU_IMPLEMENTATIONS:
+
+            @jax.jit
+            def both(floats, positions, cotangents, case=case, name=name):
+                def op(*floats):
+                    return pallas_qk.fused_qk_rmsnorm_rope_gate(
+                        *floats, positions, **case.static_arguments, implementation=name
+                    )
+
+                outputs, transpose = jax.vjp(op, *floats)
+                return outputs, transpose(cotangents)[:4]
+
+            jax.block_until_ready(both(floats, positions, cotangents))
+    print(DONE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tools", nargs="*", metavar="tool", help=f"of {', '.join(TOOLS)}; all by default")
+    parser.add_argument("--run", action="store_true", help="run the kernels, as compute-sanitizer's target")
+    arguments = parser.parse_args()
+    if arguments.run:
+        run_kernels()
+    elif shutil.which("compute-sanitizer") is None:
+        sys.exit("compute-sanitizer must be on the PATH, got none. It comes with NVIDIA's CUDA toolkit.")
+    else:
+        results = [run_tool(tool) for tool in arguments.tools or TOOLS]
+        sys.exit(not all(results))
+
+
+if __name__ == "__main__":
+    main()
