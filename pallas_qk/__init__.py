@@ -1,6 +1,7 @@
 """The fused QK-RMSNorm, partial RoPE and gate split of gated attention for JAX, as Pallas GPU kernels."""
 
 from pallas_qk import dlpack as dlpack
+from pallas_qk import rope as rope
 from pallas_qk._api import default_implementation as default_implementation
 from pallas_qk._api import fused_qk_rmsnorm_rope_gate as fused_qk_rmsnorm_rope_gate
 from pallas_qk._implementations import IMPLEMENTATIONS as IMPLEMENTATIONS

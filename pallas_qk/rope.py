@@ -1,0 +1,478 @@
+"""Tables of cosines and sines from what Hugging Face configurations say about RoPE, and positions for mRoPE.
+
+    inv_freq, attention_factor = rope.inv_frequencies(config["rope_parameters"], head_dim=256)
+    cache = rope.cos_sin_cache(inv_freq, attention_factor, max_position=262144, dtype=jnp.bfloat16)
+
+transformers multiplies positions and frequencies in float32, where an angle near 10^6 has steps of 0.06: over the
+positions below 10^6 its angles of Qwen3.5 (rope_theta 1e7, rotary_dim 64) are off by up to 0.035, and by up to 0.009
+below 262144. Here frequencies and angles are float64 and each table element is rounded once: at every position below
+10^6 an angle is off by less than 1e-9, which no dtype of the table shows.
+"""
+
+import math
+import numbers
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+# Spellings of older checkpoints, as transformers' configurations of Qwen2-VL and Phi-3 read them.
+_ALIASES = {"mrope": "default", "su": "longrope"}
+
+# 2 pi to 50 digits: at 64 bits of a turn float64's value would be off in its last bits.
+_TURN = Fraction("6.2831853071795864769252867665590057683943387987502")
+
+# Rows whose angles, cosines and sines are held in float64 at a time: 32 MiB each for rotary_dim 128.
+_BLOCK_ROWS = 65536
+
+
+def inv_frequencies(
+    rope_parameters: Mapping[str, Any] | None,
+    *,
+    head_dim: int,
+    sequence_length: int | None = None,
+    layer_type: str | None = None,
+    rope_theta: float | None = None,
+    partial_rotary_factor: float | None = None,
+    max_position_embeddings: int | None = None,
+    original_max_position_embeddings: int | None = None,
+) -> tuple[np.ndarray, float]:
+    """Inverse frequencies, and the factor on cosine and sine, of a configuration's RoPE.
+
+    Args:
+      rope_parameters: the configuration's `rope_parameters`, or `rope_scaling` of older ones, as it is. None means
+        `{}`. The kind is its `rope_type` or `type`: default (also mrope), linear, dynamic, yarn, llama3, longrope
+        (also su) or proportional; keys that the kind doesn't read are ignored.
+      head_dim: D, the configuration's head_dim; qk_rope_head_dim in DeepSeek's attention.
+      sequence_length: the longest sequence that the table is for, prompt and answer. dynamic and longrope need it and
+        choose other frequencies by it, the others ignore it. transformers takes the largest position seen so far, so
+        its keys from before a change keep their old rotation.
+      layer_type: which entry to read where `rope_parameters` holds one dict per layer type, such as Gemma 3's
+        "full_attention" and "sliding_attention".
+      rope_theta, partial_rotary_factor, max_position_embeddings, original_max_position_embeddings: what older
+        configurations hold beside the dict; taken where the dict has none, and refused where it has another value.
+        Gemma 3's older form: `rope_scaling` with rope_theta, and None with rope_theta=rope_local_base_freq.
+
+    Returns:
+      float64 of shape (R/2,) in radians per position, where R = int(head_dim * partial_rotary_factor) is the op's
+      rotary_dim (R = head_dim for proportional), and the factor, 1.0 except for yarn and longrope.
+
+    Raises:
+      ValueError: a value is missing, out of range, or given twice with two values; the kind or layer type is unknown.
+      TypeError: a value isn't of the kind that it should be.
+
+    Semantics from: transformers 5.23.0, `modeling_rope_utils.ROPE_INIT_FUNCTIONS`; the models' own default; alpha of
+    HunYuan's dynamic; short_mscale and long_mscale of PhiMoE's longrope. The formulas are evaluated in float64 instead
+    of float32.
+
+    >>> inv_freq, attention_factor = inv_frequencies({"rope_theta": 1e4, "partial_rotary_factor": 0.25}, head_dim=32)
+    >>> print(inv_freq, attention_factor)
+    [1.    0.1   0.01  0.001] 1.0
+    """
+    parameters = _pick_layer_type(rope_parameters, layer_type)
+    beside = {
+        "rope_theta": rope_theta,
+        "partial_rotary_factor": partial_rotary_factor,
+        "max_position_embeddings": max_position_embeddings,
+        "original_max_position_embeddings": original_max_position_embeddings,
+    }
+    for name, value in beside.items():
+        held = parameters.get(name)
+        if held is not None and value is not None and held != value:
+            raise ValueError(
+                f"{name} must have one value, got {held} in rope_parameters and {value} beside it. "
+                "Leave the argument out for the first, or change the dict."
+            )
+        parameters[name] = value if held is None else held
+
+    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    kind = _KINDS.get(_ALIASES.get(rope_type, rope_type)) if isinstance(rope_type, str) else None
+    if kind is None:
+        names = ", ".join(repr(name) for name in (*_KINDS, *_ALIASES))
+        raise ValueError(f"rope_type must be one of {names}, got {rope_type!r}. Compute its frequencies yourself.")
+    _check_integer("head_dim", head_dim, 2)
+    rotary_dim = int(head_dim * _number(parameters, "partial_rotary_factor", 1.0))
+    if kind is _proportional:
+        parameters["rotary_dim"], rotary_dim = rotary_dim, head_dim
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        raise ValueError(
+            "the rotary_dim int(head_dim * partial_rotary_factor) must be a positive even integer <= head_dim, got "
+            f"{rotary_dim} from head_dim={head_dim}. Check both against the configuration."
+        )
+    if sequence_length is not None:
+        _check_integer("sequence_length", sequence_length, 1)
+    return kind(parameters, rotary_dim, sequence_length)
+
+
+def cos_sin_cache(
+    inv_freq: np.ndarray, attention_factor: float = 1.0, *, max_position: int, dtype: DTypeLike = jnp.float32
+) -> jax.Array:
+    """The table of cosines and sines that the ops take.
+
+    Args:
+      inv_freq: (R/2,) radians per position, from `inv_frequencies`; NumPy, so that it can be float64.
+      attention_factor: multiplied into cosine and sine.
+      max_position: the number of rows: positions 0 to max_position - 1. With mRoPE an image can't push a position
+        beyond the number of tokens, so the longest sequence is enough here too.
+      dtype: float32, or the activations' dtype.
+
+    Returns:
+      (max_position, R), each row [cos | sin], on JAX's default device. Inside `jax.jit` it is a constant of the
+      program: make it outside and pass it in.
+
+    Raises:
+      ValueError: a shape or value breaks a rule above. TypeError: a dtype does.
+
+    Numerics: angles, cosines and their product with the factor in float64 on the host, rounded to `dtype` once.
+
+    >>> print(np.asarray(cos_sin_cache(np.array([1.0, 0.5]), max_position=2)).round(3))
+    [[1.    1.    0.    0.   ]
+     [0.54  0.878 0.841 0.479]]
+    """
+    frequencies, factor = _check_frequencies(inv_freq, attention_factor)
+    _check_integer("max_position", max_position, 1)
+    out_dtype = _check_dtype(dtype)
+    table = np.empty((max_position, 2 * len(frequencies)), out_dtype)
+    for start in range(0, max_position, _BLOCK_ROWS):
+        angles = np.arange(start, min(start + _BLOCK_ROWS, max_position))[:, None] * frequencies
+        rows = np.concatenate([np.cos(angles), np.sin(angles)], axis=1) * factor
+        table[start : start + len(rows)] = _round_once(rows, out_dtype)
+    return jnp.asarray(table)
+
+
+def cos_sin_rows(
+    positions: ArrayLike, inv_freq: np.ndarray, attention_factor: float = 1.0, *, dtype: DTypeLike = jnp.float32
+) -> jax.Array:
+    """The rows that `cos_sin_cache` has at some positions, computed under `jax.jit` without a table.
+
+    Args:
+      positions: any shape (*lead,), any integer dtype, traced or not, from 0 to 2^32 - 1.
+      inv_freq, attention_factor, dtype: as `cos_sin_cache` takes them; not traced.
+
+    Returns:
+      (*lead, R), each row [cos | sin]; NaN where a position is outside 0 to 2^32 - 1.
+
+    Raises:
+      ValueError: a shape or value breaks a rule above. TypeError: a dtype does.
+
+    Numerics: the angle is a product of integers in 2^-64 turns, of which whole turns fall away exactly; its leading 32
+    bits, off by less than 6e-9 radians, go on. Then float32: at every position an element is within 2e-7 of the exact
+    one, times the factor (9e-8 measured on a CPU), so not always equal to the table's in the last bit.
+
+    >>> print(np.asarray(cos_sin_rows([1, 10**9], np.array([1.0, 0.5]))).round(3))
+    [[ 0.54   0.878  0.841  0.479]
+     [ 0.838 -0.959  0.546 -0.285]]
+    """
+    frequencies, factor = _check_frequencies(inv_freq, attention_factor)
+    out_dtype = _check_dtype(dtype)
+    if not isinstance(positions, jax.Array):
+        positions = np.asarray(positions)  # not JAX's, which would narrow 64-bit positions
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise TypeError(f"positions must have an integer dtype, got {positions.dtype}. Cast them with astype.")
+
+    step = [round(Fraction(float(f)) / _TURN * 2**64) for f in frequencies]  # per position, in 2^-64 turns
+    shape = (1,) * positions.ndim + (len(step),)
+    high = np.array([s >> 32 & 0xFFFFFFFF for s in step], np.uint32).reshape(shape)
+    low = np.array([s & 0xFFFFFFFF for s in step], np.uint32).reshape(shape)
+    at = positions.astype(jnp.uint32)
+    exists = (positions >= 0) & (at.astype(positions.dtype) == positions)
+    at = jnp.asarray(at)[..., None]
+    # Bits 32 to 63 of at * step. Of at * low only the upper half counts: three partial products of 16 by 16 bits,
+    # short of the carry of their lower halves, which is at most 2.
+    at_high, at_low = at >> 16, at & 0xFFFF
+    low_high, low_low = low >> np.uint32(16), low & np.uint32(0xFFFF)
+    turn = at * high + at_high * low_high + (at_high * low_low >> 16) + (at_low * low_high >> 16)
+
+    quarter = (turn + 2**29) >> 30  # the nearest quarter turn, 0 to 4; the sum wraps: 4 is 0
+    angle = (turn - (quarter << 30)).astype(jnp.int32).astype(jnp.float32) * np.float32(2 * math.pi / 2**32)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    odd = quarter % 2 == 1
+    cos, sin = jnp.where(odd, sin, cos), jnp.where(odd, cos, sin)
+    cos = jnp.where((quarter == 1) | (quarter == 2), -cos, cos)
+    sin = jnp.where(quarter >= 2, -sin, sin)
+    rows = jnp.concatenate([cos, sin], axis=-1) * np.float32(factor)
+    return jnp.where(jnp.asarray(exists)[..., None], rows, jnp.float32(jnp.nan)).astype(out_dtype)
+
+
+def mrope_positions(
+    segments: Sequence[int | tuple[int, int, int] | list[int] | np.ndarray], *, start: int = 0
+) -> tuple[np.ndarray, int]:
+    """Positions of one sequence of text, images and video frames, for mRoPE.
+
+    Args:
+      segments: the sequence in order. An int is a run of that many text tokens; (t, h, w) is a grid of t*h*w vision
+        tokens after the spatial merge: a processor's `image_grid_thw` with h and w divided by spatial_merge_size.
+        Qwen3-VL and Qwen3.5 write a timestamp before each frame, so a video of t frames is t segments (1, h, w)
+        with the text between them.
+      start: the first position; the `next_position` of what the KV cache holds already.
+
+    Returns:
+      positions: int32 of shape (3, T), rows time, height and width. Text has three equal rows; a grid counts its
+        frames, rows and columns from the position where it starts, and what follows it continues max(h, w) later.
+      next_position: one more than the largest, where all three rows go on for the first generated token.
+        transformers' rope delta is next_position - T.
+
+    A padded batch: pad each sequence and stack, `np.stack([np.pad(p, ((0, 0), (0, S - p.shape[1]))) for p in ...], 1)`
+    is (3, B, S) padded on the right, and (S - p.shape[1], 0) pads on the left. 0 is what transformers gives padding.
+
+    Raises:
+      ValueError: a length, a size or `start` is out of range. TypeError: a segment is neither an int nor three ints.
+
+    Semantics from: transformers 5.23.0, `get_rope_index` of Qwen3-VL and Qwen3.5. Qwen2.5-VL's time in seconds isn't
+    covered.
+
+    >>> positions, next_position = mrope_positions([2, (1, 2, 3), 1])
+    >>> print(positions, next_position)
+    [[0 1 2 2 2 2 2 2 5]
+     [0 1 2 2 2 3 3 3 5]
+     [0 1 2 3 4 2 3 4 5]] 6
+    """
+    _check_integer("start", start, 0)
+    parts = [np.zeros((3, 0), np.int64)]
+    at = operator.index(start)
+    for segment in map(_check_segment, segments):
+        if isinstance(segment, int):
+            parts.append(np.broadcast_to(np.arange(at, at + segment), (3, segment)))
+            at += segment
+        else:
+            parts.append(at + np.indices(segment).reshape(3, -1))
+            at += max(segment[1:])
+    positions = np.concatenate(parts, axis=1)
+    next_position = int(positions.max(initial=start - 1)) + 1
+    if next_position > 2**31 - 1:
+        raise ValueError(f"positions must fit int32, got {next_position} as the next one. Start at a lower position.")
+    return positions.astype(np.int32), next_position
+
+
+def _default(parameters: dict, rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
+    return _geometric(_number(parameters, "rope_theta"), rotary_dim), 1.0
+
+
+def _linear(parameters: dict, rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
+    return _geometric(_number(parameters, "rope_theta"), rotary_dim) / _number(parameters, "factor"), 1.0
+
+
+def _proportional(parameters: dict, head_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
+    """The first int(partial_rotary_factor * head_dim) // 2 frequencies of the whole head, and 0 for the rest."""
+    inv_freq = _geometric(_number(parameters, "rope_theta"), head_dim) / _number(parameters, "factor", 1.0)
+    return np.where(np.arange(head_dim // 2) < parameters["rotary_dim"] // 2, inv_freq, 0.0), 1.0
+
+
+def _dynamic(parameters: dict, rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
+    if rotary_dim < 4:
+        raise ValueError(f"rope_type 'dynamic' needs a rotary_dim of at least 4, got {rotary_dim}. Use 'default'.")
+    if parameters.get("alpha"):
+        stretch = _number(parameters, "alpha")
+    else:
+        trained = _number(parameters, "max_position_embeddings")
+        factor = _number(parameters, "factor")
+        length = max(_needed_length("dynamic", sequence_length), trained)
+        stretch = factor * length / trained - (factor - 1)
+    return _geometric(_number(parameters, "rope_theta") * stretch ** (rotary_dim / (rotary_dim - 2)), rotary_dim), 1.0
+
+
+def _yarn(parameters: dict, rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
+    theta = _number(parameters, "rope_theta")
+    trained = _trained_length(parameters)
+    factor = _extension(parameters)
+    if parameters.get("attention_factor") is not None:
+        attention_factor = _number(parameters, "attention_factor")
+    elif parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        attention_factor = _mscale(factor, _number(parameters, "mscale"))
+        attention_factor /= _mscale(factor, _number(parameters, "mscale_all_dim"))
+    else:
+        attention_factor = _mscale(factor, 1.0)
+
+    def frequency_turning(name: str, default: float) -> float:
+        """Index, not whole, of the frequency that makes this many turns over the trained length."""
+        turns = _number(parameters, name, default) if parameters.get(name) else default
+        return rotary_dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    if theta <= 1:
+        raise ValueError(f"rope_theta must be > 1 for rope_type 'yarn', got {theta}. Take it from the configuration.")
+    first, last = frequency_turning("beta_fast", 32.0), frequency_turning("beta_slow", 1.0)
+    if parameters.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rotary_dim - 1)  # sic: the last frequency is rotary_dim // 2 - 1
+    last = last if first != last else last + 0.001
+    slowed = np.clip((np.arange(rotary_dim // 2) - first) / (last - first), 0, 1)
+    inv_freq = _geometric(theta, rotary_dim)
+    return inv_freq / factor * slowed + inv_freq * (1 - slowed), attention_factor
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _longrope(parameters: dict, rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
+    trained = _trained_length(parameters)
+    which = "long" if _needed_length("longrope", sequence_length) > trained else "short"
+    divisors = parameters.get(f"{which}_factor")
+    rule = f"{which}_factor must be a list of rotary_dim // 2 = {rotary_dim // 2} numbers > 0"
+    remedy = "Check head_dim and partial_rotary_factor against the configuration."
+    if not isinstance(divisors, list | tuple | np.ndarray):
+        raise TypeError(f"{rule}, got {divisors!r:.80}. {remedy}")
+    if len(divisors) != rotary_dim // 2:
+        raise ValueError(f"{rule}, got {len(divisors)}. {remedy}")
+    listed = {f"{which}_factor[{i}]": divisor for i, divisor in enumerate(divisors)}
+    inv_freq = _geometric(_number(parameters, "rope_theta"), rotary_dim) / [_number(listed, name) for name in listed]
+
+    for name in (f"{which}_mscale", "attention_factor"):
+        if parameters.get(name) is not None:
+            return inv_freq, _number(parameters, name)
+    factor = _extension(parameters)
+    return inv_freq, 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
+
+
+def _llama3(parameters: dict, rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
+    factor, trained = _number(parameters, "factor"), _trained_length(parameters)
+    low, high = _number(parameters, "low_freq_factor"), _number(parameters, "high_freq_factor")
+    if low >= high:
+        raise ValueError(
+            f"high_freq_factor must be greater than low_freq_factor, got {high} and {low}. "
+            "Take both from the configuration."
+        )
+    inv_freq = _geometric(_number(parameters, "rope_theta"), rotary_dim)
+    turns = trained * inv_freq / (2 * math.pi)  # over the trained length
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return inv_freq / factor * (1 - kept) + inv_freq * kept, 1.0
+
+
+_KINDS: dict[str, Callable[[dict, int, int | None], tuple[np.ndarray, float]]] = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "yarn": _yarn,
+    "llama3": _llama3,
+    "longrope": _longrope,
+    "proportional": _proportional,
+}
+
+
+def _geometric(theta: float, rotary_dim: int) -> np.ndarray:
+    return theta ** -(np.arange(0, rotary_dim, 2) / rotary_dim)
+
+
+def _trained_length(parameters: dict) -> float:
+    """The length that the model was trained for before it was extended; transformers fills it in in the same way."""
+    if parameters.get("original_max_position_embeddings") is None:
+        return _number(parameters, "max_position_embeddings")
+    return _number(parameters, "original_max_position_embeddings")
+
+
+def _extension(parameters: dict) -> float:
+    """`factor`, or else the ratio of the extended length to the trained one."""
+    if parameters.get("factor") is None:
+        return _number(parameters, "max_position_embeddings") / _trained_length(parameters)
+    return _number(parameters, "factor")
+
+
+def _needed_length(rope_type: str, sequence_length: int | None) -> int:
+    if sequence_length is None:
+        raise ValueError(
+            f"rope_type {rope_type!r} needs sequence_length, got None. "
+            "Pass the longest length, prompt and answer, that the table is for: it changes the frequencies."
+        )
+    return sequence_length
+
+
+def _pick_layer_type(rope_parameters: Mapping[str, Any] | None, layer_type: str | None) -> dict[str, Any]:
+    """A copy of the dict, or of its entry for the layer type where it holds one dict each."""
+    if rope_parameters is None:
+        rope_parameters = {}
+    if not isinstance(rope_parameters, Mapping):
+        raise TypeError(
+            f"rope_parameters must be a dict or None, got {rope_parameters!r:.80}. "
+            "Pass the configuration's rope_parameters or rope_scaling."
+        )
+    layer_types = [name for name, value in rope_parameters.items() if isinstance(value, Mapping)]
+    if not layer_types and layer_type is None:
+        return dict(rope_parameters)
+    if layer_type not in layer_types:
+        names = f"one of {layer_types}" if layer_types else "None for rope_parameters without layer types"
+        raise ValueError(
+            f"layer_type must be {names}, got {layer_type!r}. "
+            "Pass the name of the entry to read, if rope_parameters holds one dict per layer type."
+        )
+    return dict(rope_parameters[layer_type])
+
+
+def _number(parameters: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """A positive number of the dict; None counts as missing."""
+    value = parameters.get(name)
+    value = default if value is None else value
+    if value is None:
+        raise ValueError(
+            f"{name} must be in rope_parameters or given beside it, got neither. Take it from the configuration; "
+            "transformers' classes hold defaults for what a configuration leaves out."
+        )
+    rule = f"{name} must be a finite number > 0"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{rule}, got {value!r:.80}. Take it from the configuration.")
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{rule}, got {value}. Take it from the configuration.")
+    return number
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    if not _is_integer(value):
+        raise TypeError(f"{name} must be an integer known when tracing, got {value!r:.80}. Pass a Python int.")
+    if operator.index(value) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}. Pass a larger one.")
+
+
+def _check_segment(segment: Any) -> int | tuple[int, ...]:
+    """A number of text tokens or a grid, in Python ints."""
+    rule = "a segment must be a number of text tokens >= 0 or a grid (t, h, w) of integers >= 1"
+    remedy = "Of image_grid_thw, divide h and w by spatial_merge_size with //."
+    is_grid = isinstance(segment, list | tuple) or (isinstance(segment, np.ndarray) and segment.ndim == 1)
+    sizes = tuple(segment) if is_grid else (segment,)
+    if len(sizes) != (3 if is_grid else 1) or not all(map(_is_integer, sizes)):
+        raise TypeError(f"{rule}, got {segment!r:.80}. {remedy}")
+    if min(sizes) < is_grid:
+        raise ValueError(f"{rule}, got {segment}. {remedy}")
+    sizes = tuple(map(operator.index, sizes))
+    return sizes if is_grid else sizes[0]
+
+
+def _check_frequencies(inv_freq: np.ndarray, attention_factor: float) -> tuple[np.ndarray, float]:
+    remedy = "Pass both results of inv_frequencies."
+    if not isinstance(inv_freq, np.ndarray) or inv_freq.dtype.kind != "f":
+        found = f"a {type(inv_freq).__name__} of {getattr(inv_freq, 'dtype', 'no dtype')}"
+        raise TypeError(f"inv_freq must be a NumPy array of floats, got {found}. {remedy}")
+    if inv_freq.ndim != 1 or not inv_freq.size or not np.isfinite(inv_freq).all():
+        raise ValueError(
+            f"inv_freq must have shape (rotary_dim // 2,) and be finite, got {inv_freq!r:.80} of shape "
+            f"{inv_freq.shape}. {remedy}"
+        )
+    return inv_freq.astype(np.float64), _number({"attention_factor": attention_factor}, "attention_factor")
+
+
+def _check_dtype(dtype: DTypeLike) -> np.dtype:
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in ("float16", "bfloat16", "float32"):
+        raise TypeError(f"dtype must be float16, bfloat16 or float32, got {dtype!r}. The ops take no other tables.")
+    return found
+
+
+def _round_once(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """float64 to the nearest of `dtype`, where NumPy's cast to bfloat16 goes by float32 and rounds twice."""
+    if dtype != jnp.bfloat16:
+        return values.astype(dtype)
+    nearest = values.astype(np.float32)
+    below = np.where(abs(nearest) > abs(values), np.nextafter(nearest, np.float32(0)), nearest)
+    sticky = (below != values).astype(np.uint32)  # float32 has bits to spare: the last one says "and a bit more"
+    return (below.view(np.uint32) | sticky).view(np.float32).astype(dtype)
