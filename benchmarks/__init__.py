@@ -1,1 +1,1 @@
-"""Kernel times and parity of pallas_qk: `python -m benchmarks run | verify | demo`."""
+"""Kernel times and parity of pallas_qk; `python -m benchmarks --help` lists the commands."""

@@ -1,4 +1,4 @@
-"""The command line: python -m benchmarks run | verify | demo."""
+"""The command line: python -m benchmarks run | verify | demo | decode | profile | plot | table | compare."""
 
 import argparse
 import importlib.util
@@ -11,6 +11,10 @@ from benchmarks import suites
 
 # JAX and torch share the GPU here, so JAX must not reserve three quarters of it; read when JAX starts.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+WITHOUT_CASES = ("compile", "scaling")  # suites that aren't lists of cases with a device time each
+READERS = ("plot", "table", "compare")  # commands that read a record and compute nothing on a device
+GPU_COMMANDS = ("run",)
 
 
 def heads(text: str) -> tuple[int, int]:
@@ -31,71 +35,182 @@ def parser(implementations: Sequence[str]) -> argparse.ArgumentParser:
     """`implementations` are the names that can be timed."""
     top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="time the implementations beside the oracle and the copy ceiling (GPU)")
-    run.add_argument("--tokens", type=positive, nargs="+", metavar="T", default=list(suites.TOKENS))
-    run.add_argument("--heads", type=heads, nargs="+", metavar="Hq/Hkv", default=list(suites.HEADS))
-    run.add_argument("--head-dim", type=positive, default=256)
-    run.add_argument("--rotary-dim", type=positive, default=64)
-    run.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="bfloat16")
-    run.add_argument("--op", choices=("forward", "backward"), default="forward", help="backward: gradients by jax.vjp")
-    run.add_argument("--implementations", choices=implementations, nargs="+", default=list(implementations))
+
+    def add(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, parents=list(parents))
+
+    shapes = argparse.ArgumentParser(add_help=False)
+    shapes.add_argument("--tokens", type=positive, nargs="+", metavar="T", help="default: the suite's")
+    shapes.add_argument("--heads", type=heads, nargs="+", metavar="Hq/Hkv", help="default: the suite's")
+    shapes.add_argument("--head-dim", type=positive, default=256)
+    shapes.add_argument("--rotary-dim", type=positive, default=64)
+    shapes.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="bfloat16")
+    shapes.add_argument("--implementations", choices=implementations, nargs="+", default=list(implementations))
+    written = argparse.ArgumentParser(add_help=False)
+    written.add_argument("--output", type=pathlib.Path, help="default: benchmarks/results/<gpu>.jsonl")
+    written.add_argument("--commit", help="recorded as the commit; default: what git says here")
+    read = argparse.ArgumentParser(add_help=False)
+    read.add_argument(
+        "--record", type=pathlib.Path, nargs="+", metavar="FILE", help="default: benchmarks/results/*.jsonl"
+    )
+
+    run = add("run", "time the implementations beside the oracle and the copy ceiling (GPU)", shapes, written)
+    run.add_argument("--suite", choices=(*suites.SUITES, *WITHOUT_CASES), nargs="+", default=["forward"])
+    run.add_argument("--peers", nargs="+", default=[], metavar="[NAME=]FILE", help="Triton source of other kernels")
     run.add_argument("--repeats", type=positive, help="calls of each in a round; default: 40, down to 8 for long ones")
     run.add_argument("--rounds", type=positive, default=5)
-    run.add_argument("--cache", choices=("hot", "cold"), default="hot", help="cold: L2 overwritten before each call")
-    run.add_argument("--output", type=pathlib.Path, help="default: benchmarks/results/<gpu>.jsonl")
-    run.add_argument("--commit", help="recorded as the commit; default: what git says here")
-    commands.add_parser("verify", help="compare every implementation with the oracle over a sweep of cases")
-    commands.add_parser("demo", help="a few Qwen3.5 shapes: agreement, time and GB/s")
+    run.add_argument(
+        "--cache", choices=("hot", "cold"), nargs="+", default=["hot"], help="cold: L2 overwritten before each call"
+    )
+    add("verify", "compare every implementation with the oracle over a sweep of cases")
+    add("demo", "a few Qwen3.5 shapes: agreement, time and GB/s")
+    decode = add("decode", "a decode step of a gated attention layer: CUDA graphs and host time", shapes, written)
+    decode.add_argument("--context", type=positive, default=1024, help="tokens of each sequence in the cache")
+    decode.add_argument("--steps", type=positive, default=200, help="timed steps of each program")
+    profile = add("profile", "write a trace for XProf and Perfetto, and print what it holds", shapes)
+    profile.add_argument("--repeats", type=positive, default=10)
+    profile.add_argument("--output", type=pathlib.Path, required=True, metavar="FOLDER", help="new or empty")
+    plot = add("plot", "pictures of a record: time and share of the copy ceiling against tokens", read)
+    plot.add_argument("--run", help="the beginning of a run's id; default: the latest run with each operation")
+    plot.add_argument("--output", type=pathlib.Path, metavar="FOLDER", help="default: benchmarks/results")
+    table = add("table", "tables of a run in Markdown", read)
+    table.add_argument("run", help="the beginning of a run's id")
+    compare = add("compare", "what got slower from one run to another, against its noise; status 1 if something", read)
+    compare.add_argument("before", help="the beginning of a run's id, or a file")
+    compare.add_argument("after", help="likewise")
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    import jax
-
-    import pallas_qk
     from benchmarks import providers
 
     options = parser(list(providers.PROVIDERS)).parse_args(arguments)
-    missing = [package for package in ("torch", "triton") if importlib.util.find_spec(package) is None]
-    if missing:
-        print(
+    try:
+        if options.command in READERS:
+            return read_record(options)
+        if problem := missing(options.command):
+            print(problem, file=sys.stderr)
+            return 1
+        return measure(options)
+    except ValueError as error:
+        print(f"{options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def read_record(options: argparse.Namespace) -> int:
+    from benchmarks import compare, plot, record, table
+
+    paths = options.record or sorted(record.RESULTS.glob("*.jsonl"))
+    match options.command:
+        case "plot":
+            return plot.plot(record.read(paths), options.run, options.output or record.RESULTS)
+        case "table":
+            print(table.tables(record.of_run(record.read(paths), options.run)))
+            return 0
+        case _:
+            return compare.compare(compare.rows_of(options.before, paths), compare.rows_of(options.after, paths))
+
+
+def missing(command: str) -> str | None:
+    """What the command lacks on this machine, and the remedy; None if nothing."""
+    import jax
+
+    packages = [package for package in ("torch", "triton") if importlib.util.find_spec(package) is None]
+    if packages and command != "decode":
+        return (
             "The oracle is a Triton kernel on torch tensors: torch and triton must be installed, got no "
-            f"{' and no '.join(missing)}. Run pip install 'pallas-qk[torch]'.",
-            file=sys.stderr,
+            f"{' and no '.join(packages)}. Run pip install 'pallas-qk[torch]'."
         )
-        return 1
     platform = jax.default_backend()
-    if platform not in ("gpu", "cpu") or (platform == "cpu" and options.command == "run"):
-        needed = "an NVIDIA GPU" if options.command == "run" else "an NVIDIA GPU or a CPU"
-        print(f"{options.command} needs {needed}, got JAX's default backend {platform!r}.", file=sys.stderr)
-        return 1
-    if platform == "gpu":
+    if platform not in ("gpu", "cpu") or (platform == "cpu" and command in GPU_COMMANDS):
+        needed = "an NVIDIA GPU" if command in GPU_COMMANDS else "an NVIDIA GPU or a CPU"
+        return f"{command} needs {needed}, got JAX's default backend {platform!r}."
+    if platform == "gpu" and command != "decode":
         import torch
 
         if not torch.cuda.is_available():
-            print(
+            return (
                 f"torch must see the GPU that JAX uses, got torch {torch.__version__} without CUDA. "
-                "Install torch's CUDA build.",
-                file=sys.stderr,
+                "Install torch's CUDA build."
             )
-            return 1
+    return None
+
+
+def measure(options: argparse.Namespace) -> int:
+    import jax
+
+    import pallas_qk
+    from benchmarks import record
+
+    platform = jax.default_backend()
+    on_cpu = platform == "cpu"
     match options.command:
         case "run":
-            from benchmarks.run import Settings, run
+            return run_suites(options)
+        case "decode":
+            from benchmarks import decode
 
-            cases = suites.timed(options.tokens, options.heads, options.head_dim, options.rotary_dim, options.dtype)
-            settings = Settings(options.repeats, options.rounds, options.cache, options.op)
-            return run(cases, options.implementations, settings, options.output, options.commit)
+            layers = [
+                decode.Layer(q, kv, options.head_dim, options.rotary_dim, options.context, dtype=options.dtype)
+                for q, kv in options.heads or ((16, 2),)
+            ]
+            names = [name for name in options.implementations if name in decode.IMPLEMENTATIONS]
+            recorded = record.new_run(options.output, options.commit)
+            return decode.run(layers, options.tokens or decode.TOKENS, names, options.steps, recorded)
+        case "profile":
+            from benchmarks import tracing
+
+            if options.output.exists() and any(options.output.iterdir()):
+                raise ValueError(f"the folder of a trace must be new or empty, got {options.output}.")
+            chosen = suites.timed(
+                ("forward",),
+                options.tokens or ((8,) if on_cpu else (1, 256, 16384)),
+                options.heads or ((16, 2),),
+                options.head_dim,
+                options.rotary_dim,
+                options.dtype,
+            )
+            # Without a GPU the kernels don't run, and the oracle is interpreted.
+            names = [name for name in options.implementations if not on_cpu or name.startswith("xla")]
+            return tracing.profile([task.case for task in chosen], names, options.repeats, options.output)
         case "verify":
             from benchmarks.verify import verify
 
-            if platform == "cpu":
+            if on_cpu:
                 return verify(suites.parity_cpu(), ("xla",), platform)
             return verify(suites.parity_gpu(), pallas_qk.IMPLEMENTATIONS, platform)
         case _:
             from benchmarks.demo import demo
 
             return demo(platform)
+
+
+def run_suites(options: argparse.Namespace) -> int:
+    """The suites asked for, one after another, all under one run id."""
+    from benchmarks import compilation, peers, providers, record, scaling
+    from benchmarks.progress import say
+    from benchmarks.run import Settings, run
+
+    chosen = {name: providers.PROVIDERS[name] for name in options.implementations}
+    for text in options.peers:
+        peer = peers.load(text)
+        stood_in = f"; stood in for: {', '.join(peer.stood_in)}" if peer.stood_in else ""
+        say(f"peer {peer.name} from {text.rpartition('=')[2]}{stood_in}")
+        if peer.name in chosen:
+            raise ValueError(f"a peer must have a name of its own, got {peer.name}. Write NAME=FILE.")
+        chosen[peer.name] = peer.build
+    recorded = record.new_run(options.output, options.commit)
+    settings = Settings(options.repeats, options.rounds, tuple(options.cache))
+    status = 0
+    names = [name for name in options.suite if name not in WITHOUT_CASES]
+    if names:
+        shape = (options.head_dim, options.rotary_dim, options.dtype)
+        status |= run(suites.timed(names, options.tokens, options.heads, *shape), chosen, settings, recorded)
+    if "compile" in options.suite:
+        status |= compilation.run(suites.compiled(), options.implementations, recorded)
+    if "scaling" in options.suite:
+        status |= scaling.run(options.implementations, recorded, options.heads or suites.HEADS)
+    return status
 
 
 if __name__ == "__main__":

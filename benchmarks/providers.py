@@ -3,20 +3,39 @@
 A plain dict: a script adds an entry, or passes calls of its own to `benchmarks.timing.measure`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import pallas_qk
 from benchmarks import xla_plain
 from benchmarks.timing import wait
 from pallas_qk import dlpack
-from tests.cases import Case, Inputs, minimum_bytes
+from tests.cases import Case, Inputs, make_inputs
 
 Call = Callable[[], Any]
 Builder = Callable[[Case, Inputs], Call]
+
+
+_REPEATED_TOKENS = 65536
+
+
+def repeated_inputs(case: Case) -> Inputs:
+    """Random inputs; beyond 65,536 tokens those of 65,536, again and again.
+
+    The random numbers of a million tokens would pass through some 140 GB of intermediate arrays.
+    """
+    repeats, rest = divmod(case.num_tokens, _REPEATED_TOKENS)
+    if repeats <= 1 or rest:
+        return make_inputs(case)
+    part = make_inputs(dataclasses.replace(case, num_tokens=_REPEATED_TOKENS))
+    tile = jax.jit(lambda x: jnp.tile(x, (1,) * (x.ndim - 1) + (repeats,)))
+    rows = jax.jit(lambda x: jnp.tile(x, (repeats, 1)))
+    return dataclasses.replace(part, q_gate=rows(part.q_gate), k=rows(part.k), positions=tile(part.positions))
 
 
 def torch_inputs(inputs: Inputs) -> list[Any]:
@@ -63,11 +82,11 @@ PROVIDERS: dict[str, Builder] = {
 }
 
 
-def copies(case: Case, op: str = "forward") -> Mapping[str, Call]:
-    """Elementwise copies that move the case's bytes, half read and half written, in several tile sizes.
+def copies(total_bytes: int) -> Mapping[str, Call]:
+    """Elementwise copies that move `total_bytes`, half of them read and half written, in several tile sizes.
 
     The fastest of them is the ceiling. Kernels, not memcpy nodes: a memcpy is up to 1.5 times slower at 1 GB.
     """
     from benchmarks import gpu_kernels
 
-    return gpu_kernels.copy_calls(minimum_bytes(case, op))
+    return gpu_kernels.copy_calls(total_bytes)

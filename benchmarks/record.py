@@ -1,5 +1,6 @@
-"""The record: one JSON line for each implementation of a case, appended and never rewritten."""
+"""The record: JSON lines, appended and never rewritten, and what selects among them."""
 
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -8,14 +9,39 @@ import platform
 import re
 import secrets
 import subprocess
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks.timing import Samples
-from tests.cases import Case, minimum_bytes
+from tests.cases import Case
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One start of the benchmark: what all of its rows share, and the file that they are appended to."""
+
+    run: str
+    gpu: str
+    versions: Mapping[str, str]
+    output: pathlib.Path
+
+    def append(self, suite: str, fields: Row) -> None:
+        """Adds a row of a suite, written out before it returns."""
+        append(self.output, {"run": self.run, "gpu": self.gpu, "suite": suite, **fields, "versions": self.versions})
+
+
+def new_run(output: pathlib.Path | None, commit: str | None) -> Run:
+    """`output` None: the GPU's own file under benchmarks/results. `commit` None: what git says here."""
+    gpu = gpu_name()
+    return Run(new_run_id(), gpu, versions(commit), output or default_path(gpu))
 
 
 def new_run_id() -> str:
@@ -29,7 +55,7 @@ def gpu_slug(gpu: str) -> str:
 
 
 def default_path(gpu: str) -> pathlib.Path:
-    return ROOT / "benchmarks" / "results" / f"{gpu_slug(gpu)}.jsonl"
+    return RESULTS / f"{gpu_slug(gpu)}.jsonl"
 
 
 def op_name(case: Case, op: str = "forward") -> str:
@@ -45,24 +71,9 @@ def op_name(case: Case, op: str = "forward") -> str:
     return "_".join(parts)
 
 
-def make_row(
-    case: Case,
-    implementation: str,
-    samples: Samples,
-    copy: Samples,
-    *,
-    op: str = "forward",
-    run: str,
-    gpu: str,
-    cache: str,
-    checked: dict[str, object],
-    versions: dict[str, str],
-) -> dict[str, object]:
-    """The fields of one line, in their order; times are device times of one call, copy those of the same run."""
-    total_bytes = minimum_bytes(case, op)
+def case_fields(case: Case, implementation: str, op: str) -> Row:
+    """What was run: the fields that every row begins with."""
     return {
-        "run": run,
-        "gpu": gpu,
         "op": op_name(case, op),
         "implementation": implementation,
         "num_tokens": case.num_tokens,
@@ -71,24 +82,74 @@ def make_row(
         "head_dim": case.head_dim,
         "rotary_dim": case.rotary_dim,
         "dtype": case.dtype,
-        "cache": cache,
-        "p20_us": round(samples.percentile(20), 3),
+    }
+
+
+def time_fields(samples: Samples, copy: Samples, total_bytes: int) -> Row:
+    """Device times of one call and what they are worth; `copy` is the ceiling of the same run."""
+    return {
+        "p25_us": round(samples.percentile(25), 3),
         "p50_us": round(samples.p50_us, 3),
-        "p80_us": round(samples.percentile(80), 3),
+        "p75_us": round(samples.percentile(75), 3),
+        "kernels": len(samples.kernels),
         "bytes": total_bytes,
         "gb_per_s": round(total_bytes / samples.p50_us / 1e3, 1),
         "copy_gb_per_s": round(total_bytes / copy.p50_us / 1e3, 1),
         "fraction_of_copy": round(copy.p50_us / samples.p50_us, 4),
-        "checked": checked,
-        "versions": versions,
     }
 
 
-def append(path: pathlib.Path, row: dict[str, object]) -> None:
+def append(path: pathlib.Path, row: Row) -> None:
     """Adds one line at the end of the file, written out before it returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def read(paths: Iterable[pathlib.Path]) -> list[Row]:
+    """All rows of some files, in their order.
+
+    Raises:
+      ValueError: a line is no JSON object, with its place.
+    """
+    rows = []
+    for path in paths:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"a record holds one JSON object a line, got {path}:{number}: {error}.") from error
+            rows.append(row)
+    return rows
+
+
+def of_run(rows: Iterable[Row], run: str) -> list[Row]:
+    """The rows of one run; the beginning of its id is enough where it is unique.
+
+    Raises:
+      ValueError: no run or several begin so.
+    """
+    rows = list(rows)
+    runs = sorted({row["run"] for row in rows if row["run"].startswith(run)})
+    if len(runs) != 1:
+        known = ", ".join(runs or sorted({row["run"] for row in rows})[-5:])
+        raise ValueError(f"one run must begin with {run!r}, got {len(runs)}. The record holds {known or 'none'}.")
+    return [row for row in rows if row["run"] == runs[0]]
+
+
+def key(row: Row) -> tuple[Any, ...]:
+    """What a timed row measured: rows of two runs with the same key compare."""
+    return (row["op"], *config(row), row["num_q_heads"], row["num_kv_heads"], row["num_tokens"], row["implementation"])
+
+
+def config(row: Row) -> tuple[Any, ...]:
+    """What the rows of one picture or table share beside `op`: dtype, head_dim, rotary_dim, cache."""
+    return (row["dtype"], row["head_dim"], row["rotary_dim"], row["cache"])
+
+
+def timed(rows: Iterable[Row]) -> list[Row]:
+    """The rows of device times, the latest where one was measured twice."""
+    return list({key(row): row for row in rows if "p50_us" in row and "cache" in row}.values())
 
 
 def versions(commit: str | None = None) -> dict[str, str]:

@@ -3,26 +3,79 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from tests.cases import Case
 
-TOKENS = (1, 16, 64, 256, 1024, 4096, 16384, 65536)
 HEADS = ((16, 2), (32, 2))
-
 INTERLEAVED = (11, 11, 10)  # Qwen3.5's mrope_section for R = 64
+
+# Query and key heads of gated attention: Qwen3.5 0.8B and 2B; 4B and 9B; 27B; 35B-A3B, as Qwen3-Next-80B-A3B; 122B and
+# 397B; the flash variant.
+MODEL_HEADS = ((8, 2), (16, 4), (24, 4), (16, 2), (32, 2), (24, 2))
+
+
+def size_heads() -> tuple[tuple[int, int], ...]:
+    """The heads of every model and of one device's share of it, over 2, 4 and 8 devices; key heads are repeated."""
+    shares = [(q // ways, max(1, kv // ways)) for q, kv in MODEL_HEADS for ways in (1, 2, 4, 8)]
+    return tuple(sorted(set(shares), reverse=True))
+
+
+class Suite(NamedTuple):
+    """What is timed by default: operations (the keys of `run.OPS`), tokens and heads."""
+
+    ops: tuple[str, ...]
+    tokens: tuple[int, ...]
+    heads: tuple[tuple[int, int], ...] = HEADS
+
+
+SUITES = {
+    "forward": Suite(("forward",), (1, 16, 64, 256, 1024, 4096, 16384, 65536)),
+    "decode": Suite(("forward",), (1, 2, 4, 8, 16, 32, 64, 128, 256)),
+    "prefill": Suite(("forward",), (512, 1024, 2048, 4096, 16384, 65536, 262144, 1048576)),
+    "backward": Suite(("backward",), (64, 256, 1024, 4096, 16384, 65536)),
+    "sizes": Suite(("forward",), (1, 256, 16384), size_heads()),
+    "block": Suite(
+        ("gate_in_place", "block", "block_backward", "block_packed", "block_packed_backward"), (1, 64, 1024, 16384)
+    ),
+}
+
+
+class Task(NamedTuple):
+    """One line of a suite: a case and what is done with it."""
+
+    suite: str
+    op: str
+    case: Case
 
 
 def timed(
-    tokens: Sequence[int] = TOKENS,
-    heads: Sequence[tuple[int, int]] = HEADS,
+    names: Sequence[str] = ("forward",),
+    tokens: Sequence[int] | None = None,
+    heads: Sequence[tuple[int, int]] | None = None,
     head_dim: int = 256,
     rotary_dim: int = 64,
     dtype: str = "bfloat16",
-) -> list[Case]:
-    """The cases of `run`: every head count, small batches first."""
+) -> list[Task]:
+    """The tasks of some suites: every operation and head count, small batches first."""
     return [
-        Case(num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim, dtype)
-        for (num_q_heads, num_kv_heads), num_tokens in itertools.product(heads, tokens)
+        Task(name, op, Case(num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim, dtype))
+        for name in names
+        for op, (num_q_heads, num_kv_heads), num_tokens in itertools.product(
+            SUITES[name].ops, heads or SUITES[name].heads, tokens or SUITES[name].tokens
+        )
+    ]
+
+
+def compiled() -> list[Case]:
+    """The cases of the suite `compile`: Qwen3.5, plain QK-norm, and rotary dimensions that leave odd tiles."""
+    return [
+        Case(1024),
+        Case(1024, head_dim=128, rotary_dim=128),
+        Case(1024, mrope_section=INTERLEAVED),
+        Case(1024, head_dim=80, rotary_dim=40),
+        Case(1024, rotary_dim=6),
+        Case(1024, rotary_dim=2),
     ]
 
 

@@ -2,15 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 
+from benchmarks import record
+from benchmarks.record import Row
 from benchmarks.timing import Samples
 from tests.cases import Case
 
 
-def aligned(rows: Sequence[Sequence[str]], separator: str = "  ") -> str:
-    """The first row is the heading. Columns are as wide as their widest cell, numbers to the right."""
+def aligned(rows: Sequence[Sequence[str]], separator: str = "  ", left: int = 0) -> str:
+    """The first row is the heading. Columns are as wide as their widest cell, to the right but for the `left` last."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    right = len(widths) - left
     return "\n".join(
-        separator.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        separator.join(
+            cell.rjust(width) if i < right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
     )
 
 
@@ -31,3 +38,41 @@ def times(measured: Mapping[Case, Mapping[str, Samples]], names: Sequence[str]) 
                 row.append(f"{samples[name].p50_us / samples['oracle'].p50_us:.3f}")
         rows.append(row)
     return aligned(rows)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table of a README: one line for each case of one operation and configuration.
+
+    `rows` are timed rows of one run: microseconds of each implementation in the order met, and the best Pallas
+    kernel's share of the copy ceiling.
+    """
+    names = list(dict.fromkeys(row["implementation"] for row in rows if row["implementation"] != "copy"))
+    cases: dict[tuple[int, int, int], dict[str, Row]] = {}
+    for row in rows:
+        case = (row["num_q_heads"], row["num_kv_heads"], row["num_tokens"])
+        cases.setdefault(case, {})[row["implementation"]] = row
+    lines = [f"| heads | tokens | copy | {' | '.join(names)} | of copy |", "|---" * (len(names) + 4) + "|"]
+    for (num_q_heads, num_kv_heads, num_tokens), found in sorted(cases.items()):
+        cells = [_microseconds(found[name]) if name in found else "-" for name in ("copy", *names)]
+        ours = [row["fraction_of_copy"] for name, row in found.items() if name.startswith(("mosaic_gpu", "triton"))]
+        best = f"{max(ours):.2f}" if ours else "-"
+        lines.append(f"| {num_q_heads}/{num_kv_heads} | {num_tokens} | {' | '.join(cells)} | {best} |")
+    return "\n".join(lines)
+
+
+def _microseconds(row: Row) -> str:
+    """Three digits that mean something, or the whole number."""
+    time_us = row["p50_us"]
+    return f"{time_us:.2f}" if time_us < 100 else f"{time_us:.0f}"
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """The Markdown table of each operation and configuration that a run timed."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in record.timed(rows):
+        groups.setdefault((row["op"], *record.config(row)), []).append(row)
+    return "\n\n".join(
+        f"{op.replace('_', ' ')}, {dtype}, head_dim {head_dim}, rotary_dim {rotary_dim}, {cache} L2, microseconds\n\n"
+        f"{markdown(group)}"
+        for (op, dtype, head_dim, rotary_dim, cache), group in groups.items()
+    )

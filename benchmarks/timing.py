@@ -11,12 +11,15 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.profiler import ProfileData
 
 from tests.cases import Case, minimum_bytes
+
+T = TypeVar("T")
 
 MARKER_NAME = "benchmark_section_marker"  # as gpu_kernels.py names them
 FLUSH_NAME = "benchmark_flush_l2"
@@ -128,6 +131,11 @@ def wait(outputs: object) -> None:
 
 def trace(run: Callable[[], None]) -> list[KernelEvent]:
     """Runs under the JAX profiler; everything the device did meanwhile."""
+    return profile(run, read_kernel_events)
+
+
+def profile(run: Callable[[], None], read: Callable[[str], T]) -> T:
+    """Runs under the JAX profiler and reads its .xplane.pb file, which is gone afterwards."""
     options = jax.profiler.ProfileOptions()
     options.host_tracer_level = 0  # only the device's timeline is read
     options.python_tracer_level = 0
@@ -135,28 +143,40 @@ def trace(run: Callable[[], None]) -> list[KernelEvent]:
     with tempfile.TemporaryDirectory(prefix="pallas_qk_trace_") as directory:
         with jax.profiler.trace(directory, profiler_options=options):
             run()
-        paths = glob.glob(os.path.join(directory, "**", "*.xplane.pb"), recursive=True)
-        if len(paths) != 1:
-            raise MeasurementError(f"the profiler must write one .xplane.pb file, got {len(paths)}")
-        return read_kernel_events(paths[0])
+        return read(xplane_path(directory))
+
+
+def xplane_path(directory: str) -> str:
+    """The one .xplane.pb file that a trace wrote under a directory."""
+    paths = glob.glob(os.path.join(directory, "**", "*.xplane.pb"), recursive=True)
+    if len(paths) != 1:
+        raise MeasurementError(f"the profiler must write one .xplane.pb file, got {len(paths)}")
+    return paths[0]
 
 
 def read_kernel_events(path: str) -> list[KernelEvent]:
     """The events on the streams of every GPU in an .xplane.pb file, in order of their start."""
-    events, seen = [], []
+    return sorted((e for events in read_devices(path).values() for e in events), key=lambda event: event.start_ns)
+
+
+def read_devices(path: str) -> dict[str, list[KernelEvent]]:
+    """The same for each GPU that ran something, by the name of its plane."""
+    devices: dict[str, list[KernelEvent]] = {}
+    seen = []
     for plane in ProfileData.from_file(path).planes:
         for line in plane.lines:
-            is_stream = plane.name.startswith("/device:GPU") and line.name.startswith("Stream")
             seen.append(f"{plane.name} / {line.name}")
-            if is_stream:
-                events += [KernelEvent(event.name, event.start_ns, event.duration_ns) for event in line.events]
-    if not events:
+            if plane.name.startswith("/device:GPU") and line.name.startswith("Stream"):
+                events = [KernelEvent(event.name, event.start_ns, event.duration_ns) for event in line.events]
+                if events:
+                    devices.setdefault(plane.name, []).extend(events)
+    if not devices:
         raise MeasurementError(
             "the profile must hold kernels on a line 'Stream…' of a plane '/device:GPU…', got the lines "
             f"{seen or 'none'}. JAX must find CUPTI, "
             "and no other client of it may run (torch.profiler, ncu, compute-sanitizer)."
         )
-    return sorted(events, key=lambda event: event.start_ns)
+    return {name: sorted(events, key=lambda event: event.start_ns) for name, events in devices.items()}
 
 
 def attribute(events: Sequence[KernelEvent], sections: Sequence[str], warmup: int, repeats: int) -> dict[str, Samples]:

@@ -56,7 +56,9 @@ def from_torch(tensor: torch.Tensor, *, copy: bool = False) -> jax.Array:
       ValueError: strides, alignment, pinned or sparse memory, requires_grad, or a pending conjugation or negation.
       TypeError: not a tensor, a dtype outside `DTYPES`, or one that JAX would narrow while jax_enable_x64 is off.
       NotImplementedError: the tensor's device isn't one of JAX's.
+      ModuleNotFoundError: torch is not installed; `to_torch` likewise.
     """
+    _check_torch_is_there("from_torch")
     import jax
     import torch
 
@@ -102,6 +104,7 @@ def to_torch(array: jax.Array) -> torch.Tensor:
       TypeError: not a JAX array, a traced one, or a dtype outside `DTYPES`.
       NotImplementedError: neither CPU nor GPU, or a GPU that torch doesn't use.
     """
+    _check_torch_is_there("to_torch")
     import jax
     import torch
 
@@ -128,6 +131,19 @@ def to_torch(array: jax.Array) -> torch.Tensor:
         # torch keeps one Python object a storage while views, detached tensors or graphs refer to it.
         _hold_until_passed(tensor.untyped_storage(), owner=array, device=tensor.device)
     return tensor
+
+
+def _check_torch_is_there(function: str) -> None:
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "torch":  # torch itself is there and broken
+            raise
+        raise ModuleNotFoundError(
+            f"dlpack.{function} must find PyTorch, got a Python environment without it. "
+            "Install torch, or the extra pallas-qk[torch].",
+            name="torch",
+        ) from None
 
 
 def _check_torch_layout(tensor: torch.Tensor) -> None:

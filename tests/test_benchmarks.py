@@ -1,6 +1,7 @@
 """The benchmark: attribution of kernels to providers, statistics, the record, the promises it checks, its commands."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import re
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 from jax.profiler import ProfileData
 
-from benchmarks import demo, record, suites, table, timing, verify
+from benchmarks import demo, providers, record, suites, table, timing, verify
 from benchmarks.__main__ import main, parser
 from benchmarks.agreement import agreement
 from benchmarks.providers import PROVIDERS, copies, plain
+from benchmarks.suites import Task
 from benchmarks.timing import (
     FLUSH_NAME,
     MARKER_NAME,
@@ -141,6 +143,25 @@ def test_kernel_events_of_all_streams_come_in_order_of_their_start(tmp_path):
     ]
 
 
+def test_events_of_several_gpus_stay_apart(tmp_path):
+    text = PROFILE % ("/device:GPU:0", "Stream #7(Kernel)")
+    # The planes as the profiler writes them for a GPU that ran one kernel and one that ran none.
+    text += """
+planes { id: 3 name: "/device:GPU:1" lines { id: 7 name: "Stream #7(Kernel)" timestamp_ns: 1000
+    events { metadata_id: 1 offset_ps: 1000000 duration_ps: 800000 } }
+  event_metadata { key: 1 value { id: 1 name: "first" } } }
+planes { id: 4 name: "/device:GPU:2" lines { id: 7 name: "Stream #7(Kernel)" } }
+"""
+    path = tmp_path / "a.xplane.pb"
+    path.write_bytes(ProfileData.text_proto_to_serialized_xspace(text))
+    devices = timing.read_devices(str(path))
+    assert {name: [event.duration_ns for event in events] for name, events in devices.items()} == {
+        "/device:GPU:0": [900.0, 2500.0, 1184.0],
+        "/device:GPU:1": [800.0],
+    }
+    assert len(read_kernel_events(str(path))) == 4
+
+
 def test_a_profile_without_a_gpu_says_what_it_holds(tmp_path):
     with pytest.raises(MeasurementError, match=re.escape("/device:TPU:0 / Steps")):
         read_kernel_events(write_profile(tmp_path / "a.xplane.pb", "/device:TPU:0", "Steps"))
@@ -174,6 +195,7 @@ def test_long_calls_are_repeated_less():
 FIELDS = {
     "run": str,
     "gpu": str,
+    "suite": str,
     "op": str,
     "implementation": str,
     "num_tokens": int,
@@ -183,9 +205,10 @@ FIELDS = {
     "rotary_dim": int,
     "dtype": str,
     "cache": str,
-    "p20_us": float,
+    "p25_us": float,
     "p50_us": float,
-    "p80_us": float,
+    "p75_us": float,
+    "kernels": int,
     "bytes": int,
     "gb_per_s": float,
     "copy_gb_per_s": float,
@@ -195,37 +218,65 @@ FIELDS = {
 }
 
 
-def a_row(**changed) -> dict[str, Any]:
+def recorded(tmp_path, run: str = "r") -> record.Run:
+    return record.Run(run, "NVIDIA H200", record.versions("abc"), tmp_path / "results" / "h200.jsonl")
+
+
+def read(path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def append_row(run: record.Run, checked: dict[str, Any]) -> dict[str, Any]:
+    """A row as `run` writes it, read back."""
     samples, copy = Samples((2.0, 4.0, 6.0), ("k",)), Samples((3.0,), ("copy",))
-    versions, checked = record.versions("abc"), {"elements": 1}
-    arguments = {"run": "r", "gpu": "NVIDIA H200", "cache": "hot", "checked": checked, "versions": versions, **changed}
-    return record.make_row(CASE, "triton", samples, copy, **arguments)
+    fields = record.case_fields(CASE, "triton", "forward") | {"cache": "hot"}
+    fields |= record.time_fields(samples, copy, minimum_bytes(CASE)) | {"checked": checked}
+    run.append("decode", fields)
+    return read(run.output)[-1]
 
 
-def test_a_row_has_every_field_in_order_and_of_its_type():
-    row = a_row()
+def test_a_row_has_every_field_in_order_and_of_its_type(tmp_path):
+    row = append_row(recorded(tmp_path), {"elements": 1})
     assert list(row) == list(FIELDS)
     assert {name: type(value) for name, value in row.items()} == FIELDS
     assert list(row["versions"]) == ["jax", "jaxlib", "torch", "triton", "python", "driver", "commit", "date"]
     assert row["versions"]["commit"] == "abc" and row["versions"]["jax"] == jax.__version__
+    assert (row["suite"], row["run"], row["gpu"]) == ("decode", "r", "NVIDIA H200")
 
 
-def test_rates_and_fraction_come_from_the_medians():
-    row = a_row()
+def test_rates_and_fraction_come_from_the_medians(tmp_path):
+    row = append_row(recorded(tmp_path), {})
     total = minimum_bytes(CASE)
-    assert (row["p20_us"], row["p50_us"], row["p80_us"]) == (2.8, 4.0, 5.2)
+    assert (row["p25_us"], row["p50_us"], row["p75_us"], row["kernels"]) == (3.0, 4.0, 5.0, 1)
     assert (row["gb_per_s"], row["copy_gb_per_s"]) == (round(total / 4e3, 1), round(total / 3e3, 1))
     assert row["fraction_of_copy"] == 0.75
 
 
-def test_rows_survive_json_and_are_only_appended(tmp_path):
-    path = tmp_path / "results" / "h200.jsonl"
-    rows = [a_row(run=name) for name in ("first", "second")]
-    for row in rows:
-        before = path.read_text() if path.exists() else ""
-        record.append(path, row)
-        assert path.read_text().startswith(before)
-    assert [json.loads(line) for line in path.read_text().splitlines()] == rows
+def test_rows_are_only_appended(tmp_path):
+    run = recorded(tmp_path)
+    before = ""
+    for elements in (1, 2):
+        row = append_row(run, {"elements": elements})
+        text = run.output.read_text()
+        assert text.startswith(before) and row["checked"] == {"elements": elements}
+        before = text
+    assert record.read([run.output, run.output]) == 2 * read(run.output)
+
+
+def test_a_broken_line_of_a_record_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"run": "r"}\nrun\n')
+    with pytest.raises(ValueError, match=re.escape(f"got {path}:2:")):
+        record.read([path])
+
+
+def test_a_run_is_found_by_the_beginning_of_its_id():
+    rows = [{"run": "20260101-a"}, {"run": "20260102-b"}, {"run": "20260101-a"}]
+    assert record.of_run(rows, "20260101") == [rows[0], rows[2]]
+    with pytest.raises(ValueError, match=r"got 2\. The record holds 20260101-a, 20260102-b"):
+        record.of_run(rows, "2026")
+    with pytest.raises(ValueError, match=r"got 0\. The record holds 20260101-a, 20260102-b"):
+        record.of_run(rows, "2027")
 
 
 @pytest.mark.parametrize(
@@ -476,14 +527,26 @@ def test_ulp_distance_counts_representable_steps(dtype):
 
 def test_arguments_of_run():
     options = parser(["oracle", "triton"]).parse_args(["run"])
-    assert suites.timed(options.tokens, options.heads) == suites.timed() and len(suites.timed()) == 16
-    assert (options.implementations, options.cache, options.repeats) == (["oracle", "triton"], "hot", None)
-    arguments = "run --tokens 1 64 --heads 16/4 --dtype float16 --cache cold"
+    tasks = suites.timed(options.suite, options.tokens, options.heads)
+    assert tasks == suites.timed() and len(tasks) == 16
+    assert (options.implementations, options.cache, options.repeats) == (["oracle", "triton"], ["hot"], None)
+    arguments = "run --suite decode backward --tokens 1 64 --heads 16/4 --dtype float16 --cache hot cold"
     options = parser(["triton"]).parse_args(arguments.split())
-    assert options.cache == "cold"
-    assert suites.timed(options.tokens, options.heads, dtype=options.dtype) == [
-        Case(t, 16, 4, dtype="float16") for t in (1, 64)
+    assert options.cache == ["hot", "cold"]
+    assert suites.timed(options.suite, options.tokens, options.heads, dtype=options.dtype) == [
+        Task(suite, op, Case(t, 16, 4, dtype="float16"))
+        for suite, op in (("decode", "forward"), ("backward", "backward"))
+        for t in (1, 64)
     ]
+
+
+def test_suites_cover_what_they_say():
+    tokens = {name: {task.case.num_tokens for task in suites.timed([name])} for name in ("decode", "prefill")}
+    assert (min(tokens["decode"]), max(tokens["decode"])) == (1, 256)
+    assert (min(tokens["prefill"]), max(tokens["prefill"])) == (512, 2**20)
+    heads = {(task.case.num_q_heads, task.case.num_kv_heads) for task in suites.timed(["sizes"])}
+    assert set(suites.MODEL_HEADS) <= heads and {q for q, _ in heads} == {1, 2, 3, 4, 6, 8, 12, 16, 24, 32}
+    assert {case.rotary_dim for case in suites.compiled()} >= {64, 40, 6, 2}
 
 
 @pytest.mark.parametrize(
@@ -493,6 +556,8 @@ def test_arguments_of_run():
         ("run --heads 16/0", "got 16/0"),
         ("run --tokens 0", "must be a positive integer, got 0"),
         ("run --implementations cuda", "invalid choice: 'cuda'"),
+        ("run --suite serving", "invalid choice: 'serving'"),
+        ("profile", "required: --output"),
         ("", "required: command"),
     ],
 )
@@ -568,29 +633,74 @@ def test_run_records_only_what_keeps_its_promise(device, monkeypatch, tmp_path, 
         "new": unable,
     }
     monkeypatch.setattr(run, "PROVIDERS", played)
-    monkeypatch.setattr(run, "to_jax", list)
-    monkeypatch.setattr(
-        run, "copies", lambda case, op: {name: provider(t, None)(case, None) for name, t in COPIES.items()}
-    )
-    output = tmp_path / "h.jsonl"
-    assert run.run([case], list(played), run.Settings(repeats=2, rounds=2), output, "abc") == 1
+    play_copies_and_memory(monkeypatch, run, device)
+    recording = recorded(tmp_path)
+    task = Task("decode", "forward", case)
+    assert run.run([task], played, run.Settings(repeats=2, rounds=2), recording) == 1
 
-    rows = {row["implementation"]: row for row in map(json.loads, output.read_text().splitlines())}
+    rows = {row["implementation"]: row for row in read(recording.output)}
     assert list(rows) == ["copy", "oracle", "triton"]
     assert [(row["p50_us"], row["fraction_of_copy"]) for row in rows.values()] == [(2.0, 1.0), (8.0, 0.25), (4.0, 0.5)]
     printed = capsys.readouterr().out
     assert f"{case.id}: xla 256 of 768 differ" in printed
     assert "BROKEN, promised equal bits; first: gate_out[0, 0]" in printed
     assert f"{case.id}: new skipped: it needs a newer GPU" in printed
-    assert printed.splitlines()[-3].split() == ["4", "2.00", "8.00", "0.250", "4.00", "0.500", "0.500", *["-"] * 6]
+    assert printed.splitlines()[-3].split() == ["4", "2.00", "8.00", "0.250", "4.00", "0.500", "0.500"]
 
-    before = output.read_text()
-    assert run.run([case], ["oracle", "triton"], run.Settings(repeats=2, rounds=2, cache="cold"), output, "abc") == 0
-    assert case.id not in capsys.readouterr().out
-    rows = [json.loads(line) for line in output.read_text().removeprefix(before).splitlines()]
+    before = len(read(recording.output))
+    kept = {name: played[name] for name in ("oracle", "triton")}
+    assert run.run([task], kept, run.Settings(repeats=2, rounds=2, caches=("hot", "cold")), recording) == 0
+    assert "skipped" not in capsys.readouterr().out
+    rows = read(recording.output)[before:]
     assert [(row["implementation"], row["cache"]) for row in rows] == [
-        (n, "cold") for n in ("copy", "oracle", "triton")
+        (name, cache) for cache in ("hot", "cold") for name in ("copy", "oracle", "triton")
     ]
+
+
+def play_copies_and_memory(monkeypatch, run, device: Device, gigabytes: float = 100.0) -> None:
+    """Without a GPU: copies that the played device runs, and a size of its memory."""
+    copies = {name: functools.partial(device.launch, name, time_us) for name, time_us in COPIES.items()}
+    monkeypatch.setattr(run, "to_jax", list)
+    monkeypatch.setattr(run, "copies", lambda total_bytes: copies)
+    monkeypatch.setattr(run, "gpu_memory", lambda: int(gigabytes * 1e9))
+
+
+@needs_triton
+def test_run_skips_what_the_gpu_cannot_hold_and_says_why(device, monkeypatch, tmp_path, capsys):
+    from benchmarks import run
+
+    def full(case, inputs):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory while trying to allocate\nmore")
+
+    monkeypatch.setattr(run, "PROVIDERS", {"oracle": full})
+    play_copies_and_memory(monkeypatch, run, device, gigabytes=1)
+    tasks = [Task("prefill", "forward", Case(t, 1, 1, 64, 32)) for t in (2**20, 4)]
+    assert run.run(tasks, {"oracle": full}, run.Settings(), recorded(tmp_path)) == 0
+    printed = capsys.readouterr().out
+    assert f"forward {tasks[0].case.id} skipped: it needs some 2 GB of GPU memory, got 1" in printed
+    assert f"forward {tasks[1].case.id} skipped: the GPU's memory did not hold it: RESOURCE_EXHAUSTED" in printed
+    assert "more" not in printed  # the first line of the error is enough
+
+    def broken(case, inputs):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(run, "PROVIDERS", {"oracle": broken})
+    with pytest.raises(RuntimeError, match="something else"):
+        run.run(tasks[1:], {"oracle": broken}, run.Settings(), recorded(tmp_path))
+
+
+def test_a_million_tokens_repeat_the_inputs_of_fewer(monkeypatch):
+    monkeypatch.setattr(providers, "_REPEATED_TOKENS", 4)
+    part = make_inputs(Case(4, 2, 1, 64, 32))
+    inputs = providers.repeated_inputs(Case(12, 2, 1, 64, 32))
+    assert np.array_equal(inputs.q_gate, np.tile(part.q_gate, (3, 1)))
+    assert np.array_equal(inputs.k, np.tile(part.k, (3, 1)))
+    assert np.array_equal(inputs.positions, np.tile(part.positions, 3))
+    mrope = Case(8, 2, 1, 64, 32, mrope_section=(6, 5, 5))
+    part = make_inputs(dataclasses.replace(mrope, num_tokens=4))
+    assert np.array_equal(providers.repeated_inputs(mrope).positions, np.tile(part.positions, (1, 2)))
+    whole = Case(6, 2, 1, 64, 32)
+    assert np.array_equal(providers.repeated_inputs(whole).q_gate, make_inputs(whole).q_gate)
 
 
 COPIES = {"copy_512x4": 3.0, "copy_1024x4": 2.0}
@@ -605,7 +715,7 @@ def test_the_profiler_times_every_provider(gpu, cache):
     case, repeats, rounds = Case(64), 5, 3
     inputs = make_inputs(case)
     calls = {name: build(case, inputs) for name, build in PROVIDERS.items() if can_run(build, case, inputs)}
-    samples = measure(case, {**calls, **copies(case)}, repeats=repeats, rounds=rounds, cache=cache)
+    samples = measure(case, {**calls, **copies(minimum_bytes(case))}, repeats=repeats, rounds=rounds, cache=cache)
     assert {"oracle", "triton", "xla", "xla_plain"} <= set(samples)
     for name, sample in samples.items():
         assert len(sample.times_us) == repeats * rounds, name
@@ -620,6 +730,26 @@ def can_run(build, case, inputs) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [4096, 16384])
+def test_the_profiler_agrees_with_cuda_events(gpu, num_tokens):
+    import torch
+
+    case, launches = Case(num_tokens), 50
+    call = PROVIDERS["oracle"](case, make_inputs(case))
+    profiled = measure(case, {"oracle": call}, repeats=20, rounds=3)["oracle"].p50_us
+    times = []
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(launches):
+            call()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / launches)
+    assert profiled == pytest.approx(float(np.median(times)), rel=0.1)
 
 
 @pytest.mark.gpu

@@ -29,6 +29,16 @@ def test_the_readmes_example_runs():
     assert ", ".join(map(str, shapes)) in code
 
 
+def test_the_porting_guides_code_runs():
+    """Its blocks build on each other and hold their own assertions."""
+    blocks = re.findall(r"```python\n(.*?)```", (README.parent / "docs" / "porting.md").read_text(), re.DOTALL)
+    assert len(blocks) == 7
+    names: dict = {}
+    with jax.default_matmul_precision("highest"):
+        for block in blocks:
+            exec(block, names)
+
+
 @pytest.mark.parametrize("name", ["fused_qk_rmsnorm_rope_gate", "default_implementation"])
 def test_docstring_examples(name):
     tests = doctest.DocTestFinder(recurse=False).find(getattr(_api, name), name)

@@ -1,0 +1,356 @@
+"""`decode`: one step of a gated attention layer, and whether XLA launches it as one CUDA graph.
+
+XLA collects neighbouring operations that it can record into a command buffer, a CUDA graph that one launch replays. By
+default it takes five or more. A kernel on Pallas's Triton backend is compiled by XLA itself (custom call
+`__gpu$xla.gpu.triton`) and recorded like a fusion. A Mosaic GPU kernel is a custom call (`mosaic_gpu_v2`) whose handler
+says that it may be recorded. Three programs of each implementation show what that is worth:
+
+  default   as `jax.jit` compiles
+  graph     command buffers of any size
+  kernels   none
+
+Whether the op was recorded is read from the operations ("thunks") that XLA dumps, and once more from a profile: there
+XLA turns command buffers off unless it is told otherwise, as it is here.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import pallas_qk
+from benchmarks import record, table, tracing, xla_plain
+from benchmarks.progress import progress, say
+from tests.cases import Case, cos_sin_table
+
+IMPLEMENTATIONS = (*pallas_qk.IMPLEMENTATIONS, "xla_plain")
+TOKENS = (1, 4, 16, 64)  # sequences: each step is a token of each
+
+PROGRAMS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "graph": {"xla_gpu_graph_min_graph_size": 1},
+    "kernels": {"xla_gpu_enable_command_buffer": ""},
+}
+WARMUP_STEPS = 20
+PROFILED_STEPS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """The sizes of the layer: Qwen3.5's, whose hidden width is 128 for each query head in the 16/2 and 32/2 models."""
+
+    num_q_heads: int = 16
+    num_kv_heads: int = 2
+    head_dim: int = 256
+    rotary_dim: int = 64
+    context: int = 1024  # tokens of each sequence in the cache
+    dtype: str = "bfloat16"
+    width_per_q_head: int = 128
+
+    @property
+    def width(self) -> int:
+        return self.width_per_q_head * self.num_q_heads
+
+    def case(self, num_tokens: int) -> Case:
+        return Case(num_tokens, self.num_q_heads, self.num_kv_heads, self.head_dim, self.rotary_dim, self.dtype)
+
+
+class State(NamedTuple):
+    """What a step takes from the one before, in the memory of the one before."""
+
+    hidden: jax.Array  # (B, width)
+    keys: jax.Array  # (B, context, Hkv, D)
+    values: jax.Array
+    positions: jax.Array  # (B,)
+
+
+def initial(layer: Layer, num_sequences: int, seed: int = 0) -> tuple[dict[str, jax.Array], State]:
+    """Random weights, and a state whose cache is half full."""
+    q_width, kv_width = layer.num_q_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+    shapes = {
+        "q_gate": (layer.width, 2 * q_width),
+        "k": (layer.width, kv_width),
+        "v": (layer.width, kv_width),
+        "out": (q_width, layer.width),
+        "hidden": (num_sequences, layer.width),
+        "keys": (num_sequences, layer.context, layer.num_kv_heads, layer.head_dim),
+        "values": (num_sequences, layer.context, layer.num_kv_heads, layer.head_dim),
+    }
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    arrays = {
+        name: (jax.random.normal(key, shape, jnp.float32) / math.sqrt(shape[0])).astype(layer.dtype)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    positions = jnp.full((num_sequences,), layer.context // 2, jnp.int32)
+    state = State(arrays.pop("hidden"), arrays.pop("keys"), arrays.pop("values"), positions)
+    norms = {name: jnp.zeros(layer.head_dim, layer.dtype) for name in ("q_norm", "k_norm")}
+    return {**arrays, **norms, "table": cos_sin_table(layer.context, layer.rotary_dim, layer.dtype)}, state
+
+
+def step(implementation: str, layer: Layer, parameters: dict[str, jax.Array], state: State) -> State:
+    """One token of every sequence through the layer, beside a residual; positions go round in the cache."""
+    num_sequences = state.hidden.shape[0]
+    arguments: dict[str, Any] = layer.case(num_sequences).static_arguments | {"norm_beta": 1.0}
+    op: Callable
+    if implementation == "xla_plain":
+        op = xla_plain.fused_qk_rmsnorm_rope_gate
+    else:
+        op = functools.partial(pallas_qk.fused_qk_rmsnorm_rope_gate, implementation=implementation)
+    with jax.named_scope("input_norm"):
+        hidden32 = state.hidden.astype(jnp.float32)
+        inv_rms = jax.lax.rsqrt(jnp.mean(hidden32 * hidden32, axis=-1, keepdims=True) + 1e-6)
+        x = (hidden32 * inv_rms).astype(layer.dtype)
+    with jax.named_scope("projections"):
+        q_gate, k, v = (x @ parameters[name] for name in ("q_gate", "k", "v"))
+    q, k, gate = op(
+        q_gate, k, parameters["q_norm"], parameters["k_norm"], parameters["table"], state.positions, **arguments
+    )
+    with jax.named_scope("cache"):
+        place = (jnp.arange(num_sequences), state.positions)
+        heads = (num_sequences, layer.num_kv_heads, layer.head_dim)
+        keys, values = (cache.at[place].set(x.reshape(heads)) for cache, x in ((state.keys, k), (state.values, v)))
+    with jax.named_scope("attention"):
+        seen = jnp.arange(layer.context)[None] <= state.positions[:, None]
+        attended = jax.nn.dot_product_attention(
+            q.reshape(num_sequences, 1, layer.num_q_heads, layer.head_dim), keys, values, mask=seen[:, None, None]
+        )
+    with jax.named_scope("gate_and_output"):
+        gated = attended.reshape(gate.shape) * jax.nn.sigmoid(gate)
+        hidden = state.hidden + gated @ parameters["out"]
+    return State(hidden, keys, values, (state.positions + 1) % layer.context)
+
+
+# --- what was recorded --------------------------------------------------------------------------------------------
+
+
+class Recorded(NamedTuple):
+    """The operations of a compiled program, and how many of them, and of the op's own, a command buffer holds."""
+
+    thunks: int
+    in_graphs: int
+    graphs: int
+    op: str  # "recorded", "not recorded", or why it can't be said
+
+
+_THUNK = re.compile(r"^(\s*)\d+:\s*(k\w+)\s*(.*)$")
+_GRAPH = "kCommandBuffer"
+_KERNEL_NAMES = {"triton": "pallas_qk_triton"}
+
+
+def parse_thunks(text: str, implementation: str) -> Recorded:
+    """Reads XLA's dump: a line an operation, those inside a command buffer indented below it."""
+    thunks: list[tuple[int, str, str]] = [
+        (len(match[1]), match[2], match[3]) for line in text.splitlines() if (match := _THUNK.match(line))
+    ]
+    inside = graphs = 0
+    total = 0
+    ours: list[bool] = []
+    graph_indent: int | None = None
+    for indent, kind, description in thunks:
+        if graph_indent is not None and indent <= graph_indent:
+            graph_indent = None
+        if kind == _GRAPH:
+            graph_indent, graphs = indent, graphs + 1
+            continue
+        total, inside = total + 1, inside + (graph_indent is not None)
+        if _is_ours(implementation, kind, description):
+            ours.append(graph_indent is not None)
+    if implementation not in ("mosaic_gpu", "triton"):
+        op = "fused by XLA"
+    elif not ours:
+        op = "not found"
+    else:
+        op = "recorded" if all(ours) else "not recorded"
+    return Recorded(total, inside, graphs, op)
+
+
+def _is_ours(implementation: str, kind: str, description: str) -> bool:
+    if implementation == "mosaic_gpu":  # the only custom call of the program; the dump may leave out its name
+        return kind == "kCustomCall"
+    return kind == "kKernel" and _KERNEL_NAMES.get(implementation, "\0") in description
+
+
+def recorded_in(directory: str, implementation: str) -> Recorded | None:
+    """What XLA's dump says, of the passes after which command buffers exist; None without one, as on a CPU."""
+    for name in ("*thunk_sequence_after_thunk_passes*.txt", "*thunk_sequence*.txt"):
+        texts = [path.read_text() for path in pathlib.Path(directory).glob(name)]
+        if texts:  # the largest is the step's: XLA compiles small programs of its own to choose its kernels
+            return parse_thunks(max(texts, key=len), implementation)
+    return None
+
+
+# --- what it costs ------------------------------------------------------------------------------------------------
+
+
+class Cost(NamedTuple):
+    """Microseconds of a step, medians: until the call returns, until its result is there, and in a row of steps."""
+
+    dispatch_us: float
+    latency_us: float
+    period_us: float
+
+
+Step = Callable[[dict[str, jax.Array], State], State]
+
+
+def compiled(implementation: str, layer: Layer, options: dict[str, Any], parameters, state: State):
+    """(compiled program, what its command buffers hold); each step writes into the state before it."""
+    function = functools.partial(step, implementation, layer)
+    with tempfile.TemporaryDirectory(prefix="pallas_qk_xla_") as directory:
+        jitted = jax.jit(function, donate_argnums=1, compiler_options={**options, "xla_dump_to": directory})
+        program = jitted.lower(parameters, state).compile()
+        return program, recorded_in(directory, implementation)
+
+
+def cost(program: Step, parameters: dict[str, jax.Array], state: State, steps: int) -> tuple[Cost, State]:
+    """Times a program on the host's clock; the state is used up, and the last one returned."""
+    for _ in range(WARMUP_STEPS):
+        state = jax.block_until_ready(program(parameters, state))
+    dispatch, latency = [], []
+    for _ in range(steps):
+        started = time.perf_counter()
+        state = program(parameters, state)
+        returned = time.perf_counter()
+        jax.block_until_ready(state)
+        dispatch.append(returned - started)
+        latency.append(time.perf_counter() - started)
+    periods = []
+    for _ in range(5):
+        started = time.perf_counter()
+        for _ in range(steps):
+            state = program(parameters, state)
+        jax.block_until_ready(state)
+        periods.append((time.perf_counter() - started) / steps)
+    medians = (statistics.median(times) * 1e6 for times in (dispatch, latency, periods))
+    return Cost(*medians), state
+
+
+class Profiled(NamedTuple):
+    """Of one step: the device's time, its kernels, those of a CUDA graph, and the host's launches of each kind."""
+
+    device_us: float
+    kernels: float
+    kernels_in_graphs: float
+    kernel_launches: float
+    graph_launches: float
+
+
+def profiled(program: Step, parameters: dict[str, jax.Array], state: State) -> Profiled:
+    """PROFILED_STEPS steps under the profiler; the state is used up."""
+
+    def run() -> None:
+        nonlocal state
+        for _ in range(PROFILED_STEPS):
+            state = jax.block_until_ready(program(parameters, state))
+
+    state = jax.block_until_ready(program(parameters, state))
+    with tempfile.TemporaryDirectory(prefix="pallas_qk_trace_") as directory:
+        trace = tracing.record_trace(run, pathlib.Path(directory))
+    graph_launches = trace.launches.get("cuGraphLaunch", 0)
+    counts = (
+        sum(kernel.duration_ns for kernel in trace.kernels) / 1e3,
+        len(trace.kernels),
+        sum(kernel.in_graph for kernel in trace.kernels),
+        sum(trace.launches.values()) - graph_launches,
+        graph_launches,
+    )
+    return Profiled(*(count / PROFILED_STEPS for count in counts))
+
+
+class Ready(NamedTuple):
+    """A compiled step that was timed, and the state that it left."""
+
+    layer: Layer
+    num_tokens: int
+    implementation: str
+    name: str  # of PROGRAMS
+    program: Step
+    parameters: dict[str, jax.Array]
+    state: State
+    cost: Cost
+
+    @property
+    def label(self) -> list[str]:
+        return [f"{self.layer.num_q_heads}/{self.layer.num_kv_heads}", str(self.num_tokens), self.implementation]
+
+    def fields(self, op: str) -> record.Row:
+        case = self.layer.case(self.num_tokens)
+        return record.case_fields(case, self.implementation, op) | {
+            "program": self.name,
+            "context": self.layer.context,
+        }
+
+
+def run(
+    layers: Sequence[Layer],
+    tokens: Sequence[int],
+    implementations: Sequence[str],
+    steps: int,
+    recorded: record.Run,
+) -> int:
+    """Appends a row for each layer, number of sequences, implementation and program, and prints them; 0.
+
+    The profiles come last: XLA holds command buffers under CUPTI for unsafe, and a crash would cost these alone.
+    """
+    ready: list[Ready] = []
+    rows = [["heads", "T", "implementation", "program", "dispatch us", "latency us", "period us"]]
+    rows[0] += ["thunks", "in graphs", "graphs", "the op"]
+    work = [(layer, t, name) for layer in layers for t in tokens for name in implementations]
+    for layer, num_tokens, name in progress(work, "decode", lambda item: f"T={item[1]} {item[2]}"):
+        try:
+            found = timed(layer, num_tokens, name, steps)
+        except NotImplementedError as error:
+            say(f"{layer.case(num_tokens).id}: {name} skipped: {error}")
+            continue
+        for step_program, thunks in found:
+            fields = step_program.fields("decode_step") | _rounded(step_program.cost)
+            recorded.append("decode_step", fields | (thunks._asdict() if thunks else {}))
+            counts = [str(count) for count in thunks] if thunks else ["-"] * 4
+            costs = [f"{number:.1f}" for number in step_program.cost]
+            rows.append([*step_program.label, step_program.name, *costs, *counts])
+            ready.append(step_program)
+    print(f"\nOne decode step of a gated attention layer; {recorded.gpu}, run {recorded.run}")
+    print(f"{table.aligned(rows)}\n{_TIMED_NOTES}", flush=True)
+
+    rows = [["heads", "T", "implementation", "program", "device us", "overhead us", "kernels", "in graphs"]]
+    rows[0] += ["kernel launches", "graph launches"]
+    for step_program in progress(ready, "profile", lambda item: " ".join([*item.label, item.name])):
+        profile = profiled(step_program.program, step_program.parameters, step_program.state)
+        recorded.append("decode_step", step_program.fields("decode_step_profile") | _rounded(profile))
+        times = (profile.device_us, step_program.cost.period_us - profile.device_us)
+        rows.append([*step_program.label, step_program.name, *(f"{t:.1f}" for t in times)])
+        rows[-1] += [f"{count:g}" for count in profile[1:]]
+    print(f"\nThe same under the profiler\n{table.aligned(rows)}\n{_PROFILED_NOTES}")
+    print(f"\nRows appended to {recorded.output}.")
+    return 0
+
+
+_TIMED_NOTES = """dispatch: until the call returns; latency: until its result is there; period: of steps in a row.
+thunks: operations of the program; in graphs: those of them that command buffers hold; the op: whether its kernel is one
+of these, from XLA's dump."""
+_PROFILED_NOTES = """Of one step. device: the sum of its kernels; overhead: the period above less that."""
+
+
+def _rounded(numbers: Cost | Profiled) -> dict[str, float]:
+    return {field: round(value, 2) for field, value in numbers._asdict().items()}
+
+
+def timed(layer: Layer, num_tokens: int, implementation: str, steps: int) -> list[tuple[Ready, Recorded | None]]:
+    """Each of PROGRAMS, timed, and what its command buffers hold."""
+    found = []
+    for name, options in PROGRAMS.items():
+        parameters, state = initial(layer, num_tokens)
+        options = {**options, "xla_enable_command_buffers_during_profiling": True}
+        program, thunks = compiled(implementation, layer, options, parameters, state)
+        costs, state = cost(program, parameters, state, steps)
+        found.append((Ready(layer, num_tokens, implementation, name, program, parameters, state, costs), thunks))
+    return found

@@ -1,0 +1,158 @@
+"""`plot`: time against tokens and share of the copy ceiling, from the rows of a record."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from benchmarks import record
+from benchmarks.record import Row
+
+MINIMUM_POINTS = 4  # of a head count: fewer make no curve
+
+
+class Style(NamedTuple):
+    """How one implementation is drawn, the same in every picture."""
+
+    label: str
+    color: str
+    marker: str
+    line: str = "-"
+
+
+# Colours of Okabe and Ito, which colour-blind readers tell apart; markers too, for print.
+STYLES = {
+    "mosaic_gpu": Style("pallas-qk, Mosaic GPU", "#0072B2", "o"),
+    "triton": Style("pallas-qk, Triton", "#009E73", "s"),
+    "xla": Style("pallas-qk, XLA", "#56B4E9", "^"),
+    "xla_plain": Style("plain jnp under jit", "#E69F00", "v"),
+    "oracle": Style("Triton kernel of the serving design", "#D55E00", "D"),
+    "copy": Style("copy of the same bytes", "#555555", "", "--"),
+}
+_OTHERS = ("#CC79A7", "#000000", "#F0E442")  # peers, in the order met
+
+
+def style(name: str, others: Sequence[str]) -> Style:
+    """That of an implementation; `others` are the names without one of their own."""
+    if name in STYLES:
+        return STYLES[name]
+    base = name.removesuffix("_in_place")
+    if base in STYLES and name != base:
+        known = STYLES[base]
+        return Style(f"{known.label}, gate in place", known.color, known.marker, ":")
+    return Style(name, _OTHERS[others.index(name) % len(_OTHERS)], "P")
+
+
+class Picture(NamedTuple):
+    """The rows of one picture, by heads and implementation, in the order of their tokens."""
+
+    name: str
+    title: str
+    curves: Mapping[tuple[int, int], Mapping[str, Sequence[Row]]]
+
+
+def pictures(rows: Sequence[Row], run: str | None = None) -> list[Picture]:
+    """One for each GPU, operation, dtype, head and rotary dimension and cache, from `run` or the latest run with it."""
+    rows = [row for row in (record.of_run(rows, run) if run else rows) if "cache" in row and "p50_us" in row]
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["gpu"], row["op"], *record.config(row)), []).append(row)
+    found = []
+    for (gpu, op, dtype, head_dim, rotary_dim, cache), group in groups.items():
+        latest = max(row["run"] for row in group)
+        curves: dict[tuple[int, int], dict[str, list[Row]]] = {}
+        chosen = record.timed(row for row in group if row["run"] == latest)
+        for row in sorted(chosen, key=lambda row: row["num_tokens"]):
+            heads = (row["num_q_heads"], row["num_kv_heads"])
+            curves.setdefault(heads, {}).setdefault(row["implementation"], []).append(row)
+        curves = {
+            heads: by_name
+            for heads, by_name in sorted(curves.items())
+            if max(len(points) for points in by_name.values()) >= MINIMUM_POINTS
+        }
+        if not curves:
+            continue
+        name = "-".join([record.gpu_slug(gpu), op, dtype, f"d{head_dim}", f"r{rotary_dim}", cache])
+        versions = chosen[0]["versions"]
+        title = (
+            f"{gpu}: {op.replace('_', ' ')}, {dtype}, head_dim {head_dim}, rotary_dim {rotary_dim}, {cache} L2\n"
+            f"run {latest}, jax {versions['jax']}, triton {versions['triton']}, driver {versions['driver']}"
+        )
+        found.append(Picture(name, title, curves))
+    return found
+
+
+def plot(rows: Sequence[Row], run: str | None, output: pathlib.Path) -> int:
+    """Writes each picture as PNG and SVG and prints their paths; 0, or 2 if the rows make none."""
+    found = pictures(rows, run)
+    if not found:
+        print(f"A picture needs {MINIMUM_POINTS} numbers of tokens for a head count, got fewer in every run.")
+        return 2
+    output.mkdir(parents=True, exist_ok=True)
+    for picture in found:
+        for path in draw(picture, output):
+            print(path)
+    return 0
+
+
+def draw(picture: Picture, output: pathlib.Path) -> list[pathlib.Path]:
+    """One line of two panels for each head count."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(name for by_name in picture.curves.values() for name in by_name))
+    order = [*(name for name in STYLES if name in names), *(name for name in names if name not in STYLES)]
+    others = [name for name in order if name not in STYLES and name.removesuffix("_in_place") not in STYLES]
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": picture.name, "font.size": 11}):
+        height = 3.9 * len(picture.curves) + 1.5
+        figure, axes = pyplot.subplots(
+            len(picture.curves), 2, figsize=(12, height), squeeze=False, sharex=True, layout="constrained"
+        )
+        lines = {}
+        for (left, right), ((num_q_heads, num_kv_heads), by_name) in zip(axes, picture.curves.items(), strict=True):
+            for name in (name for name in order if name in by_name):
+                drawn = style(name, others)
+                tokens = [row["num_tokens"] for row in by_name[name]]
+                look: dict[str, Any] = {
+                    "color": drawn.color,
+                    "marker": drawn.marker or None,
+                    "linestyle": drawn.line,
+                    "markersize": 5,
+                    "linewidth": 1.6,
+                }
+                (lines[name],) = left.loglog(tokens, [row["p50_us"] for row in by_name[name]], **look)
+                right.semilogx(tokens, [row["fraction_of_copy"] for row in by_name[name]], **look)
+            heads = f"{num_q_heads} query and {num_kv_heads} key heads"
+            left.set(title=heads, ylabel="time (µs)")
+            left.yaxis.set_major_formatter("{x:g}")
+            right.set(title=heads, ylabel="fraction of the copy ceiling", ylim=(0, 1.05))
+            for axis in (left, right):
+                _mark_tokens(axis, by_name)
+        for axis in axes[-1]:
+            axis.set_xlabel("tokens")
+        figure.suptitle(picture.title, fontsize=12)
+        labels = [style(name, others).label for name in lines]
+        figure.legend(lines.values(), labels, loc="outside lower center", ncols=3, frameon=False)
+        paths = [output / f"{picture.name}.{suffix}" for suffix in ("png", "svg")]
+        for path in paths:
+            metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}  # equal rows, equal files
+            figure.savefig(path, dpi=110, metadata=metadata)
+        pyplot.close(figure)
+    return paths
+
+
+def _mark_tokens(axis, by_name: Mapping[str, Sequence[Row]]) -> None:
+    """Ticks at powers of four that cover the measured ones, written as readers count tokens."""
+    tokens = [row["num_tokens"] for points in by_name.values() for row in points]
+    ticks = [4**i for i in range(12) if min(tokens) <= 4**i <= max(tokens)]
+    axis.set_xticks(ticks, [_tokens_text(tick) for tick in ticks], minor=False)
+    axis.set_xticks([], minor=True)
+    axis.grid(True, which="major", color="#dddddd", linewidth=0.7)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _tokens_text(tokens: int) -> str:
+    if tokens < 1024:
+        return str(tokens)
+    return f"{tokens // 1024}k" if tokens < 1024**2 else f"{tokens // 1024**2}M"

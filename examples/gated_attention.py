@@ -1,0 +1,288 @@
+"""Qwen3.5's gated attention layer: training, prefill and one-token decode, with weights from transformers.
+
+python -m examples.gated_attention
+
+Query, gate, key and value come from one packed projection, which the op takes as it is and writes out as attention
+wants it; the gate stays where it lies and is read by the product with attention's output. Three projections of the same
+hidden states would be merged by XLA into one product, whose slices are copies (docs/porting.md).
+
+B batch, S sequence, E hidden size, Hq and Hkv query and kv heads, D head_dim, R rotary_dim, L cache length.
+"""
+
+import functools
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_qk
+from pallas_qk import rope
+
+
+class Config(NamedTuple):
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    mrope_section: tuple[int, int, int]
+    eps: float
+
+
+class Parameters(NamedTuple):
+    qkv: jax.Array  # (E, (2*Hq + 2*Hkv)*D), columns [q and gate of each query head | k heads | v heads]
+    q_norm: jax.Array  # (D,), one less than what the normalised query is multiplied with
+    k_norm: jax.Array  # (D,)
+    out: jax.Array  # (Hq*D, E)
+
+
+class KVCache(NamedTuple):
+    k: jax.Array  # (B, L, Hkv, D)
+    v: jax.Array  # (B, L, Hkv, D)
+    lengths: jax.Array  # (B,) int32: how many tokens each sequence has
+
+
+# The layer
+
+
+def project(
+    parameters: Parameters, hidden: jax.Array, positions: jax.Array, cos_sin_cache: jax.Array, config: Config
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """hidden (B, S, E) to query (B, S, Hq, D), key and value (B, S, Hkv, D) and the raw gate (B, S, Hq*D)."""
+    q, k, v, gate = pallas_qk.fused_qkv_rmsnorm_rope_gate(
+        hidden @ parameters.qkv,
+        parameters.q_norm,
+        parameters.k_norm,
+        cos_sin_cache,
+        positions,
+        config.eps,
+        num_q_heads=config.num_q_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        rotary_dim=config.rotary_dim,
+        mrope_section=config.mrope_section if positions.ndim == 3 else None,
+        norm_beta=1.0,
+        copy_gate=False,
+    )
+    batch, length, _ = hidden.shape
+    return *(x.reshape(batch, length, -1, config.head_dim) for x in (q, k, v)), gate
+
+
+def combine(parameters: Parameters, attended: jax.Array, gate: jax.Array) -> jax.Array:
+    """Attention's output (B, S, Hq, D) and the raw gate (B, S, Hq*D) to (B, S, E)."""
+    # In float32 inside the one fusion: of a bfloat16 gate XLA rounds every step of the sigmoid, transformers the last.
+    opened = jax.nn.sigmoid(gate.astype(jnp.float32)).astype(gate.dtype)
+    return (attended.reshape(gate.shape) * opened) @ parameters.out
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+
+def forward(
+    parameters: Parameters,
+    hidden: jax.Array,
+    positions: jax.Array,
+    cos_sin_cache: jax.Array,
+    config: Config,
+    *,
+    attention: Callable = causal_attention,
+) -> jax.Array:
+    """The layer without a cache, as in training.
+
+    Args:
+      parameters: in the dtype of `hidden`.
+      hidden: (B, S, E).
+      positions: (B, S) of text or (3, B, S) of text with images, rows of time, height and width.
+      cos_sin_cache: (max_pos, R), see `read_config`.
+      config: sizes, known when tracing.
+      attention: of query (B, S, Hq, D), key and value (B, S, Hkv, D), to (B, S, Hq, D).
+
+    Returns:
+      (B, S, E).
+    """
+    q, k, v, gate = project(parameters, hidden, positions, cos_sin_cache, config)
+    return combine(parameters, attention(q, k, v), gate)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "cache_length"))
+def prefill(
+    parameters: Parameters,
+    hidden: jax.Array,
+    lengths: jax.Array,
+    positions: jax.Array,
+    cos_sin_cache: jax.Array,
+    config: Config,
+    *,
+    cache_length: int,
+) -> tuple[jax.Array, KVCache]:
+    """`forward` of prompts padded on the right, and the cache that decoding goes on from.
+
+    Args:
+      hidden: (B, S, E). What lies beyond a prompt's length is padding, which no token of the prompt sees.
+      lengths: (B,) int32, from 1 to S.
+      cache_length: L, the longest sequence, prompt and answer; at least S.
+
+    Returns:
+      (B, S, E), of no meaning for padding, and the cache.
+    """
+    q, k, v, gate = project(parameters, hidden, positions, cos_sin_cache, config)
+    attended = causal_attention(q, k, v)
+    pad = ((0, 0), (0, cache_length - hidden.shape[1]), (0, 0), (0, 0))
+    return combine(parameters, attended, gate), KVCache(jnp.pad(k, pad), jnp.pad(v, pad), lengths)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def decode(
+    parameters: Parameters,
+    hidden: jax.Array,
+    positions: jax.Array,
+    cos_sin_cache: jax.Array,
+    config: Config,
+    cache: KVCache,
+) -> tuple[jax.Array, KVCache]:
+    """One more token of each sequence.
+
+    Args:
+      hidden: (B, 1, E).
+      positions: (B, 1) or (3, B, 1): after images a token's position is less than its place in the cache.
+      cache: with room for one token; it is given up, so that it is written in place.
+
+    Returns:
+      (B, 1, E) and the cache.
+    """
+    q, k, v, gate = project(parameters, hidden, positions, cos_sin_cache, config)
+    sequences, lengths = jnp.arange(hidden.shape[0]), cache.lengths + 1
+    cache = KVCache(
+        cache.k.at[sequences, cache.lengths].set(k[:, 0]), cache.v.at[sequences, cache.lengths].set(v[:, 0]), lengths
+    )
+    attended = jax.nn.dot_product_attention(q, cache.k, cache.v, key_value_seq_lengths=lengths)
+    return combine(parameters, attended, gate), cache
+
+
+# Weights and configurations of transformers
+
+
+def read_config(text_config: Mapping[str, Any], *, max_position: int, dtype) -> tuple[Config, jax.Array]:
+    """Sizes and the table of cosines and sines (max_position, R), from `text_config` of a checkpoint's config.json."""
+    head_dim, parameters = text_config["head_dim"], text_config["rope_parameters"]
+    inv_freq, attention_factor = rope.inv_frequencies(parameters, head_dim=head_dim)
+    config = Config(
+        num_q_heads=text_config["num_attention_heads"],
+        num_kv_heads=text_config["num_key_value_heads"],
+        head_dim=head_dim,
+        rotary_dim=2 * len(inv_freq),
+        mrope_section=tuple(parameters["mrope_section"]),
+        eps=text_config["rms_norm_eps"],
+    )
+    return config, rope.cos_sin_cache(inv_freq, attention_factor, max_position=max_position, dtype=dtype)
+
+
+def pack(weights: Mapping[str, np.ndarray], config: Config) -> Parameters:
+    """Parameters on JAX's default device, from weights under transformers' names ("q_proj.weight" and so on)."""
+    expected = {"q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "q_norm.weight", "k_norm.weight"}
+    if set(weights) != expected:
+        raise ValueError(
+            f"weights must be {sorted(expected)}, got {sorted(weights)}. "
+            "Pass those of one full-attention layer; biases aren't supported."
+        )
+    rows = [2 * config.num_q_heads * config.head_dim, *[config.num_kv_heads * config.head_dim] * 2]
+    projections = [weights[f"{name}_proj.weight"] for name in "qkv"]
+    if [x.shape[0] for x in projections] != rows:
+        raise ValueError(
+            f"q_proj, k_proj and v_proj must have {rows} rows for {config}, got {[x.shape[0] for x in projections]}. "
+            "Read the config of the same checkpoint."
+        )
+    return Parameters(
+        qkv=jnp.array(np.concatenate(projections).T),
+        q_norm=jnp.array(weights["q_norm.weight"]),
+        k_norm=jnp.array(weights["k_norm.weight"]),
+        out=jnp.array(weights["o_proj.weight"].T),
+    )
+
+
+def from_state_dict(state_dict: Mapping[str, Any], config: Config) -> Parameters:
+    """Parameters from the `state_dict()` of a transformers `Qwen3_5Attention`: copies of its torch tensors."""
+    return pack({name: np.asarray(pallas_qk.dlpack.from_torch(x)) for name, x in state_dict.items()}, config)
+
+
+def from_safetensors(path: pathlib.Path, layer: int, config: Config) -> Parameters:
+    """Parameters of one layer from a checkpoint: a .safetensors file, or a folder of them.
+
+    Reads the names `model.layers.N.self_attn.…` of text models and `model.language_model.layers.N.self_attn.…` of
+    models with images, and of the files nothing else.
+    """
+    import safetensors
+
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    wanted = re.compile(rf"model\.(?:language_model\.)?layers\.{layer}\.self_attn\.(.+)")
+    weights = {}
+    for file in files:
+        with safetensors.safe_open(file, framework="numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - it isn't a dict
+                if found := wanted.fullmatch(name):
+                    weights[found[1]] = tensors.get_tensor(name)
+    return pack(weights, config)
+
+
+# The example
+
+TEXT_CONFIG = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [3, 3, 2]},
+}
+
+
+def random_parameters(key: jax.Array, hidden_size: int, config: Config, dtype) -> Parameters:
+    keys = jax.random.split(key, 4)
+    columns = 2 * (config.num_q_heads + config.num_kv_heads) * config.head_dim
+    rows = config.num_q_heads * config.head_dim
+    return Parameters(
+        qkv=jax.random.normal(keys[0], (hidden_size, columns), dtype) / hidden_size**0.5,
+        q_norm=jax.random.normal(keys[1], (config.head_dim,), dtype) / 8,
+        k_norm=jax.random.normal(keys[2], (config.head_dim,), dtype) / 8,
+        out=jax.random.normal(keys[3], (rows, hidden_size), dtype) / rows**0.5,
+    )
+
+
+def main() -> None:
+    """Prompts of several lengths, one with an image; the last ANSWER tokens of each are decoded one by one."""
+    answer, hidden_size, dtype = 4, 256, jnp.float32
+    config, cos_sin_cache = read_config(TEXT_CONFIG, max_position=128, dtype=dtype)
+    key, hidden_key = jax.random.split(jax.random.key(0))
+    parameters = random_parameters(key, hidden_size, config, dtype)
+
+    each = [rope.mrope_positions(segments)[0] for segments in ([29], [5, (1, 4, 6), 8], [12])]
+    lengths = np.array([x.shape[1] for x in each])
+    positions = np.stack([np.pad(x, ((0, 0), (0, lengths.max() - x.shape[1]))) for x in each], axis=1)
+    hidden = jax.random.normal(hidden_key, (len(each), lengths.max(), hidden_size), dtype)
+    whole = forward(parameters, hidden, jnp.asarray(positions), cos_sin_cache, config)
+
+    prompts = lengths - answer
+    outputs, cache = prefill(
+        parameters,
+        hidden,
+        jnp.asarray(prompts, jnp.int32),
+        jnp.asarray(positions),
+        cos_sin_cache,
+        config,
+        cache_length=40,
+    )
+    error = max(float(jnp.abs(outputs[i, :n] - whole[i, :n]).max()) for i, n in enumerate(prompts))
+    print(f"prefill of {prompts.tolist()} tokens: within {error:.1e} of the whole sequences")
+    sequences = np.arange(len(each))
+    for at in np.arange(answer)[:, None] + prompts:
+        token_positions = jnp.asarray(positions[:, sequences, at][..., None])
+        token, cache = decode(parameters, hidden[sequences, at][:, None], token_positions, cos_sin_cache, config, cache)
+        error = float(jnp.abs(token[:, 0] - whole[sequences, at]).max())
+        print(f"decoded the tokens at {at.tolist()}: within {error:.1e} of the whole sequences")
+
+
+if __name__ == "__main__":
+    main()
