@@ -17,6 +17,9 @@ class Options:
     eps: float
     norm_beta: float = 0.0
     mrope_section: tuple[int, int, int] | None = None
+    mrope_layout: str = "interleaved"  # or "sectioned"
+    gate: str | None = "copied"  # by the kernel; "in_place": left in q, for XLA to slice; None: q has no gates
+    packed: tuple[int, int] | None = None  # (num_q_heads, num_kv_heads) where q, k and v are one array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +153,8 @@ class MosaicForward:
     `layout` says which lanes of a row one thread holds. "chunks": the same few lanes of each of the D/C chunks of C
     lanes. "halves": vectors in pairs R/2 lanes apart. "row": consecutive vectors, the partners loaded once more.
     A row has 32/rows_per_warp threads, or fewer where it is too short. `weights` says when they are loaded: "first",
-    beside x, "after_gate", which is stored before, or "after_sum", of the squares, for fewer registers.
+    beside x, "after_gate", or v, which is stored before, or "after_sum", of the squares, for fewer registers. A row
+    beside which nothing is copied takes "after_gate" as "first", with 31 registers (sm_90a, D = 256, "halves").
     """
 
     layout: Layout

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mgpu
-from jax.extend import backend
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, scf
 from jaxlib.mlir.dialects import math as mlir_math
@@ -33,16 +32,18 @@ from pallas_qk._mosaic_gpu import (
     _and,
     _below,
     _constant,
+    _copied_vectors,
     _div,
     _equal,
     _f32,
-    _gate_vectors,
+    _Heads,
+    _heads_of,
     _inv_rms,
     _launch,
     _Layout,
     _min,
+    _mrope_reads,
     _mul,
-    _nan,
     _narrow,
     _Pointer,
     _ptx,
@@ -54,61 +55,48 @@ from pallas_qk._mosaic_gpu import (
     _vector,
     _widen,
 )
+from pallas_qk._operands import Gradients, Inputs, Outputs, spec_of
+from pallas_qk._target import num_sms
 
 BACKWARD_NAME = "pallas_qk_mosaic_gpu_backward"
 SUM_NAME = "pallas_qk_mosaic_gpu_sum"
 
 
 def backward(
-    q_gate: jax.Array,
-    k: jax.Array,
-    q_weight: jax.Array,
-    k_weight: jax.Array,
-    cos_sin_cache: jax.Array,
-    positions: jax.Array,
-    dq_out: jax.Array,
-    dk_out: jax.Array,
-    dgate_out: jax.Array,
-    *,
-    options: Options,
-    config: MosaicBackward | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    inputs: Inputs, cotangents: Outputs, *, options: Options, config: MosaicBackward | None = None
+) -> Gradients:
     """The contract of `_reference.backward`."""
-    num_tokens, num_q_heads, _ = q_gate.shape
-    _, num_kv_heads, head_dim = k.shape
-    dtype = q_gate.dtype
-    if num_tokens == 0:
-        no_gradient = jnp.zeros((head_dim,), jnp.float32)
-        return jnp.zeros_like(q_gate), jnp.zeros_like(k), no_gradient, no_gradient
+    spec, dtype = spec_of(inputs, options), inputs.q.dtype
+    if spec.num_tokens == 0:
+        no_gradient = jnp.zeros((spec.head_dim,), jnp.float32)
+        dq, dk = jax.tree.map(jnp.zeros_like, (inputs.q, inputs.k))
+        return Gradients(dq, dk, no_gradient, no_gradient)
     if config is None:
-        spec = Spec(num_tokens, num_q_heads, num_kv_heads, head_dim, options.rotary_dim, str(dtype))
-        num_axes = positions.shape[0]
-        config = mosaic_backward(spec, _num_sms(), num_axes=num_axes, cache_itemsize=cos_sin_cache.dtype.itemsize)
-    layout = _backward_layout(config, head_dim, options.rotary_dim, dtype)
-    dq_gate, dk, q_partials, k_partials = _launch(
+        num_axes = 1 if options.mrope_section is None else 3
+        cache_itemsize = inputs.cos_sin_cache.dtype.itemsize
+        config = mosaic_backward(spec, num_sms(), num_axes=num_axes, cache_itemsize=cache_itemsize)
+    thread = functools.partial(
+        _backward_thread,
+        max_position=inputs.cos_sin_cache.shape[0],
+        spec=spec,
+        options=options,
+        config=config,
+        layout=_backward_layout(config, spec.head_dim, options.rotary_dim, dtype),
+    )
+    q_weight_partials, k_weight_partials = (
+        jax.ShapeDtypeStruct((warps, spec.head_dim), jnp.float32) for warps in (config.q_warps, config.k_warps)
+    )
+    dq, dk = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (inputs.q, inputs.k))
+    gradients = _launch(
         BACKWARD_NAME,
-        functools.partial(_backward_thread, options=options, config=config, layout=layout),
-        [q_gate, k, q_weight, k_weight, cos_sin_cache, positions, dq_out, dk_out, dgate_out],
-        [
-            jax.ShapeDtypeStruct(q_gate.shape, dtype),
-            jax.ShapeDtypeStruct(k.shape, dtype),
-            jax.ShapeDtypeStruct((config.q_warps, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((config.k_warps, head_dim), jnp.float32),
-        ],
+        thread,
+        (inputs, cotangents),
+        Gradients(dq, dk, q_weight_partials, k_weight_partials),
         num_programs=pl.cdiv(config.q_warps + config.k_warps, config.num_warpgroups * _WARPGROUP // _WARP),
         num_warpgroups=config.num_warpgroups,
     )
-    dq_weight, dk_weight = _summed(q_partials, k_partials)
-    return dq_gate, dk, dq_weight, dk_weight
-
-
-def _num_sms() -> int:
-    """Of the GPU to make code for: the abstract mesh's, else the smallest local one, else an H200."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None and device.platform in ("cuda", "gpu") and device.num_cores:
-        return device.num_cores
-    client = backend.backends().get("cuda")
-    return 132 if client is None else min(d.core_count for d in client.local_devices())
+    dq_weight, dk_weight = _summed(gradients.q_weight, gradients.k_weight)
+    return gradients._replace(q_weight=dq_weight, k_weight=dk_weight)
 
 
 def _warp(program: Value, num_warpgroups: int) -> Value:
@@ -130,29 +118,30 @@ def _backward_layout(config: MosaicBackward, head_dim: int, rotary_dim: int, dty
 
 def _backward_thread(
     program: Value,
-    pointers: list[_Pointer],
-    shapes: list[tuple[int, ...]],
+    read: tuple[Inputs, Outputs],
+    gradients: Gradients,
     *,
+    max_position: int,
+    spec: Spec,
     options: Options,
     config: MosaicBackward,
     layout: _Layout,
 ) -> None:
-    """One thread: its lanes of each row that its warp walks over."""
-    q_gate, k, q_weight, k_weight, cache, positions, dq_out, dk_out, dgate_out, *results = pointers
-    dq_gate, dk, q_partials, k_partials = results
-    (num_tokens, num_q_heads, _), (_, num_kv_heads, head_dim) = shapes[:2]
-    table = _Table(cache, positions, shapes[4][0], num_tokens, options)
+    """One thread: its lanes of each row that its warp walks over. The weights' gradients are partial, a row a warp."""
+    inputs, cotangents = read
+    num_tokens, head_dim, dtype = spec.num_tokens, spec.head_dim, gradients.q.dtype
+    table = _Table(inputs.cos_sin_cache, inputs.positions, max_position, num_tokens, options)
     lane = _and(mgpu.thread_idx(), _WARP - 1)
     place = _and(lane, layout.threads - 1)
     column = _mul(place, layout.lanes)
     vectors = [_vector(column, base, layout.lanes, layout.reach, head_dim) for base in layout.bases]
-    gate_vectors = _gate_vectors(layout, place, head_dim, q_gate.dtype)
-    rotations = _rotations(vectors, layout, lane, q_gate.dtype, table)
+    copied_vectors = _copied_vectors(layout, place, head_dim, dtype)
+    rotations = _rotations(vectors, layout, lane, dtype, table)
     rows_per_step = _WARP // layout.threads
     num_sums = len(vectors) * layout.lanes
 
-    def walk(warp, num_warps, num_heads, x, stride, weight, dy, dx, partials, dgate=None):
-        num_rows = num_tokens * num_heads
+    def walk(warp, num_warps, source, weight, dy, dcopied, target, partials):
+        num_rows = num_tokens * source.num_heads
         tiles = pl.cdiv(num_rows, rows_per_step)
 
         def row_of(tile):
@@ -161,7 +150,7 @@ def _backward_thread(
             return _add(_mul(tile, rows_per_step), _div(lane, layout.threads))
 
         def positions_of(row):
-            token = _div(_min(row, num_rows - 1), num_heads)
+            token = _div(_min(row, num_rows - 1), source.num_heads)
             return [table.position(token, axis) for axis in table.axes]
 
         weights = [
@@ -176,22 +165,22 @@ def _backward_thread(
                 row = _min(row, num_rows - 1)
 
             table_rows = [table.row(position) for position in ahead]
-            xs = [_at(x, row, stride, v).load(v.lanes) for v in vectors]
-            ds = [_at(dy, row, head_dim, v).load(v.lanes) for v in vectors]
-            if dgate is not None:
-                gate = [_at(dgate, row, head_dim, v).load(v.lanes) for v in gate_vectors]
+            xs = [_at(source, row, v).load(v.lanes) for v in vectors]
+            ds = [_at(dy, row, v).load(v.lanes) for v in vectors]
+            if dcopied is not None:
+                copied = [_at(dcopied, row, v).load(v.lanes) for v in copied_vectors]
             angles = [table.load(table_rows, rotation.frequency, layout.lanes) for rotation in rotations]
             ahead = positions_of(row_of(_add(tile, num_warps)))  # the next row's table loads then wait for nothing
-            if dgate is not None:
-                for v, words in zip(gate_vectors, gate, strict=True):
-                    (_at(dx, row, stride, v) + head_dim).store(words)
+            if dcopied is not None:
+                for v, words in zip(copied_vectors, copied, strict=True):
+                    (_at(target, row, v) + target.beside).store(words)
             _keep_above(row)
 
-            lanes = [lane for words in xs for lane in _widen(words, x.dtype)]
-            dys = [_widen(words, dy.dtype) for words in ds]
+            lanes = [lane for words in xs for lane in _widen(words, dtype)]
+            dys = [_widen(words, dtype) for words in ds]
             for index, (rotation, loaded) in enumerate(zip(rotations, angles, strict=True)):
                 cos, sin = rotation.angles(table, table_rows, loaded)
-                partner = _widen(rotation.partner(ds), dy.dtype)
+                partner = _widen(rotation.partner(ds), dtype)
                 rotated = [
                     mlir_math.fma(p, s, arith.mulf(d, c))
                     for d, p, c, s in zip(dys[index], partner, cos, sin, strict=True)
@@ -207,7 +196,7 @@ def _backward_thread(
             factor = arith.mulf(dot, arith.mulf(inv_rms, _f32(-1 / head_dim)))
             dxs = [mlir_math.fma(lane, factor, g) for lane, g in zip(lanes, weighted, strict=True)]
             for v, piece in zip(vectors, _pieces(dxs, layout.lanes), strict=True):
-                _at(dx, row, stride, v).store(_narrow(piece, dx.dtype))
+                _at(target, row, v).store(_narrow(piece, dtype))
             return [*_select(exists, added, sums), *ahead]
 
         zeros = [_f32(0.0)] * num_sums
@@ -220,16 +209,22 @@ def _backward_thread(
         for v, piece in zip(vectors, _pieces(sums, layout.lanes), strict=True):
             v.store(partials.row(warp, head_dim), _narrow(piece, partials.dtype))
 
+    def dense(array, heads):
+        return None if array is None else _Heads(array, heads.num_heads, head_dim, beside=0)
+
+    q, k = _heads_of(inputs.q, inputs.k, spec, options)
+    dq, dk = _heads_of(gradients.q, gradients.k, spec, options)
+    dq_out, dk_out, dv_out, dgate_out = (dense(x, h) for x, h in zip(cotangents, (q, k, k, q), strict=True))
     warp, q_warps, k_warps = _warp(program, config.num_warpgroups), config.q_warps, config.k_warps
     # Every period-th warp takes k rows, so that they are spread evenly among q rows.
     period = (q_warps + k_warps) // k_warps
     group = _div(warp, period)
     is_k = arith.andi(_equal(_rem(warp, period), period - 1), _below(group, k_warps))
     with mgpu.when(is_k):
-        walk(group, k_warps, num_kv_heads, k, head_dim, k_weight, dk_out, dk, k_partials)
+        walk(group, k_warps, k, inputs.k_weight, dk_out, dv_out, dk, gradients.k_weight)
     with mgpu.when(arith.andi(_equal(is_k, 0), _below(warp, q_warps + k_warps))):
         q_warp = arith.subi(warp, _min(group, k_warps))
-        walk(q_warp, q_warps, num_q_heads, q_gate, 2 * head_dim, q_weight, dq_out, dq_gate, q_partials, dgate_out)
+        walk(q_warp, q_warps, q, inputs.q_weight, dq_out, dgate_out, dq, gradients.q_weight)
 
 
 class _Rotation(NamedTuple):
@@ -254,8 +249,7 @@ class _Rotation(NamedTuple):
         """float32 cos and sin; NaN in cos, which spoils both halves, for a bad position."""
         dtype = table.cache.dtype
         (cos, sin), *others = [
-            (_select(inside, cos, [_nan(word, dtype) for word in cos]), sin)
-            for (_, inside), (cos, sin) in zip(rows, loaded, strict=True)
+            (table.guarded(cos, inside), sin) for (_, inside), (cos, sin) in zip(rows, loaded, strict=True)
         ]
         # Merged before they are widened: 16 instructions a position where selecting lanes takes 50.
         for masks, (other_cos, other_sin) in zip(self.masks, others, strict=True):
@@ -291,15 +285,13 @@ def _rotations(vectors: list[_Vector], layout: _Layout, lane: Value, dtype: jnp.
 
 def _mrope_masks(frequency: Value, lanes: int, table: _Table) -> list[list[Value]]:
     """For mRoPE's second and third position: the bits of each word of consecutive frequencies that are read there."""
-    dtype, section, masks = table.cache.dtype, table.options.mrope_section or (0,), []
+    dtype, masks = table.cache.dtype, []
     width = _word_bits(lanes, dtype)
     per_word = width // (8 * dtype.itemsize)
     for axis in table.axes[1:]:
-        # Interleaved: frequency j reads position `axis` if j % 3 == axis and j < 3 * section[axis].
-        limit, remainder = 3 * section[axis], _rem(frequency, 3)
+        each_reads = _mrope_reads(frequency, axis, lanes, table.options)
         words = [_constant(0, width)] * (lanes // per_word)
-        for lane in range(min(lanes, limit)):
-            reads = _and(_equal(remainder, (axis - lane) % 3), _below(frequency, limit - lane))
+        for lane, reads in enumerate(each_reads):
             ones = ((1 << 8 * dtype.itemsize) - 1) << (lane % per_word * 8 * dtype.itemsize)
             (own,) = _select(reads, [_constant(ones, width)], [_constant(0, width)])
             words[lane // per_word] = arith.ori(words[lane // per_word], own)
@@ -345,16 +337,15 @@ def _sum_chunks(partials: Sequence[jax.Array], chunks: list[int], *, rows_per_wa
     head_dim = partials[0].shape[1]
     lanes = math.gcd(_ACCESS_BYTES // 4, head_dim)
     blocks = pl.cdiv(head_dim, _WARP // rows_per_warp * lanes)  # warps a row
-    outputs = [
+    outputs = tuple(
         jax.ShapeDtypeStruct((pl.cdiv(p.shape[0], chunk), head_dim), jnp.float32)
         for p, chunk in zip(partials, chunks, strict=True)
-    ]
+    )
 
-    def thread(program, pointers, shapes):
-        warp, arrays = _warp(program, 1), len(partials)
-        for source, target, (num_rows, _), (num_chunks, _), chunk in zip(
-            pointers[:arrays], pointers[arrays:], shapes[:arrays], shapes[arrays:], chunks, strict=True
-        ):
+    def thread(program, sources, targets):
+        warp = _warp(program, 1)
+        for source, target, array, out, chunk in zip(sources, targets, partials, outputs, chunks, strict=True):
+            num_rows, num_chunks = array.shape[0], out.shape[0]
             with mgpu.when(_below(warp, num_chunks * blocks)):
                 index, block = _div(warp, blocks), _rem(warp, blocks)
                 _sum_chunk(source, target, index, block, num_rows, head_dim, lanes, chunk, rows_per_warp)
@@ -362,7 +353,7 @@ def _sum_chunks(partials: Sequence[jax.Array], chunks: list[int], *, rows_per_wa
             warp = _add(warp, -num_chunks * blocks)
 
     num_programs = pl.cdiv(sum(out.shape[0] * blocks for out in outputs), _WARPGROUP // _WARP)
-    return _launch(SUM_NAME, thread, list(partials), outputs, num_programs=num_programs, num_warpgroups=1)
+    return _launch(SUM_NAME, thread, partials, outputs, num_programs=num_programs, num_warpgroups=1)
 
 
 def _sum_chunk(
@@ -395,13 +386,13 @@ def _sum_chunk(
     (target.row(index, head_dim) + column).store(_narrow(total, target.dtype))
 
 
-def _at(array: _Pointer, row: Value, stride: int, vector: _Vector) -> _Pointer:
+def _at(heads: _Heads, row: Value, vector: _Vector) -> _Pointer:
     """Where a vector of a row lies, by an offset that LLVM can't see through.
 
     It would keep a pointer into each array in registers across the loop.
     """
-    offset = _add(_mul(_resized(row, 64), stride), _resized(vector.column, 64))
-    return array + _ptx("mov.b64 $0, $1;", "=l,l", offset.type, offset) + vector.base
+    offset = _add(heads.offset(row), _resized(vector.column, 64))
+    return heads.array + _ptx("mov.b64 $0, $1;", "=l,l", offset.type, offset) + (heads.first + vector.base)
 
 
 def _keep_above(row: Value) -> None:

@@ -23,13 +23,14 @@ from jaxlib.mlir import ir, passmanager
 WARP = 32
 
 
-def execute(function, *args: jax.Array | np.ndarray, programs: slice = slice(None)) -> list[np.ndarray]:
+def execute(function, *args, programs: slice = slice(None)):
     """The results of `function(*args)`, which must be Mosaic GPU kernels in a row, with reshapes between them.
 
+    Arguments and results are arrays, in any containers.
     `programs` of the first kernel's grid may be picked; the others leave their part of its results zero.
     """
     program = emitted(function, *args)
-    arrays = {_Argument(i): np.asarray(arg) for i, arg in enumerate(args)}
+    arrays = {_Argument(i): np.asarray(arg) for i, arg in enumerate(jax.tree.leaves(args))}
     for index, kernel in enumerate(program.kernels):
         picked = programs if index == 0 else slice(None)
         inputs = [_Memory(arrays[key].reshape(shape)) for key, shape in kernel.inputs]
@@ -39,7 +40,7 @@ def execute(function, *args: jax.Array | np.ndarray, programs: slice = slice(Non
         assert picked != slice(None) or all(r.written.all() for r in results), "a result is not written in full"
         for place, (result, out) in enumerate(zip(results, kernel.outputs, strict=True)):
             arrays[_Output(index, place)] = result.bytes.view(out.dtype).reshape(out.shape)
-    return [arrays[key].reshape(shape) for key, shape in program.results]
+    return program.tree.unflatten([arrays[key].reshape(shape) for key, shape in program.results])
 
 
 class _Argument(NamedTuple):
@@ -72,14 +73,16 @@ class Program(NamedTuple):
 
     kernels: list[Kernel]
     results: list[tuple[_Argument | _Output, tuple[int, ...]]]
+    tree: jax.tree_util.PyTreeDef  # of the results
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.kernels))
 
 
 def emitted(function, *args) -> Program:
-    shapes = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args)
-    program = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).compiler_ir()
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+    lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
+    program = lowered.compiler_ir()
     (main,) = program.body.operations
     *operations, end = main.regions[0].blocks[0].operations
     calls: list[ir.Operation] = []
@@ -102,7 +105,7 @@ def emitted(function, *args) -> Program:
         outputs = [_shape_dtype(result.type) for result in call.results]
         kernels.append(Kernel(code, [source(operand) for operand in call.operands], outputs))
         calls.append(call)
-    return Program(kernels, [source(result) for result in end.operands])
+    return Program(kernels, [source(result) for result in end.operands], jax.tree.structure(lowered.out_info))
 
 
 _RESHAPES = ("stablehlo.reshape", "stablehlo.broadcast_in_dim")
