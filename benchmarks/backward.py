@@ -11,7 +11,8 @@ from benchmarks import xla_plain
 from benchmarks.agreement import Agreement, Promise
 from benchmarks.providers import Builder, Call
 from pallas_qk import _reference
-from pallas_qk._config import Options
+from pallas_qk._operands import Outputs
+from tests import forms
 from tests.cases import Case, Inputs
 from tests.compare import Comparison, compare_bits
 
@@ -56,32 +57,20 @@ PROVIDERS: dict[str, Builder] = {
 
 def expected(case: Case, inputs: Inputs) -> list[jax.Array]:
     """The gradients in float32 from the same inputs: what every 16-bit gradient rounds."""
-    num_tokens, head_dim = case.num_tokens, case.head_dim
-    options = Options(case.rotary_dim, case.eps, case.norm_beta, case.mrope_section)
 
     @jax.jit
-    def backward(q_gate, k, q_weight, k_weight, cache, positions, *cotangents):
-        inputs32 = [x.astype(jnp.float32) for x in (q_gate, k, q_weight, k_weight, cache)]
-        q_gate32, k32, q_weight32, k_weight32, cache32 = inputs32
-        heads = (case.num_q_heads, case.num_kv_heads, case.num_q_heads)
-        dq_out, dk_out, dgate_out = (
-            ct.astype(jnp.float32).reshape(num_tokens, h, head_dim) for ct, h in zip(cotangents, heads, strict=True)
+    def backward(inputs, cotangents):
+        inputs, cotangents = (
+            jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+            for tree in (inputs, cotangents)
         )
         results = _reference.backward(
-            q_gate32.reshape(num_tokens, case.num_q_heads, 2 * head_dim),
-            k32.reshape(num_tokens, case.num_kv_heads, head_dim),
-            q_weight32,
-            k_weight32,
-            cache32,
-            positions if positions.ndim == 2 else positions[None],
-            dq_out,
-            dk_out,
-            dgate_out,
-            options=options,
+            forms.split_heads(case, inputs), forms.split_heads(case, cotangents), options=forms.options(case)
         )
-        return [x.reshape(like.shape) for x, like in zip(results, (q_gate, k, q_weight, k_weight), strict=True)]
+        return [x.reshape(like.shape) for x, like in zip(results, inputs, strict=False)]
 
-    return backward(*inputs, *cotangents(case))
+    dq_out, dk_out, dgate_out = cotangents(case)
+    return backward(forms.inputs_of(case, inputs), Outputs(dq_out, dk_out, gate=dgate_out))
 
 
 @functools.partial(jax.jit, static_argnames=("case",))

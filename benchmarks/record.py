@@ -62,8 +62,14 @@ def op_name(case: Case, op: str = "forward") -> str:
     """The field `op`: "forward" and "backward" are the plain contract: 1-D positions, table and weights like q."""
     dtype = jnp.dtype(case.dtype)
     parts = [op]
+    if case.gate != "copied":
+        parts.append("gate_in_place" if case.gate else "no_gate")
+    if case.packed:
+        parts.append("packed")
+    if case.gathered:
+        parts.append("table_row_a_token")
     if case.mrope_section is not None:
-        parts.append("mrope")
+        parts.append("mrope" if case.mrope_layout == "interleaved" else "mrope_sectioned")
     if jnp.dtype(case.cache_dtype or dtype) != dtype:
         parts.append(f"{case.cache_dtype}_table")
     if jnp.dtype(case.weight_dtype or dtype) != dtype:

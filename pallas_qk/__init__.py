@@ -3,7 +3,9 @@
 from pallas_qk import dlpack as dlpack
 from pallas_qk import rope as rope
 from pallas_qk._api import default_implementation as default_implementation
+from pallas_qk._api import fused_qk_rmsnorm_rope as fused_qk_rmsnorm_rope
 from pallas_qk._api import fused_qk_rmsnorm_rope_gate as fused_qk_rmsnorm_rope_gate
+from pallas_qk._api import fused_qkv_rmsnorm_rope_gate as fused_qkv_rmsnorm_rope_gate
 from pallas_qk._implementations import IMPLEMENTATIONS as IMPLEMENTATIONS
 
 __version__ = "0.1.0.dev0"

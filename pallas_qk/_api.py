@@ -1,6 +1,7 @@
 """The public functions: check, choose, call."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -8,6 +9,7 @@ import jax
 from pallas_qk import _checks, _implementations, _vjp
 from pallas_qk._config import Options, Spec
 from pallas_qk._implementations import IMPLEMENTATIONS, Choice
+from pallas_qk._operands import Inputs, Outputs
 from pallas_qk._sharding import Call
 
 
@@ -17,7 +19,7 @@ def fused_qk_rmsnorm_rope_gate(
     q_weight: jax.Array,
     k_weight: jax.Array,
     cos_sin_cache: jax.Array,
-    positions: jax.Array,
+    positions: jax.Array | None,
     eps: float,
     num_q_heads: int,
     num_kv_heads: int,
@@ -26,6 +28,8 @@ def fused_qk_rmsnorm_rope_gate(
     mrope_section: Sequence[int] | None = None,
     norm_beta: float = 0.0,
     *,
+    copy_gate: bool = True,
+    mrope_layout: str = "interleaved",
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalises and rotates q and k per head and splits off the gate, in one pass over memory.
@@ -37,34 +41,42 @@ def fused_qk_rmsnorm_rope_gate(
         out[R/2:R] = y[:R/2] * sin[p] + y[R/2:R] * cos[p]
         out[R:]    = y[R:]
 
-    T tokens, Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim.
+    Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim; ... any leading axes, such as (T,) or (batch, sequence),
+    the same ones everywhere. Heads may lie on an axis of their own, and then do in the results too.
 
     Args:
-      q_gate: (T, Hq*2*D), each head [q | gate]; float16, bfloat16 or float32. T may be 0.
-      k: (T, Hkv*D); the dtype of `q_gate`.
+      q_gate: (..., Hq*2*D) or (..., Hq, 2*D), each head [q | gate]; float16, bfloat16 or float32. An axis may be empty.
+      k: (..., Hkv*D) or (..., Hkv, D), in the form of `q_gate`; its dtype.
       q_weight: (D,); the dtype of `q_gate` or float32.
       k_weight: (D,); the dtype of `q_gate` or float32.
-      cos_sin_cache: (max_pos, R), each row [cos | sin]; the dtype of `q_gate` or float32.
-      positions: (T,) or, exactly when `mrope_section` is given, (3, T): rows of time, height and width positions.
-        Any integer dtype, any order.
+      cos_sin_cache: (max_pos, R), each row [cos | sin]; the dtype of `q_gate` or float32. Without positions (..., R),
+        the row of each token.
+      positions: (...) or, exactly when `mrope_section` is given, (3, ...): rows of time, height and width positions.
+        Any integer dtype, any order. None where `cos_sin_cache` has the row of each token. The number of axes of
+        positions, or of those rows, is what tells (tokens, 1, 2*D) with one head from (tokens, 1) without its axis.
       eps: added to the mean of squares; a Python number.
       num_q_heads: query heads in `q_gate`.
       num_kv_heads: key heads in `k`.
       head_dim: elements of a head.
       rotary_dim: elements of a head that are rotated, from the first; even and at most `head_dim`.
-      mrope_section: three counts that sum to R/2. Frequency j reads row a (1 or 2) of `positions` where j % 3 == a
-        and j < 3 * mrope_section[a], and row 0 elsewhere (interleaved mRoPE).
+      mrope_section: three counts that sum to R/2, of the frequencies that read each row of `positions`.
       norm_beta: added to both weights in float32, 1.0 for Gemma-style weights; a Python number.
+      copy_gate: False leaves the gate where it lies: gate_out is then a slice of `q_gate` by XLA, which fuses into what
+        reads it, such as `attended * jax.nn.sigmoid(gate_out)`. Its gradient takes the one backward kernel as ever.
+      mrope_layout: "interleaved": frequency j reads row a (1 or 2) where j % 3 == a and j < 3 * mrope_section[a], and
+        row 0 elsewhere (Qwen3-VL, Qwen3.5). "sectioned": the first mrope_section[0] frequencies read row 0, the next
+        mrope_section[1] row 1, the others row 2 (Qwen2-VL).
       implementation: None takes the first that runs (see `default_implementation`). "mosaic_gpu": the Pallas kernel on
         the Mosaic GPU backend, NVIDIA GPUs from Hopper on. "triton": the Pallas kernel on the Triton backend, NVIDIA
         GPUs from Ampere on. "xla": plain XLA, any platform. A name never falls back.
 
     Returns:
-      q_out (T, Hq*D), k_out (T, Hkv*D) and gate_out (T, Hq*D), in the dtype of `q_gate`; the gate is raw.
+      q_out (..., Hq*D) or (..., Hq, D), k_out in the shape of `k`, and gate_out in that of q_out, in the dtype of
+      `q_gate`; the gate is raw.
 
     Raises:
       ValueError: a shape or a value breaks a rule above, or a head is cut across devices.
-      TypeError: a dtype or a type does, or `eps` or `norm_beta` is traced.
+      TypeError: a dtype or a type does, or a Python number is traced.
       NotImplementedError: the implementation asked for by name can't run this, or a shard_map or an export over devices
         leaves the op to the compiler; the message says why.
 
@@ -80,14 +92,16 @@ def fused_qk_rmsnorm_rope_gate(
     Derivatives:
       Of q_gate, k, both weights and the table, in reverse and forward mode and of any order; rounding counts as the
       identity. Reverse mode keeps the inputs and nothing else, and is one kernel. The weights' gradients are summed in
-      float32, in a fixed order, and rounded once. The table's is XLA's scatter-add, on a GPU in no fixed order, and
-      costs nothing where it isn't used. Forward mode and derivatives beyond the first are plain XLA.
+      float32, in a fixed order, and rounded once. The table's is XLA's scatter-add, on a GPU in no fixed order, or,
+      where it has the row of each token, a sum over heads; it costs nothing where it isn't used. Forward mode and
+      derivatives beyond the first are plain XLA.
 
     Mapping and sharding:
-      `jax.vmap` over activations is one launch, over weights or a table one for each. Tokens and heads may be sharded
-      over any axes of a mesh, automatic, explicit or of `jax.shard_map` (which takes the numbers of heads on one
-      device); weights and table are replicated. The forward takes no collective and the backward only the sum of the
-      weights' gradients. A device holds whole heads: fewer kv heads than devices are left replicated over that axis.
+      `jax.vmap` over activations, or over rows of the table for each token, is one launch, over weights or a table one
+      for each. Leading axes and heads may be sharded over any axes of a mesh, automatic, explicit or of `jax.shard_map`
+      (which takes the numbers of heads on one device); weights and table are replicated. The forward takes no
+      collective and the backward only the sum of the weights' gradients. A device holds whole heads: fewer kv heads
+      than devices are left replicated over that axis.
 
     Semantics from: `fused_qk_rmsnorm_rope_gate` of vLLM 0.33.0 (model_executor/layers/fused_qk_norm_rope.py), which
       trusts positions and takes no float32 activations.
@@ -103,50 +117,199 @@ def fused_qk_rmsnorm_rope_gate(
       >>> q_out.shape, k_out.shape, gate_out.shape
       ((5, 4096), (5, 512), (5, 4096))
     """
-    num_q_heads, num_kv_heads, head_dim, rotary_dim = _checks.check_sizes(
-        num_q_heads, num_kv_heads, head_dim, rotary_dim
+    outputs = _call(
+        "q_gate",
+        Inputs(q_gate, k, q_weight, k_weight, cos_sin_cache, positions),
+        "copied" if _checks.check_copy_gate(copy_gate) else "in_place",
+        eps,
+        (num_q_heads, num_kv_heads, head_dim, rotary_dim),
+        mrope_section,
+        norm_beta,
+        mrope_layout,
+        implementation,
     )
+    return outputs.q, outputs.k, outputs.gate
+
+
+def fused_qk_rmsnorm_rope(
+    q: jax.Array,
+    k: jax.Array,
+    q_weight: jax.Array,
+    k_weight: jax.Array,
+    cos_sin_cache: jax.Array,
+    positions: jax.Array | None,
+    eps: float,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    mrope_section: Sequence[int] | None = None,
+    norm_beta: float = 0.0,
+    *,
+    mrope_layout: str = "interleaved",
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`fused_qk_rmsnorm_rope_gate` for q without gates, as in Qwen3, Gemma 3 and other models that normalise q and k.
+
+    Args:
+      q: (..., Hq*D) or (..., Hq, D).
+
+    The other arguments, errors, numerics, derivatives and sharding are those of `fused_qk_rmsnorm_rope_gate`.
+
+    Returns:
+      q_out and k_out, in the shapes and the dtype of `q` and `k`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import pallas_qk
+      >>> q, k, ones = jnp.ones((2, 5, 16, 128)), jnp.ones((2, 5, 8, 128)), jnp.ones(128)
+      >>> cos_sin = jnp.ones((2, 5, 128))  # of each token: no positions
+      >>> q_out, k_out = pallas_qk.fused_qk_rmsnorm_rope(
+      ...     q, k, ones, ones, cos_sin, None, 1e-6, num_q_heads=16, num_kv_heads=8, head_dim=128, rotary_dim=128)
+      >>> q_out.shape, k_out.shape
+      ((2, 5, 16, 128), (2, 5, 8, 128))
+    """
+    outputs = _call(
+        "q",
+        Inputs(q, k, q_weight, k_weight, cos_sin_cache, positions),
+        None,
+        eps,
+        (num_q_heads, num_kv_heads, head_dim, rotary_dim),
+        mrope_section,
+        norm_beta,
+        mrope_layout,
+        implementation,
+    )
+    return outputs.q, outputs.k
+
+
+def fused_qkv_rmsnorm_rope_gate(
+    qkv: jax.Array,
+    q_weight: jax.Array,
+    k_weight: jax.Array,
+    cos_sin_cache: jax.Array,
+    positions: jax.Array | None,
+    eps: float,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    mrope_section: Sequence[int] | None = None,
+    norm_beta: float = 0.0,
+    *,
+    copy_gate: bool = True,
+    mrope_layout: str = "interleaved",
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """`fused_qk_rmsnorm_rope_gate` for q, gate, k and v from one projection, which it takes apart without a copy.
+
+    Args:
+      qkv: (..., Hq*2*D + 2*Hkv*D): [q | gate] of each query head, then k and then v of each key head.
+
+    The other arguments, errors, numerics and derivatives are those of `fused_qk_rmsnorm_rope_gate`; the gradient of
+    `qkv` is one array, written by the one backward kernel.
+
+    Returns:
+      q_out (..., Hq*D), k_out (..., Hkv*D), v_out (..., Hkv*D), which is v as it is, and gate_out (..., Hq*D).
+
+    Sharding:
+      Leading axes only: the parts of the packed axis don't end where its shards do. Where a sharding of that axis is
+      known while tracing it is refused, elsewhere the compiler gathers it. In `jax.shard_map` a device may hold the
+      heads that are packed for it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import pallas_qk
+      >>> qkv, ones = jnp.ones((5, (16 * 2 + 2 * 2) * 256)), jnp.ones(256)
+      >>> outputs = pallas_qk.fused_qkv_rmsnorm_rope_gate(
+      ...     qkv, ones, ones, jnp.ones((1024, 64)), jnp.arange(5),
+      ...     1e-6, num_q_heads=16, num_kv_heads=2, head_dim=256, rotary_dim=64)
+      >>> [x.shape for x in outputs]
+      [(5, 4096), (5, 512), (5, 512), (5, 4096)]
+    """
+    outputs = _call(
+        "qkv",
+        Inputs(qkv, None, q_weight, k_weight, cos_sin_cache, positions),
+        "copied" if _checks.check_copy_gate(copy_gate) else "in_place",
+        eps,
+        (num_q_heads, num_kv_heads, head_dim, rotary_dim),
+        mrope_section,
+        norm_beta,
+        mrope_layout,
+        implementation,
+    )
+    return outputs.q, outputs.k, outputs.v, outputs.gate
+
+
+def _call(
+    q_name: str,
+    inputs: Inputs,
+    gate: str | None,
+    eps: float,
+    sizes: tuple[int, int, int, int],
+    mrope_section: Sequence[int] | None,
+    norm_beta: float,
+    mrope_layout: str,
+    implementation: str | None,
+) -> Outputs:
+    """Each public function: `q_name` is what it calls its first array."""
+    num_q_heads, num_kv_heads, head_dim, rotary_dim = _checks.check_sizes(*sizes)
     options = Options(
         rotary_dim=rotary_dim,
         eps=_checks.check_eps(eps),
         norm_beta=_checks.check_norm_beta(norm_beta),
         mrope_section=_checks.check_mrope_section(mrope_section, rotary_dim),
+        mrope_layout=_checks.check_mrope_layout(mrope_layout),
+        gate=gate,
+        packed=(num_q_heads, num_kv_heads) if q_name == "qkv" else None,
     )
     _checks.check_implementation(implementation, IMPLEMENTATIONS)
-    _checks.check_arrays(
-        q_gate,
-        k,
-        q_weight,
-        k_weight,
-        cos_sin_cache,
-        positions,
+    split = _checks.check_arrays(
+        q_name,
+        inputs,
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rotary_dim=rotary_dim,
         mrope=options.mrope_section is not None,
     )
-    _checks.check_known_sharding("q_gate", q_gate, num_q_heads)
-    _checks.check_known_sharding("k", k, num_kv_heads)
-    spec = Spec(q_gate.shape[0], num_q_heads, num_kv_heads, head_dim, rotary_dim, str(q_gate.dtype))
+    _checks.check_known_sharding(q_name, inputs.q, num_q_heads, split)
+    if inputs.k is not None:
+        _checks.check_known_sharding("k", inputs.k, num_kv_heads, split)
+    num_tokens = math.prod(inputs.q.shape[: -2 if split else -1])
+    spec = Spec(num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim, str(inputs.q.dtype))
     _implementations.check_supported(spec, implementation)
-    return _fused_qk_rmsnorm_rope_gate(
-        q_gate,
-        k,
-        q_weight,
-        k_weight,
-        cos_sin_cache,
-        _checks.canonical_positions(positions, cos_sin_cache.shape[0]),
-        call=Call(head_dim, options, implementation),
-    )
+    if inputs.positions is not None:
+        positions = _checks.canonical_positions(inputs.positions, inputs.cos_sin_cache.shape[0])
+        inputs = inputs._replace(positions=positions)
+    return _run(inputs, q_name=q_name, call=Call(options, implementation), split=split)
 
 
-@functools.partial(jax.jit, static_argnames=("call",))
-def _fused_qk_rmsnorm_rope_gate(q_gate, k, q_weight, k_weight, cos_sin_cache, positions, *, call):
+_SCOPES = {
+    "q_gate": "fused_qk_rmsnorm_rope_gate",
+    "q": "fused_qk_rmsnorm_rope",
+    "qkv": "fused_qkv_rmsnorm_rope_gate",
+}
+
+
+@functools.partial(jax.jit, static_argnames=("q_name", "call", "split"))
+def _run(inputs: Inputs, *, q_name: str, call: Call, split: bool) -> Outputs:
     """Jitted here, so that an eager call gives the bits of a call inside `jax.jit`."""
-    rows = positions if positions.ndim == 2 else positions[None]
-    with jax.named_scope("fused_qk_rmsnorm_rope_gate"):
-        return tuple(_vjp.forward(call, q_gate, k, q_weight, k_weight, cos_sin_cache, rows))
+    if call.options.mrope_section is None and inputs.positions is not None:
+        inputs = inputs._replace(positions=inputs.positions[None])
+    with jax.named_scope(_SCOPES[q_name]):
+        if not split:
+            return _vjp.forward(call, inputs)
+        inputs = inputs._replace(q=_flat(inputs.q), k=_flat(inputs.k))
+        (head_dim,) = inputs.q_weight.shape
+        return jax.tree.map(
+            lambda x: x.reshape(*x.shape[:-1], x.shape[-1] // head_dim, head_dim), _vjp.forward(call, inputs)
+        )
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    *lead, num_heads, width = x.shape
+    return x.reshape(*lead, num_heads * width)
 
 
 def default_implementation(
@@ -159,10 +322,10 @@ def default_implementation(
     *,
     platform: str | None = None,
 ) -> Choice:
-    """The implementation that `implementation=None` resolves to for these shapes.
+    """The implementation that `implementation=None` resolves to for these shapes, in each of the functions.
 
     Args:
-      num_tokens: T, at least 0.
+      num_tokens: the product of the leading axes, at least 0.
       num_q_heads: query heads.
       num_kv_heads: key heads.
       head_dim: elements of a head.

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from pallas_qk._operands import Inputs
+
 ACTIVATION_DTYPES = ("float16", "bfloat16", "float32")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+MROPE_LAYOUTS = ("interleaved", "sectioned")
 
 
 def check_sizes(num_q_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int) -> tuple[int, ...]:
@@ -101,6 +104,25 @@ def check_mrope_section(mrope_section, rotary_dim: int) -> tuple[int, int, int] 
     return section
 
 
+def check_mrope_layout(mrope_layout: str) -> str:
+    if mrope_layout not in MROPE_LAYOUTS:
+        names = " or ".join(map(repr, MROPE_LAYOUTS))
+        raise ValueError(
+            f"mrope_layout must be {names}, got {mrope_layout!r}. "
+            "Pass 'interleaved' for Qwen3-VL and Qwen3.5, 'sectioned' for Qwen2-VL and Qwen2.5-VL."
+        )
+    return mrope_layout
+
+
+def check_copy_gate(copy_gate: bool) -> bool:
+    if not isinstance(copy_gate, bool):
+        raise TypeError(
+            f"copy_gate must be a bool known when tracing, got {_describe(copy_gate)}. "
+            "Pass False to leave the gate where it lies, for XLA to fuse into what reads it."
+        )
+    return copy_gate
+
+
 def check_implementation(implementation: str | None, known: tuple[str, ...]) -> None:
     if implementation is not None and implementation not in known:
         names = ", ".join(repr(name) for name in known)
@@ -110,58 +132,103 @@ def check_implementation(implementation: str | None, known: tuple[str, ...]) -> 
 
 
 def check_arrays(
-    q_gate: jax.Array | np.ndarray,
-    k: jax.Array | np.ndarray,
-    q_weight: jax.Array | np.ndarray,
-    k_weight: jax.Array | np.ndarray,
-    cos_sin_cache: jax.Array | np.ndarray,
-    positions: jax.Array | np.ndarray,
+    q_name: str,
+    inputs: Inputs,
     *,
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
     rotary_dim: int,
     mrope: bool,
-) -> None:
-    arrays = {
-        "q_gate": q_gate,
-        "k": k,
-        "q_weight": q_weight,
-        "k_weight": k_weight,
-        "cos_sin_cache": cos_sin_cache,
-        "positions": positions,
-    }
+) -> bool:
+    """Whether heads have an axis of their own. `q_name` is "q_gate", "q" or "qkv", which holds k too."""
+    packed, width = q_name == "qkv", head_dim if q_name == "q" else 2 * head_dim
+    arrays = {q_name: inputs.q} | {name: x for name, x in inputs._asdict().items() if name != "q"}
+    if packed:
+        del arrays["k"]
+    if inputs.positions is None:
+        del arrays["positions"]
+        if mrope:
+            raise ValueError(
+                "positions must be given with mrope_section, got None. "
+                "Pass them, or merge the rows of the table by section and leave mrope_section out."
+            )
     for name, array in arrays.items():
         if not isinstance(array, jax.Array | np.ndarray):
             convert = "pallas_qk.dlpack.from_torch" if type(array).__module__.startswith("torch") else "jnp.asarray"
             raise TypeError(f"{name} must be a JAX or NumPy array, got {_describe(array)}. Convert it with {convert}.")
 
-    dtype = q_gate.dtype
-    check_activation_dtype("q_gate", dtype)
-    if k.dtype != dtype:
-        raise TypeError(f"k must have the dtype of q_gate, {dtype}, got {k.dtype}. Cast one to the other.")
+    dtype = inputs.q.dtype
+    check_activation_dtype(q_name, dtype)
+    if not packed and inputs.k.dtype != dtype:
+        raise TypeError(f"k must have the dtype of {q_name}, {dtype}, got {inputs.k.dtype}. Cast one to the other.")
     for name in ("q_weight", "k_weight", "cos_sin_cache"):
         if arrays[name].dtype not in (dtype, jnp.float32):
-            allowed = "float32" if dtype == jnp.float32 else f"{dtype} (as q_gate) or float32"
+            allowed = "float32" if dtype == jnp.float32 else f"{dtype} (as {q_name}) or float32"
             raise TypeError(f"{name} must be {allowed}, got {arrays[name].dtype}. Cast it with astype.")
-    if not jnp.issubdtype(positions.dtype, jnp.integer):
-        raise TypeError(f"positions must be integers, got {positions.dtype}. Cast them with astype(jnp.int32).")
+    if inputs.positions is not None and not jnp.issubdtype(inputs.positions.dtype, jnp.integer):
+        raise TypeError(f"positions must be integers, got {inputs.positions.dtype}. Cast them with astype(jnp.int32).")
 
-    _check_shape("q_gate", q_gate, ("num_tokens", num_q_heads * 2 * head_dim), "num_q_heads * 2 * head_dim")
-    num_tokens = q_gate.shape[0]
-    _check_shape("k", k, (num_tokens, num_kv_heads * head_dim), "num_kv_heads * head_dim")
-    _check_shape("q_weight", q_weight, (head_dim,), "head_dim")
-    _check_shape("k_weight", k_weight, (head_dim,), "head_dim")
-    _check_shape("cos_sin_cache", cos_sin_cache, ("max_position", rotary_dim), "rotary_dim, each row [cos | sin]")
-    if cos_sin_cache.shape[0] < 1:
-        got = cos_sin_cache.shape
+    if packed:
+        size = num_q_heads * width + 2 * num_kv_heads * head_dim
+        sizes = "num_q_heads * 2 * head_dim + 2 * num_kv_heads * head_dim, [q and gate of each head | k | v]"
+        _check_trailing("qkv", inputs.q, [(size,)], sizes)
+        lead, split = inputs.q.shape[:-1], False
+    else:
+        lead, split = _check_q(q_name, inputs, num_q_heads, width, mrope)
+        k_shape, k_sizes = (
+            ((num_kv_heads, head_dim), "num_kv_heads, head_dim")
+            if split
+            else (
+                (num_kv_heads * head_dim,),
+                "num_kv_heads * head_dim",
+            )
+        )
+        _check_shape("k", inputs.k, (*lead, *k_shape), f"the leading axes of {q_name}, then {k_sizes}")
+    _check_shape("q_weight", inputs.q_weight, (head_dim,), "head_dim")
+    _check_shape("k_weight", inputs.k_weight, (head_dim,), "head_dim")
+    leading = f"the leading axes of {q_name}"
+    if inputs.positions is None:
+        hint = f"{leading}, then rotary_dim; without positions the table has the row of each token"
+        _check_shape("cos_sin_cache", inputs.cos_sin_cache, (*lead, rotary_dim), hint)
+        return split
+    hint = "rotary_dim, each row [cos | sin]"
+    _check_shape("cos_sin_cache", inputs.cos_sin_cache, ("max_position", rotary_dim), hint)
+    if inputs.cos_sin_cache.shape[0] < 1:
+        got = inputs.cos_sin_cache.shape
         raise ValueError(f"cos_sin_cache must have at least one row, got shape {got}. Build it for max_position >= 1.")
     if mrope:
-        hint = "one row each for time, height and width; leave mrope_section out for 1-D positions"
-        _check_shape("positions", positions, (3, num_tokens), hint)
+        hint = f"one row each for time, height and width, then {leading}; leave mrope_section out for a single row"
+        _check_shape("positions", inputs.positions, (3, *lead), hint)
     else:
-        hint = "(3, num_tokens) positions need mrope_section"
-        _check_shape("positions", positions, (num_tokens,), hint)
+        _check_shape("positions", inputs.positions, lead, f"{leading}; three rows of positions need mrope_section")
+    return split
+
+
+def _check_q(name: str, inputs: Inputs, num_heads: int, width: int, mrope: bool) -> tuple[tuple[int, ...], bool]:
+    """The leading axes, and whether heads have an axis of their own.
+
+    A single head fits both readings of (..., 1, width); the number of axes of the positions, or of a gathered table,
+    then tells the leading ones.
+    """
+    q, flat, split = inputs.q, (num_heads * width,), (num_heads, width)
+    sizes, other = {
+        "q_gate": ("num_q_heads, 2 * head_dim", "fused_qk_rmsnorm_rope takes q without gates"),
+        "q": ("num_q_heads, head_dim", "fused_qk_rmsnorm_rope_gate takes q with gates"),
+    }[name]
+    _check_trailing(name, q, [flat, split], f"{sizes}, as one axis or two; {other}")
+    fits_flat, fits_split = q.shape[-1:] == flat, q.shape[-2:] == split
+    if fits_flat and fits_split:
+        table = inputs.positions is None
+        num_lead = inputs.cos_sin_cache.ndim - 1 if table else inputs.positions.ndim - mrope
+        fits_split = num_lead == q.ndim - 2
+    return q.shape[: -2 if fits_split else -1], fits_split
+
+
+def _check_trailing(name: str, array, trailing: list[tuple[int, ...]], remedy: str) -> None:
+    if not any(array.shape[-len(shape) :] == shape for shape in trailing):
+        shapes = " or ".join(f"(..., {', '.join(map(str, shape))})" for shape in trailing)
+        raise ValueError(f"{name} must have shape {shapes}, got {tuple(array.shape)}. Its sizes: {remedy}.")
 
 
 def _check_shape(name: str, array, shape: tuple[int | str, ...], remedy: str) -> None:
@@ -174,21 +241,42 @@ def _check_shape(name: str, array, shape: tuple[int | str, ...], remedy: str) ->
 
 
 def check_whole_heads(name: str, num_heads: int, num_shards: int) -> None:
-    """Refuses heads that are cut across devices. `name` is "q_gate" or "k"."""
+    """Refuses heads that are cut across devices. `name` is "q_gate", "q" or "k"."""
     if num_heads % num_shards:
-        heads = {"q_gate": "num_q_heads", "k": "num_kv_heads"}[name]
+        heads = "num_kv_heads" if name == "k" else "num_q_heads"
         raise ValueError(
             f"{name} must hold whole heads on each device, got {heads}={num_heads} over {num_shards} devices. "
             f"Shard its last axis over a number of devices that divides {num_heads}, or leave it replicated there."
         )
 
 
-def check_known_sharding(name: str, x: jax.Array | np.ndarray, num_heads: int) -> None:
-    """`check_whole_heads` where a sharding is known while tracing: of arrays, and in explicit meshes."""
+def check_known_sharding(name: str, x: jax.Array | np.ndarray, num_heads: int, split: bool) -> None:
+    """Refuses heads, or a packed axis, cut across devices where a sharding is known: of arrays, in explicit meshes.
+
+    `split` says that heads have an axis of their own.
+    """
+    num_shards = _num_shards_of_last_axis(x)
+    if name == "qkv" and num_shards > 1:
+        raise ValueError(
+            f"qkv must hold its last axis whole on each device, got it over {num_shards} devices: its parts don't end "
+            "where shards do. Shard its leading axes, pass q_gate and k to fused_qk_rmsnorm_rope_gate, or call inside "
+            "jax.shard_map with each device's heads packed for it."
+        )
+    if split and num_shards > 1:
+        raise ValueError(
+            f"{name} must hold whole heads on each device, got head_dim over {num_shards} devices. "
+            "Shard the axis of heads instead, or leave it replicated there."
+        )
+    if not split:
+        check_whole_heads(name, num_heads, num_shards)
+
+
+def _num_shards_of_last_axis(x: jax.Array | np.ndarray) -> int:
     sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
     if isinstance(sharding, NamedSharding) and len(sharding.spec) == x.ndim and (axes := sharding.spec[-1]):
         axes = (axes,) if isinstance(axes, str) else axes
-        check_whole_heads(name, num_heads, math.prod(sharding.mesh.shape[axis] for axis in axes))
+        return math.prod(sharding.mesh.shape[axis] for axis in axes)
+    return 1
 
 
 def check_manual_axes(mesh: jax.sharding.AbstractMesh) -> None:

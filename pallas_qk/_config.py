@@ -17,6 +17,10 @@ class Options:
     eps: float
     norm_beta: float = 0.0
     mrope_section: tuple[int, int, int] | None = None
+    mrope_layout: str = "interleaved"  # or "sectioned"
+    gate: str | None = "copied"  # by the kernel; "in_place": left in q, for XLA to slice; None: q has no gates
+    round_dweights: bool = False  # gradients of the weights: rounded to the weights' dtypes, or in float32
+    packed: tuple[int, int] | None = None  # (num_q_heads, num_kv_heads) where q, k and v are one array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +90,13 @@ def triton_forward(spec: Spec) -> TritonForward:
     8, 16 and 32 rows cost 139 to 145 us against 137). Chunks lead where a launch is bound by latency and instructions
     (3.49 against 3.65 us at T = 256 with 32/2 heads), halves with their 16-byte accesses where memory is (136.3 against
     138.1 us at T = 16384 with 16/2; at T = 1024 chunks take 6.24 against 6.34 with 16/2 and 18.18 against 18.02 with
-    32/2) and where a single wave runs half empty (1.18 against 1.25 us at T = 1). More than 16 chunks compile for
-    seconds (up to 26 with chunks of one lane), so such rows take halves where R/2 and D/R are powers of two and the row
-    layout elsewhere.
+    32/2) and where a single wave runs half empty (1.18 against 1.25 us at T = 1). More than 12 chunks compile for
+    seconds (16 for 1.8, up to 26 with chunks of one lane), so such rows take halves where R/2 and D/R are powers of two
+    and the row layout elsewhere.
     """
     d, r = spec.head_dim, spec.rotary_dim
     halves = is_power_of_2(r // 2) and d % r == 0 and is_power_of_2(d // r)
-    chunks = d // chunk_lanes(d, r) <= 16
+    chunks = d // chunk_lanes(d, r) <= 12
     num_rows = spec.num_tokens * spec.num_q_heads
     if halves and (num_rows < 128 or num_rows >= 32768 or not chunks):
         return TritonForward("halves")
@@ -150,7 +154,8 @@ class MosaicForward:
     `layout` says which lanes of a row one thread holds. "chunks": the same few lanes of each of the D/C chunks of C
     lanes. "halves": vectors in pairs R/2 lanes apart. "row": consecutive vectors, the partners loaded once more.
     A row has 32/rows_per_warp threads, or fewer where it is too short. `weights` says when they are loaded: "first",
-    beside x, "after_gate", which is stored before, or "after_sum", of the squares, for fewer registers.
+    beside x, "after_gate", or v, which is stored before, or "after_sum", of the squares, for fewer registers. A row
+    beside which nothing is copied takes "after_gate" as "first", with 31 registers (sm_90a, D = 256, "halves").
     """
 
     layout: Layout
@@ -224,7 +229,12 @@ def mosaic_backward(spec: Spec, num_sms: int, *, num_axes: int, cache_itemsize: 
     q_warps, k_warps = (
         -(-tiles // -(-tiles // warps)) for tiles, warps in ((q_tiles, resident - k_warps), (k_tiles, k_warps))
     )
-    # Few warps spread best in small programs. ptxas then takes more registers, which leave room for two fewer.
-    few = q_warps + k_warps <= 4 * (num_warpgroups - 2) * num_sms
-    num_warpgroups = 1 if few else min(num_warpgroups, -(-(q_warps + k_warps) // (4 * num_sms)))
+    warps = q_warps + k_warps
+    if warps <= 4 * num_warpgroups:
+        num_warpgroups = -(-warps // 4)  # one program, whose sums are the gradients: no second kernel
+    elif warps <= 4 * (num_warpgroups - 2) * num_sms:
+        # Few warps spread best in small programs. ptxas then takes more registers, which leave room for two fewer.
+        num_warpgroups = min(2, num_warpgroups)
+    else:
+        num_warpgroups = min(num_warpgroups, -(-warps // (4 * num_sms)))
     return MosaicBackward(rows_per_warp, num_warpgroups, q_warps, k_warps)

@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.extend import backend
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -17,6 +16,8 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_qk import _reference
 from pallas_qk._config import Options, Spec, Target
+from pallas_qk._operands import Gradients, Inputs, Outputs, gradient_types, output_types, spec_of
+from pallas_qk._target import abstract_gpu, cuda_target, local_gpus
 
 IMPLEMENTATIONS = ("mosaic_gpu", "triton", "xla")
 
@@ -30,27 +31,6 @@ _REQUIRES = {
     "mosaic_gpu": ("jax.experimental.pallas.mosaic_gpu", *(() if _MOSAIC_CAME_OF_AGE else ("absl",))),
     "triton": ("jax.experimental.pallas.triton",),
     "xla": (),
-}
-
-_HOPPER = (9, 0)
-# For lowering without the GPU at hand: an abstract device carries a kind and no compute capability.
-_CAPABILITY_OF_KIND = {
-    "V100": (7, 0),
-    "T4": (7, 5),
-    "A100": (8, 0),
-    "A30": (8, 0),
-    "A10": (8, 6),
-    "A40": (8, 6),
-    "L4": (8, 9),
-    "L40": (8, 9),
-    "L40S": (8, 9),
-    "H100": (9, 0),
-    "H200": (9, 0),
-    "GH200": (9, 0),
-    "B200": (10, 0),
-    "GB200": (10, 0),
-    "B300": (10, 3),
-    "GB300": (10, 3),
 }
 
 
@@ -111,27 +91,6 @@ def _default_platform() -> str:
     return platform
 
 
-def _abstract_gpu() -> AbstractDevice | None:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device if device is not None and device.platform in ("cuda", "gpu") else None
-
-
-def cuda_target() -> Target:
-    """The NVIDIA GPU to make code for: the abstract mesh's, else the oldest local one, else Hopper."""
-    device = _abstract_gpu()
-    if device is not None:
-        for word in device.device_kind.replace("-", " ").split():
-            if word in _CAPABILITY_OF_KIND:
-                return Target(_CAPABILITY_OF_KIND[word])
-        return Target(_HOPPER)
-    client = backend.backends().get("cuda")
-    if client is None:
-        return Target(_HOPPER)
-    # The oldest: code for it runs on each of them, whichever device the call goes to.
-    major, minor = min(tuple(map(int, d.compute_capability.split("."))) for d in client.local_devices())
-    return Target((major, minor))
-
-
 def check_supported(spec: Spec, implementation: str | None) -> None:
     """Refuses a name that can't run `spec` on the NVIDIA GPU that code is made for."""
     if implementation and (reason := unsupported(implementation, spec, cuda_target())) is not None:
@@ -140,30 +99,30 @@ def check_supported(spec: Spec, implementation: str | None) -> None:
         )
 
 
-def forward(*args: jax.Array, options: Options, implementation: str | None) -> tuple[jax.Array, ...]:
+def forward(inputs: Inputs, *, options: Options, implementation: str | None) -> Outputs:
     """The contract of `_reference.forward` by the implementation asked for, or by the fastest that runs.
 
     The platform is chosen at lowering: a model traced on a CPU host and lowered for CUDA holds the GPU kernel.
     """
-    return _run("forward", args, options, implementation)
+    return _run("forward", (inputs,), output_types(inputs, options), options, implementation)
 
 
-def backward(*args: jax.Array, options: Options, implementation: str | None) -> tuple[jax.Array, ...]:
+def backward(inputs: Inputs, cotangents: Outputs, *, options: Options, implementation: str | None) -> Gradients:
     """The contract of `_reference.backward`, likewise."""
-    return _run("backward", args, options, implementation)
+    return _run("backward", (inputs, cotangents), gradient_types(inputs, options), options, implementation)
 
 
-def _run(direction: str, args, options: Options, implementation: str | None):
-    q_gate, k, *_ = args
-    num_tokens, num_q_heads, _ = q_gate.shape
-    _, num_kv_heads, head_dim = k.shape
-    spec = Spec(num_tokens, num_q_heads, num_kv_heads, head_dim, options.rotary_dim, str(q_gate.dtype))
+def _run(direction: str, operands, results, options: Options, implementation: str | None):
+    spec = spec_of(operands[0], options)
     check_supported(spec, implementation)
     name = implementation or _first_supported(spec, cuda_target())
     if name == "xla":
-        return _function(name, direction)(*args, options=options)
-    params = {"direction": direction, "options": options, "implementation": name}
-    return tuple(_kernel_p.bind(*args, **params, elsewhere_xla=implementation is None))
+        return _function(name, direction)(*operands, options=options)
+    leaves, tree = jax.tree.flatten(operands)
+    types, result_tree = jax.tree.flatten(results)
+    params = {"direction": direction, "tree": tree, "types": tuple(types), "options": options}
+    outputs = _kernel_p.bind(*leaves, **params, implementation=name, elsewhere_xla=implementation is None)
+    return jax.tree.unflatten(result_tree, outputs)
 
 
 # One primitive with a lowering a platform. lax.platform_dependent would do but for a lowering for several platforms at
@@ -173,35 +132,36 @@ _kernel_p.multiple_results = True
 
 
 @_kernel_p.def_abstract_eval
-def _abstract_eval(q_gate, k, q_weight, k_weight, *_, direction, **params):
-    del params
-    q_out = q_gate.update(shape=(*q_gate.shape[:-1], k.shape[-1]))
-    outputs = {
-        "forward": (q_out, k, q_out),
-        "backward": (q_gate, k, q_weight.update(dtype=jnp.float32), k_weight.update(dtype=jnp.float32)),
-    }[direction]
-    return tuple(x.update(weak_type=False) for x in outputs)
+def _abstract_eval(*args, types, **params):
+    del args, params
+    return [jax.core.ShapedArray(x.shape, x.dtype) for x in types]
 
 
-def _on_cuda(ctx, *args, direction, options, implementation, elsewhere_xla):
-    del elsewhere_xla
-    kernel = functools.partial(_function(implementation, direction), options=options)
+def _lower(ctx, leaves, name: str, direction: str, tree, options: Options):
+    def function(*leaves):
+        return jax.tree.leaves(_function(name, direction)(*jax.tree.unflatten(tree, leaves), options=options))
+
+    return mlir.lower_fun(function, multiple_results=True)(ctx, *leaves)
+
+
+def _on_cuda(ctx, *leaves, direction, tree, options, implementation, **_):
     with _a_gpu():
-        return mlir.lower_fun(kernel, multiple_results=True)(ctx, *args)
+        return _lower(ctx, leaves, implementation, direction, tree, options)
 
 
 def _a_gpu():
-    """Where Pallas lowers for CUDA without a GPU: the abstract device that the caller names, or else a Hopper."""
-    if _abstract_gpu() is not None or "cuda" in backend.backends():
+    """The context in which Pallas lowers for CUDA: the GPU that the caller names, else a local one, else a Hopper."""
+    if abstract_gpu() is not None:
         return contextlib.nullcontext()
+    if gpus := local_gpus():
+        return jax.default_device(gpus[0])  # which Pallas asks; a user's may be a CPU
     device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="cuda")
     return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
-def _elsewhere(ctx, *args, direction, options, implementation, elsewhere_xla):
+def _elsewhere(ctx, *leaves, direction, tree, options, implementation, elsewhere_xla, **_):
     if elsewhere_xla:
-        xla = functools.partial(_function("xla", direction), options=options)
-        return mlir.lower_fun(xla, multiple_results=True)(ctx, *args)
+        return _lower(ctx, leaves, "xla", direction, tree, options)
     platforms = [p for p in ctx.platforms or ctx.module_context.platforms if p != "cuda"]
     raise NotImplementedError(
         f"implementation={implementation!r} must run on an NVIDIA GPU, got platform {', '.join(platforms)}. "

@@ -11,7 +11,7 @@ every access, order of the sum, form of every rounding. Pallas's interpret mode 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +34,7 @@ from pallas_qk._config import (
     next_power_of_2,
     tree_order,
 )
+from pallas_qk._operands import Inputs, Outputs, output_types, spec_of
 
 FORWARD_NAME = "pallas_qk_mosaic_gpu_forward"
 
@@ -55,78 +56,72 @@ def unsupported(spec: Spec, target: Target) -> str | None:
     return None
 
 
-def forward(
-    q_gate: jax.Array,
-    k: jax.Array,
-    q_weight: jax.Array,
-    k_weight: jax.Array,
-    cos_sin_cache: jax.Array,
-    positions: jax.Array,
-    *,
-    options: Options,
-    config: MosaicForward | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def forward(inputs: Inputs, *, options: Options, config: MosaicForward | None = None) -> Outputs:
     """The contract of `_reference.forward`."""
-    num_tokens, num_q_heads, _ = q_gate.shape
-    _, num_kv_heads, head_dim = k.shape
-    dtype = q_gate.dtype
-    q_shape = jax.ShapeDtypeStruct((num_tokens, num_q_heads, head_dim), dtype)
-    k_shape = jax.ShapeDtypeStruct((num_tokens, num_kv_heads, head_dim), dtype)
-    if num_tokens == 0:
-        q_out, k_out = (jnp.zeros(s.shape, s.dtype) for s in (q_shape, k_shape))
-        return q_out, k_out, q_out
+    spec, types = spec_of(inputs, options), output_types(inputs, options)
+    if spec.num_tokens == 0:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
     if config is None:
-        spec = Spec(num_tokens, num_q_heads, num_kv_heads, head_dim, options.rotary_dim, str(dtype))
         config = mosaic_forward(spec)
-    layout = _layout(config, head_dim, options.rotary_dim, dtype)
+    layout = _layout(config, spec.head_dim, options.rotary_dim, inputs.q.dtype)
     rows_per_program = config.num_warpgroups * _WARPGROUP // layout.threads
-    q_programs = pl.cdiv(num_tokens * num_q_heads, rows_per_program)
-    k_programs = pl.cdiv(num_tokens * num_kv_heads, rows_per_program)
-
+    q_programs = pl.cdiv(spec.num_tokens * spec.num_q_heads, rows_per_program)
+    k_programs = pl.cdiv(spec.num_tokens * spec.num_kv_heads, rows_per_program)
     thread = functools.partial(
         _forward_thread,
         rows_per_program=rows_per_program,
         programs=(q_programs, k_programs),
+        max_position=inputs.cos_sin_cache.shape[0],
+        spec=spec,
         options=options,
         config=config,
         layout=layout,
     )
-    q_out, k_out, gate_out = _launch(
+    return _launch(
         FORWARD_NAME,
         thread,
-        [q_gate, k, q_weight, k_weight, cos_sin_cache, positions],
-        [q_shape, k_shape, q_shape],
+        inputs,
+        types,
         num_programs=q_programs + k_programs,
         num_warpgroups=config.num_warpgroups,
     )
-    return q_out, k_out, gate_out
 
 
 def _launch(
     name: str,
-    thread: Callable[[Value, list["_Pointer"], list[tuple[int, ...]]], None],
-    inputs: list[jax.Array],
-    outputs: list[jax.ShapeDtypeStruct],
+    thread: Callable[[Value, Any, Any], None],
+    inputs,
+    outputs,
     *,
     num_programs: int,
     num_warpgroups: int,
-) -> tuple[jax.Array, ...]:
-    """Runs `thread(program, pointers, shapes)`, of inputs and outputs, in every thread of every program."""
+):
+    """Runs `thread(program, inputs, outputs)` in every thread of every program.
+
+    `inputs` are arrays, `outputs` types, in any containers; a thread sees a `_Pointer` in the place of each.
+    """
+    arrays, inputs_tree = jax.tree.flatten(inputs)
+    types, outputs_tree = jax.tree.flatten(outputs)
 
     def kernel(*refs):
-        arrays = [jax.ShapeDtypeStruct(ref.shape, ref.dtype) for ref in refs]
+        dtypes = [ref.dtype for ref in refs]
 
         def body(launch_context, program, *refs):
             del launch_context
-            pointers = [_Pointer.to(ref, array.dtype) for ref, array in zip(refs, arrays, strict=True)]
-            thread(program.registers.item(), pointers, [array.shape for array in arrays])
+            pointers = [_Pointer.to(ref, dtype) for ref, dtype in zip(refs, dtypes, strict=True)]
+            read, written = pointers[: len(arrays)], pointers[len(arrays) :]
+            thread(
+                program.registers.item(),
+                jax.tree.unflatten(inputs_tree, read),
+                jax.tree.unflatten(outputs_tree, written),
+            )
 
         arg_types = (plgpu.Layout.WG_SPLAT(()), *(plgpu.RefType() for _ in refs))
         plgpu.inline_mgpu(arg_types=arg_types)(body)(lax.axis_index(_GRID_AXIS), *refs)
 
-    return plgpu.kernel(
+    results = plgpu.kernel(
         kernel,
-        out_type=tuple(outputs),
+        out_type=tuple(types),
         grid=(num_programs,),
         grid_names=(_GRID_AXIS,),
         # A name for a single warpgroup would cost a second barrier at the start of each program.
@@ -136,7 +131,8 @@ def _launch(
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
-    )(*inputs)
+    )(*arrays)
+    return jax.tree.unflatten(outputs_tree, results)
 
 
 class _Layout(NamedTuple):
@@ -182,44 +178,45 @@ def _layout(config: MosaicForward, head_dim: int, rotary_dim: int, dtype: jnp.dt
 
 def _forward_thread(
     program: Value,
-    pointers: list["_Pointer"],
-    shapes: list[tuple[int, ...]],
+    inputs: Inputs,
+    outputs: Outputs,
     *,
     rows_per_program: int,
     programs: tuple[int, int],
+    max_position: int,
+    spec: Spec,
     options: Options,
     config: MosaicForward,
     layout: _Layout,
 ) -> None:
-    """One thread: its lanes of one row (token, head) of q with its gate, or of k.
+    """One thread: its lanes of one row (token, head) of q, or of k, and of what is copied beside it, a gate or v.
 
-    x, gate and table are loaded before the first store. A row or vector past the end repeats the last one, with
+    All of them and the table are loaded before the first store. A row or vector past the end repeats the last one, with
     equal bits.
     """
-    q_gate, k, q_weight, k_weight, cache, positions, q_out, k_out, gate_out = pointers
-    (num_tokens, num_q_heads, _), (_, num_kv_heads, head_dim) = shapes[:2]
-    table = _Table(cache, positions, shapes[4][0], num_tokens, options)
+    num_tokens, head_dim = spec.num_tokens, spec.head_dim
+    table = _Table(inputs.cos_sin_cache, inputs.positions, max_position, num_tokens, options)
     thread = mgpu.thread_idx()
     place = _and(thread, layout.threads - 1)
     vectors, rotations = _vectors_and_rotations(layout, place, head_dim, options.rotary_dim)
-    gate_vectors = _gate_vectors(layout, place, head_dim, q_gate.dtype)
+    copied_vectors = _copied_vectors(layout, place, head_dim, outputs.q.dtype)
 
-    def norm_and_rope(block, num_heads, x, row_lanes, weight, out, gate_out=None):
-        num_rows = num_tokens * num_heads
+    def norm_and_rope(block, heads, weight, out, copied_out):
+        num_rows = num_tokens * heads.num_heads
         row = _add(_mul(block, rows_per_program), _div(thread, layout.threads))
         if num_rows % rows_per_program:
             row = _min(row, num_rows - 1)
-        table_rows = table.rows(_div(row, num_heads))
-        source, target = x.row(row, row_lanes), out.row(row, head_dim)
-        xs = [_widen(v.load(source), x.dtype) for v in vectors]
-        if gate_out is not None:
-            gate = [v.load(source + head_dim) for v in gate_vectors]
+        table_rows = table.rows(_div(row, heads.num_heads))
+        source, target = heads.row(row), out.row(row, head_dim)
+        xs = [_widen(v.load(source), out.dtype) for v in vectors]
+        if copied_out is not None:
+            copied = [v.load(source + heads.beside) for v in copied_vectors]
         angles = [table.load(table_rows, rotation.frequency, layout.lanes) for rotation in rotations]
         if config.weights == "first":
             weights = [v.load(weight) for v in vectors]
-        if gate_out is not None:
-            for v, words in zip(gate_vectors, gate, strict=True):
-                v.store(gate_out.row(row, head_dim), words)
+        if copied_out is not None:
+            for v, words in zip(copied_vectors, copied, strict=True):
+                v.store(copied_out.row(row, head_dim), words)
         if config.weights == "after_gate":
             # A store that might alias them comes first: neither it nor the loads before it can sink.
             weights = [v.load(weight) for v in vectors]
@@ -245,16 +242,52 @@ def _forward_thread(
         for v, word in zip(vectors[:own], words[:own], strict=True):
             v.store(target, word)
 
+    q, k = _heads_of(inputs.q, inputs.k, spec, options)
     q_programs, k_programs = programs
     # Every period-th program is a k program, so that k rows are spread evenly among q rows.
     period = (q_programs + k_programs) // k_programs
     group = _div(program, period)
     is_k = arith.andi(_equal(_rem(program, period), period - 1), _below(group, k_programs))
     with mgpu.when(is_k):
-        norm_and_rope(group, num_kv_heads, k, head_dim, k_weight, k_out)
+        norm_and_rope(group, k, inputs.k_weight, outputs.k, outputs.v)
     with mgpu.when(_equal(is_k, 0)):
         block = arith.subi(program, _min(group, k_programs))
-        norm_and_rope(block, num_q_heads, q_gate, 2 * head_dim, q_weight, q_out, gate_out)
+        norm_and_rope(block, q, inputs.q_weight, outputs.q, outputs.gate)
+
+
+class _Heads(NamedTuple):
+    """Where the rows (token, head) of q, of k, or of a gradient lie in an array, counted in elements."""
+
+    array: "_Pointer"
+    num_heads: int
+    stride: int  # from a head to the next
+    beside: int  # from a row to what is copied beside it, where something is
+    first: int = 0  # where the first row lies
+    gap: int = 0  # between the last head of a token and the first of the next
+
+    def row(self, row: Value) -> "_Pointer":
+        start = self.array + self.offset(row)
+        return start + self.first if self.first else start
+
+    def offset(self, row: Value) -> Value:
+        """Of a row from the first one."""
+        offset = _mul(_resized(row, 64), self.stride)
+        if not self.gap:
+            return offset
+        return _add(offset, _mul(_resized(_div(row, self.num_heads), 64), self.gap))
+
+
+def _heads_of(q: "_Pointer", k: "_Pointer | None", spec: Spec, options: Options) -> tuple[_Heads, _Heads]:
+    """q with the gate beside it, and k with v, or their gradients."""
+    d, num_q_heads, num_kv_heads = spec.head_dim, spec.num_q_heads, spec.num_kv_heads
+    q_stride = d if options.gate is None else 2 * d
+    if k is not None:
+        return _Heads(q, num_q_heads, q_stride, d), _Heads(k, num_kv_heads, d, 0)
+    q_width, kv_width = num_q_heads * q_stride, num_kv_heads * d
+    return (
+        _Heads(q, num_q_heads, q_stride, d, gap=2 * kv_width),
+        _Heads(q, num_kv_heads, d, kv_width, first=q_width, gap=q_width + kv_width),
+    )
 
 
 class _Vector(NamedTuple):
@@ -315,7 +348,7 @@ def _vectors_and_rotations(
     return vectors, rotations
 
 
-def _gate_vectors(layout: _Layout, place: Value, head_dim: int, dtype: jnp.dtype) -> list[_Vector]:
+def _copied_vectors(layout: _Layout, place: Value, head_dim: int, dtype: jnp.dtype) -> list[_Vector]:
     """Vectors as wide as an access can be, whatever the layout."""
     lanes = math.gcd(_ACCESS_BYTES // dtype.itemsize, head_dim)
     reach, column = layout.threads * lanes, _mul(place, lanes)
@@ -366,12 +399,12 @@ class _Table:
     """cos_sin_cache (max_position, R) as one thread reads it, for a token's one or three positions."""
 
     cache: "_Pointer"
-    positions: "_Pointer"
+    positions: "_Pointer | None"  # None: the row of a token is its own
     max_position: int
     num_tokens: int
     options: Options
 
-    def rows(self, token: Value) -> list[tuple["_Pointer", Value]]:
+    def rows(self, token: Value) -> list[tuple["_Pointer", Value | None]]:
         """What `row` says of each position of a token."""
         return [self.row(self.position(token, axis)) for axis in self.axes]
 
@@ -381,13 +414,17 @@ class _Table:
         return range(1 if self.options.mrope_section is None else 3)
 
     def position(self, token: Value, axis: int) -> Value:
+        if self.positions is None:
+            return token
         return (self.positions + _resized(token, 64) + axis * self.num_tokens).load_integer()
 
-    def row(self, position: Value) -> tuple["_Pointer", Value]:
-        """A position's row of the table, and whether the table has it; row 0 stands for others.
+    def row(self, position: Value) -> tuple["_Pointer", Value | None]:
+        """A position's row of the table, and whether the table has it (None: it must); row 0 stands for others.
 
         Compared in the given integer type, so that 2^32 + 3 is not 3; no address outside the table is formed.
         """
+        if self.positions is None:
+            return self.cache.row(position, self.options.rotary_dim), None
         limit = min(self.max_position, 2 ** (position.type.width - 1) - 1)
         inside = _below(position, limit)  # unsigned: a negative position is a large one
         (row,) = _select(inside, [_resized(position, 32)], [_constant(0, 32)])
@@ -402,17 +439,30 @@ class _Table:
         """float32 cos and sin of consecutive frequencies; NaN in cos, which spoils both halves, for a bad position."""
         axes = []
         for (_, inside), (cos, sin) in zip(rows, loaded, strict=True):
-            cos = _select(inside, cos, [_nan(word, self.cache.dtype) for word in cos])
+            cos = self.guarded(cos, inside)
             axes.append((_widen(cos, self.cache.dtype), _widen(sin, self.cache.dtype)))
         cos, sin = axes[0]
-        section = self.options.mrope_section or (0,)
-        for axis in range(1, len(axes)):
-            # Interleaved mRoPE: frequency j reads row `axis` if j % 3 == axis and j < 3 * section[axis].
-            remainder = _rem(frequency, 3)
-            for lane in range(min(len(cos), 3 * section[axis])):
-                reads = _and(_equal(remainder, (axis - lane) % 3), _below(frequency, 3 * section[axis] - lane))
+        for axis in self.axes[1:]:
+            for lane, reads in enumerate(_mrope_reads(frequency, axis, len(cos), self.options)):
                 cos[lane], sin[lane] = _select(reads, [a[lane] for a in axes[axis]], [cos[lane], sin[lane]])
         return cos, sin
+
+    def guarded(self, cos: list[Value], inside: Value | None) -> list[Value]:
+        """The words of cos, NaN unless `inside`, which spoils both halves of a pair."""
+        return cos if inside is None else _select(inside, cos, [_nan(word, self.cache.dtype) for word in cos])
+
+
+def _mrope_reads(frequency: Value, axis: int, lanes: int, options: Options) -> Iterator[Value]:
+    """Whether each of up to `lanes` consecutive frequencies reads positions row `axis`; those left out never do."""
+    section = options.mrope_section or (0, 0, 0)
+    if options.mrope_layout == "sectioned":
+        first, size = sum(section[:axis]), section[axis]  # a frequency below the first is a large unsigned difference
+        return (_below(_add(frequency, lane - first), size) for lane in range(min(lanes, first + size)))
+    # Interleaved: frequency j reads row `axis` if j % 3 == axis and j < 3 * section[axis].
+    remainder, limit = _rem(frequency, 3), 3 * section[axis]
+    return (
+        _and(_equal(remainder, (axis - lane) % 3), _below(frequency, limit - lane)) for lane in range(min(lanes, limit))
+    )
 
 
 def _inv_rms(sum_of_squares: Value, head_dim: int, eps: float) -> Value:

@@ -4,21 +4,21 @@ T num_tokens, Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim, G thre
 
 One main kernel reads every activation and cotangent once. Its warps are persistent: each walks over rows (token, head)
 of q or of k, holds a row in the registers of G threads, and adds to the weight's gradient lane by lane in the thread
-that holds the lane. What a warp has in the end is one float32 partial row; a small second stage sums these in a fixed
-order. No shared memory: a kernel that uses any of it, 256 bytes even, is launched with a carve-out that leaves 28 KB of
-L1 (H200, T = 16384, 16/2 heads: 196.9 against 182.6 us).
+that holds the lane. What a warp has in the end is one float32 partial row, which its program sums with those of its
+other warps; a small second kernel sums the programs' rows. Every order is fixed.
+
+No shared memory: a kernel that uses any of it, 256 bytes even, is launched with a carve-out that leaves 28 KB of L1
+(H200, T = 16384, 16/2 heads: 196.9 against 182.6 us). So warps meet in global memory.
 """
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mgpu
-from jax.extend import backend
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, scf
 from jaxlib.mlir.dialects import math as mlir_math
@@ -33,16 +33,18 @@ from pallas_qk._mosaic_gpu import (
     _and,
     _below,
     _constant,
+    _copied_vectors,
     _div,
     _equal,
     _f32,
-    _gate_vectors,
+    _Heads,
+    _heads_of,
     _inv_rms,
     _launch,
     _Layout,
     _min,
+    _mrope_reads,
     _mul,
-    _nan,
     _narrow,
     _Pointer,
     _ptx,
@@ -54,61 +56,52 @@ from pallas_qk._mosaic_gpu import (
     _vector,
     _widen,
 )
+from pallas_qk._operands import Gradients, Inputs, Outputs, gradient_types, spec_of
+from pallas_qk._target import num_sms
 
 BACKWARD_NAME = "pallas_qk_mosaic_gpu_backward"
 SUM_NAME = "pallas_qk_mosaic_gpu_sum"
 
+_SUM_ROWS = 16  # that one warp of the second kernel reads side by side
+
 
 def backward(
-    q_gate: jax.Array,
-    k: jax.Array,
-    q_weight: jax.Array,
-    k_weight: jax.Array,
-    cos_sin_cache: jax.Array,
-    positions: jax.Array,
-    dq_out: jax.Array,
-    dk_out: jax.Array,
-    dgate_out: jax.Array,
-    *,
-    options: Options,
-    config: MosaicBackward | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    inputs: Inputs, cotangents: Outputs, *, options: Options, config: MosaicBackward | None = None
+) -> Gradients:
     """The contract of `_reference.backward`."""
-    num_tokens, num_q_heads, _ = q_gate.shape
-    _, num_kv_heads, head_dim = k.shape
-    dtype = q_gate.dtype
-    if num_tokens == 0:
-        no_gradient = jnp.zeros((head_dim,), jnp.float32)
-        return jnp.zeros_like(q_gate), jnp.zeros_like(k), no_gradient, no_gradient
+    spec, types, dtype = spec_of(inputs, options), gradient_types(inputs, options), inputs.q.dtype
+    if spec.num_tokens == 0:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
     if config is None:
-        spec = Spec(num_tokens, num_q_heads, num_kv_heads, head_dim, options.rotary_dim, str(dtype))
-        num_axes = positions.shape[0]
-        config = mosaic_backward(spec, _num_sms(), num_axes=num_axes, cache_itemsize=cos_sin_cache.dtype.itemsize)
-    layout = _backward_layout(config, head_dim, options.rotary_dim, dtype)
-    dq_gate, dk, q_partials, k_partials = _launch(
+        num_axes = 1 if options.mrope_section is None else 3
+        cache_itemsize = inputs.cos_sin_cache.dtype.itemsize
+        config = mosaic_backward(spec, num_sms(), num_axes=num_axes, cache_itemsize=cache_itemsize)
+    thread = functools.partial(
+        _backward_thread,
+        max_position=inputs.cos_sin_cache.shape[0],
+        spec=spec,
+        options=options,
+        config=config,
+        layout=_backward_layout(config, spec.head_dim, options.rotary_dim, dtype),
+    )
+    num_programs = pl.cdiv(config.q_warps + config.k_warps, config.num_warpgroups * _WARPGROUP // _WARP)
+    of_warps, of_programs = (
+        jax.ShapeDtypeStruct((rows, spec.head_dim), jnp.float32)
+        for rows in (config.q_warps + config.k_warps, num_programs)
+    )
+    partial = types if num_programs == 1 else types._replace(q_weight=of_programs, k_weight=of_programs)
+    gradients, _ = _launch(
         BACKWARD_NAME,
-        functools.partial(_backward_thread, options=options, config=config, layout=layout),
-        [q_gate, k, q_weight, k_weight, cos_sin_cache, positions, dq_out, dk_out, dgate_out],
-        [
-            jax.ShapeDtypeStruct(q_gate.shape, dtype),
-            jax.ShapeDtypeStruct(k.shape, dtype),
-            jax.ShapeDtypeStruct((config.q_warps, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((config.k_warps, head_dim), jnp.float32),
-        ],
-        num_programs=pl.cdiv(config.q_warps + config.k_warps, config.num_warpgroups * _WARPGROUP // _WARP),
+        thread,
+        (inputs, cotangents),
+        (partial, of_warps),
+        num_programs=num_programs,
         num_warpgroups=config.num_warpgroups,
     )
-    dq_weight, dk_weight = _summed(q_partials, k_partials)
-    return dq_gate, dk, dq_weight, dk_weight
-
-
-def _num_sms() -> int:
-    """Of the GPU to make code for: the abstract mesh's, else the smallest local one, else an H200."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None and device.platform in ("cuda", "gpu") and device.num_cores:
-        return device.num_cores
-    client = backend.backends().get("cuda")
-    return 132 if client is None else min(d.core_count for d in client.local_devices())
+    if num_programs == 1:
+        return gradients
+    dq_weight, dk_weight = _sum_rows([gradients.q_weight, gradients.k_weight], [types.q_weight, types.k_weight])
+    return gradients._replace(q_weight=dq_weight, k_weight=dk_weight)
 
 
 def _warp(program: Value, num_warpgroups: int) -> Value:
@@ -130,29 +123,31 @@ def _backward_layout(config: MosaicBackward, head_dim: int, rotary_dim: int, dty
 
 def _backward_thread(
     program: Value,
-    pointers: list[_Pointer],
-    shapes: list[tuple[int, ...]],
+    read: tuple[Inputs, Outputs],
+    written: tuple[Gradients, _Pointer],
     *,
+    max_position: int,
+    spec: Spec,
     options: Options,
     config: MosaicBackward,
     layout: _Layout,
 ) -> None:
-    """One thread: its lanes of each row that its warp walks over."""
-    q_gate, k, q_weight, k_weight, cache, positions, dq_out, dk_out, dgate_out, *results = pointers
-    dq_gate, dk, q_partials, k_partials = results
-    (num_tokens, num_q_heads, _), (_, num_kv_heads, head_dim) = shapes[:2]
-    table = _Table(cache, positions, shapes[4][0], num_tokens, options)
+    """One thread: its lanes of each row that its warp walks over. The weights' gradients are one row a program."""
+    inputs, cotangents = read
+    gradients, partials = written
+    num_tokens, head_dim, dtype = spec.num_tokens, spec.head_dim, gradients.q.dtype
+    table = _Table(inputs.cos_sin_cache, inputs.positions, max_position, num_tokens, options)
     lane = _and(mgpu.thread_idx(), _WARP - 1)
     place = _and(lane, layout.threads - 1)
     column = _mul(place, layout.lanes)
     vectors = [_vector(column, base, layout.lanes, layout.reach, head_dim) for base in layout.bases]
-    gate_vectors = _gate_vectors(layout, place, head_dim, q_gate.dtype)
-    rotations = _rotations(vectors, layout, lane, q_gate.dtype, table)
+    copied_vectors = _copied_vectors(layout, place, head_dim, dtype)
+    rotations = _rotations(vectors, layout, lane, dtype, table)
     rows_per_step = _WARP // layout.threads
     num_sums = len(vectors) * layout.lanes
 
-    def walk(warp, num_warps, num_heads, x, stride, weight, dy, dx, partials, dgate=None):
-        num_rows = num_tokens * num_heads
+    def walk(first, num_warps, source, weight, dy, dcopied, target):
+        num_rows = num_tokens * source.num_heads
         tiles = pl.cdiv(num_rows, rows_per_step)
 
         def row_of(tile):
@@ -161,7 +156,7 @@ def _backward_thread(
             return _add(_mul(tile, rows_per_step), _div(lane, layout.threads))
 
         def positions_of(row):
-            token = _div(_min(row, num_rows - 1), num_heads)
+            token = _div(_min(row, num_rows - 1), source.num_heads)
             return [table.position(token, axis) for axis in table.axes]
 
         weights = [
@@ -176,22 +171,22 @@ def _backward_thread(
                 row = _min(row, num_rows - 1)
 
             table_rows = [table.row(position) for position in ahead]
-            xs = [_at(x, row, stride, v).load(v.lanes) for v in vectors]
-            ds = [_at(dy, row, head_dim, v).load(v.lanes) for v in vectors]
-            if dgate is not None:
-                gate = [_at(dgate, row, head_dim, v).load(v.lanes) for v in gate_vectors]
+            xs = [_at(source, row, v).load(v.lanes) for v in vectors]
+            ds = [_at(dy, row, v).load(v.lanes) for v in vectors]
+            if dcopied is not None:
+                copied = [_at(dcopied, row, v).load(v.lanes) for v in copied_vectors]
             angles = [table.load(table_rows, rotation.frequency, layout.lanes) for rotation in rotations]
             ahead = positions_of(row_of(_add(tile, num_warps)))  # the next row's table loads then wait for nothing
-            if dgate is not None:
-                for v, words in zip(gate_vectors, gate, strict=True):
-                    (_at(dx, row, stride, v) + head_dim).store(words)
+            if dcopied is not None:
+                for v, words in zip(copied_vectors, copied, strict=True):
+                    (_at(target, row, v) + target.beside).store(words)
             _keep_above(row)
 
-            lanes = [lane for words in xs for lane in _widen(words, x.dtype)]
-            dys = [_widen(words, dy.dtype) for words in ds]
+            lanes = [lane for words in xs for lane in _widen(words, dtype)]
+            dys = [_widen(words, dtype) for words in ds]
             for index, (rotation, loaded) in enumerate(zip(rotations, angles, strict=True)):
                 cos, sin = rotation.angles(table, table_rows, loaded)
-                partner = _widen(rotation.partner(ds), dy.dtype)
+                partner = _widen(rotation.partner(ds), dtype)
                 rotated = [
                     mlir_math.fma(p, s, arith.mulf(d, c))
                     for d, p, c, s in zip(dys[index], partner, cos, sin, strict=True)
@@ -207,12 +202,12 @@ def _backward_thread(
             factor = arith.mulf(dot, arith.mulf(inv_rms, _f32(-1 / head_dim)))
             dxs = [mlir_math.fma(lane, factor, g) for lane, g in zip(lanes, weighted, strict=True)]
             for v, piece in zip(vectors, _pieces(dxs, layout.lanes), strict=True):
-                _at(dx, row, stride, v).store(_narrow(piece, dx.dtype))
+                _at(target, row, v).store(_narrow(piece, dtype))
             return [*_select(exists, added, sums), *ahead]
 
         zeros = [_f32(0.0)] * num_sums
-        ahead = positions_of(row_of(warp))
-        sums = _loop(warp, _constant(tiles, 32), num_warps, [*zeros, *ahead], step)[:num_sums]
+        ahead = positions_of(row_of(first))
+        sums = _loop(first, _constant(tiles, 32), num_warps, [*zeros, *ahead], step)[:num_sums]
         distance = layout.threads
         while distance < _WARP:
             sums = [arith.addf(s, mgpu.shfl_bfly(s, distance)) for s in sums]
@@ -220,16 +215,45 @@ def _backward_thread(
         for v, piece in zip(vectors, _pieces(sums, layout.lanes), strict=True):
             v.store(partials.row(warp, head_dim), _narrow(piece, partials.dtype))
 
+    def dense(array, heads):
+        return None if array is None else _Heads(array, heads.num_heads, head_dim, beside=0)
+
+    q, k = _heads_of(inputs.q, inputs.k, spec, options)
+    dq, dk = _heads_of(gradients.q, gradients.k, spec, options)
+    dq_out, dk_out, dv_out, dgate_out = (dense(x, h) for x, h in zip(cotangents, (q, k, k, q), strict=True))
     warp, q_warps, k_warps = _warp(program, config.num_warpgroups), config.q_warps, config.k_warps
     # Every period-th warp takes k rows, so that they are spread evenly among q rows.
     period = (q_warps + k_warps) // k_warps
-    group = _div(warp, period)
-    is_k = arith.andi(_equal(_rem(warp, period), period - 1), _below(group, k_warps))
+
+    def takes_k(warp):
+        return arith.andi(_equal(_rem(warp, period), period - 1), _below(_div(warp, period), k_warps))
+
+    k_before, is_k = _div(warp, period), takes_k(warp)
     with mgpu.when(is_k):
-        walk(group, k_warps, num_kv_heads, k, head_dim, k_weight, dk_out, dk, k_partials)
+        walk(k_before, k_warps, k, inputs.k_weight, dk_out, dv_out, dk)
     with mgpu.when(arith.andi(_equal(is_k, 0), _below(warp, q_warps + k_warps))):
-        q_warp = arith.subi(warp, _min(group, k_warps))
-        walk(q_warp, q_warps, num_q_heads, q_gate, 2 * head_dim, q_weight, dq_out, dq_gate, q_partials, dgate_out)
+        walk(arith.subi(warp, _min(k_before, k_warps)), q_warps, q, inputs.q_weight, dq_out, dgate_out, dq)
+
+    # What other warps of the program wrote to global memory is there after the barrier.
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "bar.sync 0;", "~{memory}", has_side_effects=True)
+    first = _mul(program, config.num_warpgroups * _WARPGROUP // _WARP)
+    warps = [_add(first, i) for i in range(config.num_warpgroups * _WARPGROUP // _WARP)]
+    for start in range(0, 2 * head_dim, config.num_warpgroups * _WARPGROUP):
+        # One column of q's rows or of k's. Every row is loaded before the first addition.
+        index = _add(mgpu.thread_idx(), start)
+        of_k = _equal(_below(index, head_dim), 0)
+        with mgpu.when(_below(index, 2 * head_dim)):
+            (column,) = _select(of_k, [_add(index, -head_dim)], [index])
+            terms = []
+            for other in warps:
+                row = partials.row(_min(other, q_warps + k_warps - 1), head_dim)
+                (value,) = _widen((row + column).load(1), partials.dtype)
+                counts = arith.andi(_equal(takes_k(other), of_k), _below(other, q_warps + k_warps))
+                terms += _select(counts, [value], [_f32(0.0)])
+            total = functools.reduce(arith.addf, terms)
+            for which, array in ((0, gradients.q_weight), (1, gradients.k_weight)):
+                with mgpu.when(_equal(of_k, which)):
+                    (array.row(program, head_dim) + column).store(_narrow([total], array.dtype))
 
 
 class _Rotation(NamedTuple):
@@ -254,8 +278,7 @@ class _Rotation(NamedTuple):
         """float32 cos and sin; NaN in cos, which spoils both halves, for a bad position."""
         dtype = table.cache.dtype
         (cos, sin), *others = [
-            (_select(inside, cos, [_nan(word, dtype) for word in cos]), sin)
-            for (_, inside), (cos, sin) in zip(rows, loaded, strict=True)
+            (table.guarded(cos, inside), sin) for (_, inside), (cos, sin) in zip(rows, loaded, strict=True)
         ]
         # Merged before they are widened: 16 instructions a position where selecting lanes takes 50.
         for masks, (other_cos, other_sin) in zip(self.masks, others, strict=True):
@@ -291,15 +314,13 @@ def _rotations(vectors: list[_Vector], layout: _Layout, lane: Value, dtype: jnp.
 
 def _mrope_masks(frequency: Value, lanes: int, table: _Table) -> list[list[Value]]:
     """For mRoPE's second and third position: the bits of each word of consecutive frequencies that are read there."""
-    dtype, section, masks = table.cache.dtype, table.options.mrope_section or (0,), []
+    dtype, masks = table.cache.dtype, []
     width = _word_bits(lanes, dtype)
     per_word = width // (8 * dtype.itemsize)
     for axis in table.axes[1:]:
-        # Interleaved: frequency j reads position `axis` if j % 3 == axis and j < 3 * section[axis].
-        limit, remainder = 3 * section[axis], _rem(frequency, 3)
+        each_reads = _mrope_reads(frequency, axis, lanes, table.options)
         words = [_constant(0, width)] * (lanes // per_word)
-        for lane in range(min(lanes, limit)):
-            reads = _and(_equal(remainder, (axis - lane) % 3), _below(frequency, limit - lane))
+        for lane, reads in enumerate(each_reads):
             ones = ((1 << 8 * dtype.itemsize) - 1) << (lane % per_word * 8 * dtype.itemsize)
             (own,) = _select(reads, [_constant(ones, width)], [_constant(0, width)])
             words[lane // per_word] = arith.ori(words[lane // per_word], own)
@@ -331,77 +352,44 @@ def _row_sum(xs: list[Value], ys: list[Value], vectors: list[_Vector], layout: _
     return total
 
 
-def _summed(*partials: jax.Array) -> list[jax.Array]:
-    """The sum (D,) over the rows of each array (rows, D), in a fixed order."""
-    most = max(p.shape[0] for p in partials)
-    if most > 1024:
-        # Two kernels of about equally many loads in a row; one kernel would wait for memory too often.
-        partials = _sum_chunks(partials, [math.isqrt(most // 16)] * len(partials), rows_per_warp=1)
-    return [p.reshape(-1) for p in _sum_chunks(partials, [p.shape[0] for p in partials], rows_per_warp=16)]
-
-
-def _sum_chunks(partials: Sequence[jax.Array], chunks: list[int], *, rows_per_warp: int) -> tuple[jax.Array, ...]:
-    """The sums (chunks, D) of each `chunk` consecutive rows of each array (rows, D)."""
-    head_dim = partials[0].shape[1]
+def _sum_rows(partials: list[jax.Array], types: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
+    """The sum (D,) over the rows of each array (rows, D), in a fixed order, as `types`."""
+    num_rows, head_dim = partials[0].shape
     lanes = math.gcd(_ACCESS_BYTES // 4, head_dim)
-    blocks = pl.cdiv(head_dim, _WARP // rows_per_warp * lanes)  # warps a row
-    outputs = [
-        jax.ShapeDtypeStruct((pl.cdiv(p.shape[0], chunk), head_dim), jnp.float32)
-        for p, chunk in zip(partials, chunks, strict=True)
-    ]
+    threads = _WARP // _SUM_ROWS  # side by side in a row
+    warps = pl.cdiv(head_dim, threads * lanes)  # of an array
 
-    def thread(program, pointers, shapes):
-        warp, arrays = _warp(program, 1), len(partials)
-        for source, target, (num_rows, _), (num_chunks, _), chunk in zip(
-            pointers[:arrays], pointers[arrays:], shapes[:arrays], shapes[arrays:], chunks, strict=True
-        ):
-            with mgpu.when(_below(warp, num_chunks * blocks)):
-                index, block = _div(warp, blocks), _rem(warp, blocks)
-                _sum_chunk(source, target, index, block, num_rows, head_dim, lanes, chunk, rows_per_warp)
+    def thread(program, sources, targets):
+        warp, lane = _warp(program, 1), _and(mgpu.thread_idx(), _WARP - 1)
+        for source, target in zip(sources, targets, strict=True):
+            with mgpu.when(_below(warp, warps)):
+                column = _mul(_add(_mul(warp, threads), _rem(lane, threads)), lanes)
+                column = _min(column, head_dim - lanes)
+                total = [_f32(0.0)] * lanes
+                for first in range(0, num_rows, _SUM_ROWS):
+                    row = _add(_div(lane, threads), first)
+                    words = (source.row(_min(row, num_rows - 1), head_dim) + column).load(lanes)
+                    term = _select(_below(row, num_rows), _widen(words, source.dtype), [_f32(0.0)] * lanes)
+                    total = [arith.addf(a, b) for a, b in zip(total, term, strict=True)]
+                distance = threads
+                while distance < _WARP:
+                    total = [arith.addf(a, mgpu.shfl_bfly(a, distance)) for a in total]
+                    distance *= 2
+                (target + column).store(_narrow(total, target.dtype))
             # The warps of this array wrap around, above the number of any other's.
-            warp = _add(warp, -num_chunks * blocks)
+            warp = _add(warp, -warps)
 
-    num_programs = pl.cdiv(sum(out.shape[0] * blocks for out in outputs), _WARPGROUP // _WARP)
-    return _launch(SUM_NAME, thread, list(partials), outputs, num_programs=num_programs, num_warpgroups=1)
-
-
-def _sum_chunk(
-    source: _Pointer,
-    target: _Pointer,
-    index: Value,
-    block: Value,
-    num_rows: int,
-    head_dim: int,
-    lanes: int,
-    chunk: int,
-    rows_per_warp: int,
-) -> None:
-    """One thread of the warp that sums a chunk of rows, rows_per_warp of them side by side, in a block of columns."""
-    thread, threads = _and(mgpu.thread_idx(), _WARP - 1), _WARP // rows_per_warp
-    column = _mul(_add(_mul(block, threads), _rem(thread, threads)), lanes)
-    column = _min(column, head_dim - lanes)
-    first = _add(_mul(index, chunk), _div(thread, threads))
-    terms = []
-    for row in (_add(first, i) for i in range(0, chunk, rows_per_warp)):
-        words = (source.row(_min(row, num_rows - 1), head_dim) + column).load(lanes)
-        terms.append(_select(_below(row, num_rows), _widen(words, source.dtype), [_f32(0.0)] * lanes))
-    total, *rest = terms
-    for term in rest:
-        total = [arith.addf(a, b) for a, b in zip(total, term, strict=True)]
-    distance = threads
-    while distance < _WARP:
-        total = [arith.addf(a, mgpu.shfl_bfly(a, distance)) for a in total]
-        distance *= 2
-    (target.row(index, head_dim) + column).store(_narrow(total, target.dtype))
+    num_programs = pl.cdiv(warps * len(partials), _WARPGROUP // _WARP)
+    return _launch(SUM_NAME, thread, partials, types, num_programs=num_programs, num_warpgroups=1)
 
 
-def _at(array: _Pointer, row: Value, stride: int, vector: _Vector) -> _Pointer:
+def _at(heads: _Heads, row: Value, vector: _Vector) -> _Pointer:
     """Where a vector of a row lies, by an offset that LLVM can't see through.
 
     It would keep a pointer into each array in registers across the loop.
     """
-    offset = _add(_mul(_resized(row, 64), stride), _resized(vector.column, 64))
-    return array + _ptx("mov.b64 $0, $1;", "=l,l", offset.type, offset) + vector.base
+    offset = _add(heads.offset(row), _resized(vector.column, 64))
+    return heads.array + _ptx("mov.b64 $0, $1;", "=l,l", offset.type, offset) + (heads.first + vector.base)
 
 
 def _keep_above(row: Value) -> None:

@@ -1,6 +1,6 @@
 """The op in plain XLA: its definition, the implementation for CPU and TPU, and the fallback.
 
-T num_tokens, Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim. Any leading axes may stand for T.
+Arrays as in `_operands`; any leading axes may stand for T.
 """
 
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_qk._config import Options, Spec, Target, next_power_of_2, tree_order
+from pallas_qk._operands import Gradients, Inputs, Outputs, gradient_types
 
 
 def unsupported(spec: Spec, target: Target) -> str | None:
@@ -16,25 +17,30 @@ def unsupported(spec: Spec, target: Target) -> str | None:
     return None
 
 
-def forward(
-    q_gate: jax.Array,
-    k: jax.Array,
-    q_weight: jax.Array,
-    k_weight: jax.Array,
-    cos_sin_cache: jax.Array,
-    positions: jax.Array,
-    *,
-    options: Options,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q_gate (T, Hq, 2*D), k (T, Hkv, D), weights (D,), cos_sin_cache (max_pos, R), positions (1 or 3, T).
+def forward(inputs: Inputs, *, options: Options) -> Outputs:
+    """A gate that stays in place is left out, see `parts`."""
+    x = parts(inputs, options)
+    cos, sin = cos_and_sin(inputs.cos_sin_cache, inputs.positions, options)
+    q_out = norm_and_rope(x.q, inputs.q_weight, cos, sin, options)
+    k_out = norm_and_rope(x.k, inputs.k_weight, cos, sin, options)
+    return Outputs(q_out, k_out, x.v, x.gate if options.gate == "copied" else None)
 
-    Returns q_out (T, Hq, D), k_out (T, Hkv, D) and gate_out (T, Hq, D).
-    """
-    head_dim = k.shape[-1]
-    cos, sin = cos_and_sin(cos_sin_cache, positions, options)
-    q_out = norm_and_rope(q_gate[..., :head_dim], q_weight, cos, sin, options)
-    k_out = norm_and_rope(k, k_weight, cos, sin, options)
-    return q_out, k_out, q_gate[..., head_dim:]
+
+def parts(inputs: Inputs, options: Options) -> Outputs:
+    """q, k, v and gate as they lie in the inputs."""
+    q, k, v, gate = inputs.q, inputs.k, None, None
+    head_dim = inputs.q_weight.shape[0]
+    if options.packed is not None:
+        num_q_heads, num_kv_heads = options.packed
+        width = head_dim if options.gate is None else 2 * head_dim
+        q_end, k_end = num_q_heads * width, num_q_heads * width + num_kv_heads * head_dim
+        packed, lead = inputs.q, inputs.q.shape[:-1]
+        q = packed[..., :q_end].reshape(*lead, num_q_heads, width)
+        k = packed[..., q_end:k_end].reshape(*lead, num_kv_heads, head_dim)
+        v = packed[..., k_end:].reshape(*lead, num_kv_heads, head_dim)
+    if options.gate is not None:
+        q, gate = q[..., :head_dim], q[..., head_dim:]
+    return Outputs(q, k, v, gate)
 
 
 def norm_and_rope(x: jax.Array, weight: jax.Array, cos: jax.Array, sin: jax.Array, options: Options) -> jax.Array:
@@ -58,29 +64,20 @@ def _over_rows(weight: jax.Array, x: jax.Array) -> jax.Array:
     return weight.reshape((1,) * (x.ndim - 1) + weight.shape)
 
 
-def backward(
-    q_gate: jax.Array,
-    k: jax.Array,
-    q_weight: jax.Array,
-    k_weight: jax.Array,
-    cos_sin_cache: jax.Array,
-    positions: jax.Array,
-    dq_out: jax.Array,
-    dk_out: jax.Array,
-    dgate_out: jax.Array,
-    *,
-    options: Options,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The arguments of `forward`, then cotangents dq_out (T, Hq, D), dk_out (T, Hkv, D) and dgate_out (T, Hq, D).
-
-    Returns dq_gate (T, Hq, 2*D), dk (T, Hkv, D) and, in float32, dq_weight (D,) and dk_weight (D,). Rounding counts as
-    the identity. The table's gradient is `table_gradient`.
-    """
-    head_dim = k.shape[-1]
-    cos, sin = cos_and_sin(cos_sin_cache, positions, options)
-    dq, dq_weight = norm_and_rope_backward(q_gate[..., :head_dim], q_weight, cos, sin, dq_out, options)
-    dk, dk_weight = norm_and_rope_backward(k, k_weight, cos, sin, dk_out, options)
-    return jnp.concatenate([dq, dgate_out], axis=-1), dk, dq_weight, dk_weight
+def backward(inputs: Inputs, cotangents: Outputs, *, options: Options) -> Gradients:
+    """Rounding counts as the identity. The table's gradient is left to `unrounded`."""
+    x = parts(inputs, options)
+    cos, sin = cos_and_sin(inputs.cos_sin_cache, inputs.positions, options)
+    dq, dq_weight = norm_and_rope_backward(x.q, inputs.q_weight, cos, sin, cotangents.q, options)
+    dk, dk_weight = norm_and_rope_backward(x.k, inputs.k_weight, cos, sin, cotangents.k, options)
+    types = gradient_types(inputs, options)
+    dq_weight, dk_weight = dq_weight.astype(types.q_weight.dtype), dk_weight.astype(types.k_weight.dtype)
+    if cotangents.gate is not None:
+        dq = jnp.concatenate([dq, cotangents.gate], axis=-1)
+    if cotangents.v is None:
+        return Gradients(dq, dk, dq_weight, dk_weight)
+    sections = [part.reshape(*part.shape[:-2], part.shape[-2] * part.shape[-1]) for part in (dq, dk, cotangents.v)]
+    return Gradients(jnp.concatenate(sections, axis=-1), None, dq_weight, dk_weight)
 
 
 def norm_and_rope_backward(
@@ -96,25 +93,16 @@ def norm_and_rope_backward(
     return dx.astype(x.dtype), dweight
 
 
-def unrounded(
-    q_gate: jax.Array,
-    k: jax.Array,
-    q_weight: jax.Array,
-    k_weight: jax.Array,
-    cos_sin_cache: jax.Array,
-    positions: jax.Array,
-    *,
-    options: Options,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`forward` on float32 arrays, without any rounding to 16 bits: the function whose derivatives are the op's."""
+def unrounded(inputs: Inputs, *, options: Options) -> Outputs:
+    """The op on float32 arrays, without any rounding to 16 bits: the function whose derivatives are the op's."""
 
     def norm_and_rope(x, weight):
         weight = _over_rows(weight + options.norm_beta, x)
         return _rotate(x * _inv_rms(x, options.eps) * weight, cos, sin)
 
-    head_dim = k.shape[-1]
-    cos, sin = cos_and_sin(cos_sin_cache, positions, options)
-    return norm_and_rope(q_gate[..., :head_dim], q_weight), norm_and_rope(k, k_weight), q_gate[..., head_dim:]
+    x = parts(inputs, options)
+    cos, sin = cos_and_sin(inputs.cos_sin_cache, inputs.positions, options)
+    return x._replace(q=norm_and_rope(x.q, inputs.q_weight), k=norm_and_rope(x.k, inputs.k_weight))
 
 
 def _inv_rms(x: jax.Array, eps: float) -> jax.Array:
@@ -158,21 +146,28 @@ def round_trip(y: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return y
 
 
-def cos_and_sin(cos_sin_cache: jax.Array, positions: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
+def cos_and_sin(cos_sin_cache: jax.Array, positions: jax.Array | None, options: Options) -> tuple[jax.Array, jax.Array]:
     """float32 cos and sin (T, R/2) of each token's frequencies; NaN where a position lies outside the table."""
     half = options.rotary_dim // 2
+    if positions is None:
+        angles = cos_sin_cache.astype(jnp.float32)
+        return angles[..., :half], angles[..., half:]
     row, inside = table_rows(positions, cos_sin_cache.shape[0])
     table = jnp.where(inside[..., None], cos_sin_cache[row].astype(jnp.float32), jnp.nan)  # (1 or 3, T, R)
     angles = table[0]
     if options.mrope_section is not None:
         frequency = _over_rows(lax.rem(lax.iota(jnp.int32, 2 * half), jnp.int32(half)), angles)
         for axis in (1, 2):
-            angles = jnp.where(mrope_mask(frequency, axis, options.mrope_section), table[axis], angles)
+            reads = mrope_mask(frequency, axis, options.mrope_section, options.mrope_layout)
+            angles = jnp.where(reads, table[axis], angles)
     return angles[..., :half], angles[..., half:]
 
 
-def mrope_mask(frequency: jax.Array, axis: int, mrope_section: tuple[int, int, int]) -> jax.Array:
-    """Where an int32 frequency of R/2 reads positions row `axis` (1 height, 2 width): interleaved mRoPE."""
+def mrope_mask(frequency: jax.Array, axis: int, mrope_section: tuple[int, int, int], layout: str) -> jax.Array:
+    """Where an int32 frequency of R/2 reads positions row `axis` (1 height, 2 width)."""
+    if layout == "sectioned":
+        start = sum(mrope_section[:axis])
+        return (frequency >= start) & (frequency < start + mrope_section[axis])
     return (lax.rem(frequency, jnp.full_like(frequency, 3)) == axis) & (frequency < 3 * mrope_section[axis])
 
 

@@ -1,13 +1,15 @@
 """The op over devices and under vmap, once for every implementation: two primitives, forward and backward.
 
 Arrays are flat in heads, (*lead, heads*D), with any leading axes; positions are (1 or 3, *lead). Leading axes become T
-on each device alone: a reshape before that gathers a sharded axis that lies behind an unsharded one.
+on each device alone: a reshape before that gathers a sharded axis that lies behind an unsharded one. The primitives
+take the leaves of (Inputs,) or (Inputs, Outputs), so an array that a call does not have is no operand.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,82 +22,121 @@ from jax.sharding import AbstractMesh, ManualAxisType, Mesh, NamedSharding, Part
 
 from pallas_qk import _checks, _implementations, _reference
 from pallas_qk._config import Options
+from pallas_qk._operands import Gradients, Inputs, Outputs, gradient_types
 
 
 class Call(NamedTuple):
     """What one call fixes besides its arrays."""
 
-    head_dim: int
     options: Options
     implementation: str | None
 
 
-# Operands by place, in both directions; backward has the cotangents too.
-Q_GATE, K, Q_WEIGHT, K_WEIGHT, CACHE, POSITIONS, DQ_OUT, DK_OUT, DGATE_OUT = range(9)
-CONSTANTS = (Q_WEIGHT, K_WEIGHT, CACHE)  # without leading axes
-
-# For each result the operand that has its axes, and the operands that it depends on.
-_LIKE = {"forward": (Q_GATE, K, Q_GATE), "backward": (Q_GATE, K, Q_WEIGHT, K_WEIGHT)}
-_READS = {
-    "forward": ({Q_GATE, Q_WEIGHT, CACHE, POSITIONS}, {K, K_WEIGHT, CACHE, POSITIONS}, {Q_GATE}),
-    "backward": (
-        {Q_GATE, Q_WEIGHT, CACHE, POSITIONS, DQ_OUT, DGATE_OUT},
-        {K, K_WEIGHT, CACHE, POSITIONS, DK_OUT},
-        {Q_GATE, CACHE, POSITIONS, DQ_OUT},
-        {K, CACHE, POSITIONS, DK_OUT},
-    ),
-}
+def forward(call: Call, inputs: Inputs) -> Outputs:
+    """The op, with the gate wherever q has one."""
+    leaves, tree = jax.tree.flatten((inputs,))
+    outputs = forward_p.bind(*leaves, call=call, tree=tree, body=_body("forward", call, (inputs,)))
+    return as_outputs(call.options, outputs)
 
 
-def forward(call: Call, *args: jax.Array) -> list[jax.Array]:
-    """q_gate (*lead, Hq*2*D), k (*lead, Hkv*D), weights (D,), cos_sin_cache, positions (1 or 3, *lead).
-
-    Returns q_out (*lead, Hq*D), k_out (*lead, Hkv*D) and gate_out (*lead, Hq*D).
-    """
-    return forward_p.bind(*args, call=call, body=_body("forward", call, args))
-
-
-def backward(call: Call, *args: jax.Array) -> list[jax.Array]:
-    """The arguments of `forward` and the cotangents of its results.
-
-    Returns dq_gate, dk and, summed over all leading axes in float32, dq_weight (D,) and dk_weight (D,).
-    """
-    return backward_p.bind(*args, call=call, body=_body("backward", call, args))
+def backward(call: Call, inputs: Inputs, cotangents: Outputs) -> Gradients:
+    """The weights' gradients are summed over all leading axes."""
+    operands = inputs, cotangents
+    leaves, tree = jax.tree.flatten(operands)
+    gradients = backward_p.bind(*leaves, call=call, tree=tree, body=_body("backward", call, operands))
+    return _as_gradients(call.options, gradients)
 
 
-def on_heads(function: Callable, call: Call, *args: jax.Array, flatten: bool = False) -> list[jax.Array]:
+def as_outputs(options: Options, leaves: Sequence) -> Outputs:
+    names = ["q", "k", *(["v"] if options.packed else []), *(["gate"] if options.gate else [])]
+    return Outputs(**dict(zip(names, leaves, strict=True)))
+
+
+def output_shapes(options: Options, inputs: Inputs) -> Outputs:
+    (head_dim,), (*lead, width) = inputs.q_weight.shape, inputs.q.shape
+    if options.packed:
+        q, k = (heads * head_dim for heads in options.packed)
+    else:
+        q, k = width // 2 if options.gate else width, inputs.k.shape[-1]
+    shapes = Outputs(q, k, k if options.packed else None, q if options.gate else None)
+    return Outputs(*(x and jax.ShapeDtypeStruct((*lead, x), inputs.q.dtype) for x in shapes))
+
+
+def _as_gradients(options: Options, leaves: Sequence) -> Gradients:
+    q, *k, q_weight, k_weight = leaves
+    return Gradients(q, None if options.packed else k[0], q_weight, k_weight)
+
+
+# Axes, by name. "..." are the leading ones; "q" and "k" are heads times D, "q_gate" heads times 2*D.
+
+
+def axes(options: Options, *trees: Any) -> tuple[Any, ...]:
+    """The axes of each array of the trees, the first of which is Inputs; another Inputs holds tangents."""
+    q = "... packed" if options.packed else "... q_gate" if options.gate else "... q"
+    cache = "... rotary" if trees[0].positions is None else "position rotary"
+    of = {
+        Inputs: Inputs(q, "... k", "lane", "lane", cache, "row ..."),
+        Outputs: Outputs("... q", "... k", "... k", "... q"),
+        Gradients: Gradients(q, "... k", "lane", "lane"),
+    }
+
+    def of_tree(tree):
+        present = zip(tree, of[type(tree)], strict=True)
+        return type(tree)(*(None if array is None else names for array, names in present))
+
+    return tuple(map(of_tree, trees))
+
+
+def on_heads(function: Callable, call: Call, *operands, flatten: bool = False):
     """The results, flat in heads, of a function of arrays (*lead, heads, 2*D or D); with `flatten`, of (T, …)."""
-    lead = args[K].shape[:-1]
+    inputs, options = operands[0], call.options
+    (head_dim,), lead = inputs.q_weight.shape, inputs.q.shape[:-1]
     tokens = (math.prod(lead),) if flatten else lead
-    widths = {Q_GATE: 2 * call.head_dim} | dict.fromkeys((K, DQ_OUT, DK_OUT, DGATE_OUT), call.head_dim)
-    split = [
-        x.reshape(*tokens, x.shape[-1] // widths[place], widths[place]) if place in widths else x
-        for place, x in enumerate(args)
-    ]
-    split[POSITIONS] = args[POSITIONS].reshape(args[POSITIONS].shape[0], *tokens)
-    results = function(*split, options=call.options)
-    return [x if x.ndim == 1 else x.reshape(*lead, x.shape[-2] * x.shape[-1]) for x in results]
+    widths = {"q": head_dim, "k": head_dim, "q_gate": 2 * head_dim}
+
+    def split(names: str, x):
+        *first, last = names.split()
+        if first == ["..."]:
+            heads = (x.shape[-1] // widths[last], widths[last]) if last in widths else x.shape[-1:]
+            return x.reshape(*tokens, *heads)
+        return x.reshape(x.shape[0], *tokens) if last == "..." else x
+
+    results = function(*jax.tree.map(split, axes(options, *operands), operands), options=options)
+
+    def merge(names: str, x):
+        return x.reshape(*lead, math.prod(x.shape[len(tokens) :])) if names.startswith("...") else x
+
+    return jax.tree.map(merge, axes(options, inputs, results)[1], results)
 
 
-def _local(direction: str, call: Call, *args: jax.Array) -> list[jax.Array]:
+def _local(direction: str, call: Call, tree, *leaves: jax.Array) -> list[jax.Array]:
     """The op on one device's arrays."""
-    run = {"forward": _implementations.forward, "backward": _implementations.backward}[direction]
-    return on_heads(functools.partial(run, implementation=call.implementation), call, *args, flatten=True)
+    run: Callable = _forward if direction == "forward" else _implementations.backward
+    function = functools.partial(run, implementation=call.implementation)
+    return jax.tree.leaves(on_heads(function, call, *jax.tree.unflatten(tree, leaves), flatten=True))
 
 
-def _body(direction: str, call: Call, args: Sequence[jax.Array]):
+def _forward(inputs: Inputs, *, options: Options, implementation: str | None) -> Outputs:
+    outputs = _implementations.forward(inputs, options=options, implementation=implementation)
+    if options.gate == "in_place":  # a slice, which XLA fuses into what reads it
+        return outputs._replace(gate=_reference.parts(inputs, options).gate)
+    return outputs
+
+
+def _body(direction: str, call: Call, operands):
     """The op as a jaxpr of arrays without mesh axes.
 
     A parameter of the primitive: JAX looks there for what must know its devices, as `custom_partitioning` must.
     """
+    leaves, tree = jax.tree.flatten(operands)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.manual_axes:
         _checks.check_manual_axes(mesh)
-        function: Callable = functools.partial(_local, direction, call)
+        function: Callable = functools.partial(_local, direction, call, tree)
     else:
-        function = _partitioned(direction, call, args[K].ndim - 1)
+        function = _partitioned(direction, call, tree, operands[0].q.ndim - 1)
     with _without_mesh():
-        return jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args))
+        return jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves))
 
 
 def _without_mesh():
@@ -120,15 +161,38 @@ def primitive(name: str) -> Primitive:
     return p
 
 
-def result_types(direction: str, results, operands, places: Iterable[int]):
+def result_types(results: Outputs | Gradients, options: Options, operands):
     """Types of results that have a shape and dtype: sharded as what they are like, varying as what they depend on."""
-    at = list(zip(places, operands, strict=True))
+    inputs = operands[0]
+    k = inputs.q if options.packed else inputs.k
+    if isinstance(results, Outputs):
+        like, reads = (inputs.q, k, k, inputs.q), _read_by_outputs(options, *operands)
+    else:
+        like, reads = inputs[:4], _read_by_gradients(options, *operands)
     types = []
-    for result, like, reads in zip(results, _LIKE[direction], _READS[direction], strict=True):
-        varying = frozenset().union(*(x.manual_axis_type.varying for place, x in at if place in reads))
-        update = {"shape": result.shape, "dtype": result.dtype, "manual_axis_type": ManualAxisType(varying=varying)}
-        types.append(operands[like].update(weak_type=False, **update))
+    for result, x, read in zip(results, like, reads, strict=True):
+        if result is not None:
+            varying = frozenset().union(*(y.manual_axis_type.varying for y in read if y is not None))
+            update = {"shape": result.shape, "dtype": result.dtype, "manual_axis_type": ManualAxisType(varying=varying)}
+            types.append(x.update(weak_type=False, **update))
     return types
+
+
+def _read_by_outputs(options: Options, *trees: Inputs) -> tuple:
+    """What each output depends on: inputs, and the tangents of inputs."""
+    x = Inputs(*zip(*trees, strict=True))
+    angles = x.cos_sin_cache + x.positions
+    k = x.q if options.packed else x.k
+    return x.q + x.q_weight + angles, k + x.k_weight + angles, k, x.q
+
+
+def _read_by_gradients(options: Options, x: Inputs, ct: Outputs) -> tuple:
+    """What each gradient depends on."""
+    angles = x.cos_sin_cache, x.positions
+    dq_weight = x.q, ct.q, *angles
+    dk_weight = x.q if options.packed else x.k, ct.k, *angles
+    dq, dk = (*dq_weight, x.q_weight, ct.gate), (*dk_weight, x.k_weight)
+    return (*dq, *dk, ct.v) if options.packed else dq, dk, dq_weight, dk_weight
 
 
 def lower_untyped(ctx, function: Callable, *args):
@@ -138,20 +202,20 @@ def lower_untyped(ctx, function: Callable, *args):
         return mlir.lower_fun(function, multiple_results=True)(ctx.replace(avals_in=avals), *args)
 
 
-def compiler_partitioned(function: Callable, like: Sequence[jax.Array]) -> Callable:
+def compiler_partitioned(function: Callable, like) -> Callable:
     """`function`, in plain XLA, with explicit mesh axes left to the compiler; its results are sharded as `like`."""
-    shardings = tuple(jax.typeof(x).sharding for x in like)
-    if not any(sharding.mesh.explicit_axes for sharding in shardings):
+    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, like)
+    if not any(sharding.mesh.explicit_axes for sharding in jax.tree.leaves(shardings)):
         return function
     return jax.sharding.auto_axes(function, out_sharding=shardings)
 
 
-def _op_primitive(name: str, direction: str) -> Primitive:
+def _op_primitive(name: str, as_results: Callable) -> Primitive:
     p = primitive(name)
 
     @p.def_abstract_eval
-    def abstract_eval(*args, body, **_):
-        return result_types(direction, body.out_avals, args, range(len(args)))
+    def abstract_eval(*args, call, tree, body):
+        return result_types(as_results(call.options, body.out_avals), call.options, jax.tree.unflatten(tree, args))
 
     def lower(ctx, *args, body, **_):
         context = ctx.module_context
@@ -163,66 +227,101 @@ def _op_primitive(name: str, direction: str) -> Primitive:
     return p
 
 
-forward_p = _op_primitive("fused_qk_rmsnorm_rope_gate", "forward")
-backward_p = _op_primitive("fused_qk_rmsnorm_rope_gate_backward", "backward")
+forward_p = _op_primitive("fused_qk_rmsnorm_rope_gate", as_outputs)
+backward_p = _op_primitive("fused_qk_rmsnorm_rope_gate_backward", _as_gradients)
 
 
 # Partitioning
 
 
 @functools.cache
-def _partitioned(direction: str, call: Call, num_lead: int) -> Callable:
-    partitioned = custom_partitioning(lambda *args: _local(direction, call, *args))
+def _partitioned(direction: str, call: Call, tree, num_lead: int) -> Callable:
+    partitioned = custom_partitioning(lambda *leaves: _local(direction, call, tree, *leaves))
     partitioned.def_partition(
-        functools.partial(_partition, direction, call),
-        sharding_rule=_sharding_rule(direction, num_lead),
+        functools.partial(_partition, direction, call, tree),
+        sharding_rule=_sharding_rule(direction, call.options, tree, num_lead),
         # Decoded here: JAX has no name for a part of a mesh axis, such as 2 kv heads over an axis of 8 devices.
         decode_shardings=False,
     )
     return partitioned
 
 
-def _sharding_rule(direction: str, num_lead: int) -> SdyShardingRule:
-    """Leading axes and heads may be sharded. Lanes count with the heads, so that `_partition` sees where one is cut."""
+def _all_axes(direction: str, options: Options, operands) -> tuple[list[str], list[str]]:
+    """The axes of the operands and of the results."""
+    results: Any = Gradients(*operands[0][:4])
+    if direction == "forward":
+        results = Outputs(True, True, options.packed, options.gate)
+    *of_operands, of_results = axes(options, *operands, results)
+    return jax.tree.leaves(of_operands), jax.tree.leaves(of_results)
+
+
+def _sharding_rule(direction: str, options: Options, tree, num_lead: int) -> SdyShardingRule:
+    """Leading axes and heads may be sharded, a packed axis and its results may not: its parts don't fit its shards.
+
+    Lanes count with the heads, so that `_partition` sees where one is cut.
+    """
     lead = [f"lead{i}" for i in range(num_lead)]
-    q_gate = ArrayMapping(*lead, CompoundFactor("q", "half"))
-    q, k = ArrayMapping(*lead, "q"), ArrayMapping(*lead, "k")
-    weight, cache, positions = ArrayMapping("d"), ArrayMapping("p", "r"), ArrayMapping("row", *lead)
-    inputs = (q_gate, k, weight, weight, cache, positions)
-    operands, results = {
-        "forward": (inputs, (q, k, q)),
-        "backward": ((*inputs, q, k, q), (q_gate, k, weight, weight)),
-    }[direction]
-    return SdyShardingRule(operands, results, need_replication_factors=("half", "d", "p", "r", "row"), half=2)
+    dims: dict[str, list] = {"...": lead, "q_gate": [CompoundFactor("q", "half")]}
+
+    def mapping(names: str) -> ArrayMapping:
+        return ArrayMapping(*(dim for name in names.split() for dim in dims.get(name, [name])))
+
+    names = _all_axes(direction, options, jax.tree.unflatten(tree, range(tree.num_leaves)))
+    operands, results = (tuple(map(mapping, arrays)) for arrays in names)
+    # Each factor once, in the order in which they come up: Shardy asks for that.
+    all_dims = (dim for array in (*operands, *results) for dim in array)
+    factors = dict.fromkeys(factor for dim in all_dims for factor in ([dim] if isinstance(dim, str) else dim))
+    sharded = {*lead} if options.packed else {*lead, "q", "k"}
+    half: dict[str, Any] = {"half": 2} if "half" in factors else {}
+    whole = tuple(factor for factor in factors if factor not in sharded)
+    return SdyShardingRule(operands, results, need_replication_factors=whole, **half)
 
 
-def _partition(direction: str, call: Call, mesh: Mesh, operands, results):
+def _partition(direction: str, call: Call, tree, mesh: Mesh, operands, results):
     """What each device computes and how arrays are laid out for it, as `custom_partitioning` asks.
 
-    q_gate says how leading axes are sharded: Shardy leaves it to us where k or positions are sharded otherwise.
+    q says how leading axes are sharded: Shardy leaves it to us where another array is sharded otherwise.
     """
     del results
-    q_gate, k = operands[Q_GATE], operands[K]
-    mesh = _refined(mesh, list(_starts(q_gate)))
-    *lead, q_heads = _mesh_axes(mesh, q_gate)
-    *_, k_heads = _mesh_axes(mesh, k)
+    trees = jax.tree.unflatten(tree, operands)
+    q, k = trees[0].q, trees[0].k
+    mesh = _refined(mesh, list(_starts(q)))
+    *lead, q_heads = _mesh_axes(mesh, q)
     # XLA pads an axis that doesn't divide, with rows that would count in the weights' gradients.
-    lead = [axes if size % _num_parts(mesh, axes) == 0 else () for axes, size in zip(lead, k.shape, strict=False)]
+    lead = [
+        mesh_axes if size % _num_parts(mesh, mesh_axes) == 0 else ()
+        for mesh_axes, size in zip(lead, q.shape, strict=False)
+    ]
     tokens = sum(lead, ())
-    k_heads = tuple(axis for axis in k_heads if axis not in tokens)
-    _checks.check_whole_heads("q_gate", q_gate.shape[-1] // (2 * call.head_dim), _num_parts(mesh, q_heads))
-    _checks.check_whole_heads("k", k.shape[-1] // call.head_dim, _num_parts(mesh, k_heads))
+    k_heads: tuple[str, ...] = ()
+    if call.options.packed:
+        q_heads = ()
+    else:
+        k_heads = tuple(axis for axis in _mesh_axes(mesh, k)[-1] if axis not in tokens)
+        (head_dim,) = trees[0].q_weight.shape
+        width = 2 * head_dim if call.options.gate else head_dim
+        q_name = "q_gate" if call.options.gate else "q"
+        _checks.check_whole_heads(q_name, q.shape[-1] // width, _num_parts(mesh, q_heads))
+        _checks.check_whole_heads("k", k.shape[-1] // head_dim, _num_parts(mesh, k_heads))
 
-    def one_device(*args):
+    def sharding(names: str) -> NamedSharding:
+        at = {"...": lead, "q": [q_heads], "q_gate": [q_heads], "k": [k_heads]}
+        return NamedSharding(mesh, PartitionSpec(*(part for name in names.split() for part in at.get(name, [()]))))
+
+    def one_device(*leaves):
+        sums = tokens + q_heads, tokens + k_heads
         with _without_mesh():
-            outputs = _local(direction, call, *args)
-            sums = {2: tokens + q_heads, 3: tokens + k_heads} if direction == "backward" else {}
-            return [lax.psum(x, sums[place]) if sums.get(place) else x for place, x in enumerate(outputs)]
+            if direction == "forward" or not any(sums):
+                return _local(direction, call, tree, *leaves)
+            exact = call._replace(options=dataclasses.replace(call.options, round_dweights=False))
+            *outputs, dq_weight, dk_weight = _local(direction, exact, tree, *leaves)
+            types = gradient_types(jax.tree.unflatten(tree, leaves)[0], call.options)
+            for x, over, of_weight in zip((dq_weight, dk_weight), sums, types[2:], strict=True):
+                outputs.append((lax.psum(x, over) if over else x).astype(of_weight.dtype))
+            return outputs
 
-    q, k, positions, constant = ((*lead, q_heads), (*lead, k_heads), (None, *lead), ())
-    specs = (q, k, constant, constant, constant, positions, q, k, q)
-    shardings = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs]
-    return mesh, one_device, [shardings[like] for like in _LIKE[direction]], tuple(shardings[: len(operands)])
+    operand_axes, result_axes = _all_axes(direction, call.options, trees)
+    return mesh, one_device, list(map(sharding, result_axes)), tuple(map(sharding, operand_axes))
 
 
 def _refined(mesh: Mesh, devices: Sequence[jax.Device]) -> Mesh:
@@ -265,9 +364,12 @@ def _num_parts(mesh: Mesh, axes: tuple[str, ...]) -> int:
 # vmap
 
 
-def batch(bind: Callable, args, dims, constants: Iterable[int]):
-    """Batched activations become a leading axis of one call; batched weights or tables make a call for each."""
-    if any(dims[place] is not None for place in constants):
+def batch(bind: Callable, names: Sequence[str], args, dims):
+    """Batched activations become a leading axis of one call; batched weights or tables make a call for each.
+
+    `names` are the axes of each of the arguments.
+    """
+    if not _has_batched_leading_axes(names, dims):
         batched = [jnp.moveaxis(x, dim, 0) for x, dim in zip(args, dims, strict=True) if dim is not None]
 
         def one(xs):
@@ -278,28 +380,48 @@ def batch(bind: Callable, args, dims, constants: Iterable[int]):
 
     (size,) = {x.shape[dim] for x, dim in zip(args, dims, strict=True) if dim is not None}
 
-    def to_front(place, x, dim):
-        if place in constants:
+    def to_front(names: str, x, dim):
+        if "..." not in names.split():
             return x
-        front = 1 if place == POSITIONS else 0
+        front = names.split().index("...")
         if dim is not None:
             return jnp.moveaxis(x, dim, front)
         return jnp.broadcast_to(jnp.expand_dims(x, front), (*x.shape[:front], size, *x.shape[front:]))
 
-    return bind(*map(to_front, range(len(args)), args, dims))
+    return bind(*map(to_front, names, args, dims))
 
 
-def _forward_batch(args, dims, *, call, **_):
-    outputs = batch(functools.partial(forward, call), args, dims, CONSTANTS)
+def _has_batched_leading_axes(names: Sequence[str], dims) -> bool:
+    """Whether all that is batched has leading axes, to which the batch can be added."""
+    return all(dim is None or "..." in x.split() for x, dim in zip(names, dims, strict=True))
+
+
+def _forward_batch(args, dims, *, call: Call, tree, body):
+    del body
+
+    def bind(*args):
+        return jax.tree.leaves(forward(call, *jax.tree.unflatten(tree, args)))
+
+    names = jax.tree.leaves(axes(call.options, *jax.tree.unflatten(tree, args)))
+    outputs = batch(bind, names, args, dims)
     return outputs, [0] * len(outputs)
 
 
-def _backward_batch(args, dims, *, call, **_):
-    outputs = list(batch(functools.partial(backward, call), args, dims, CONSTANTS))
-    if all(dims[place] is None for place in CONSTANTS):
+def _backward_batch(args, dims, *, call: Call, tree, body):
+    del body
+
+    def bind(*args):
+        return jax.tree.leaves(backward(call, *jax.tree.unflatten(tree, args)))
+
+    names = jax.tree.leaves(axes(call.options, *jax.tree.unflatten(tree, args)))
+    outputs = list(batch(bind, names, args, dims))
+    if _has_batched_leading_axes(names, dims):
         # The kernel sums over all tokens. Sums for each example are plain XLA, which drops them where nobody asks.
-        each = jax.vmap(lambda *args: tuple(on_heads(_reference.backward, call, *args)[2:]), dims)
-        outputs[2:] = compiler_partitioned(each, outputs[2:])(*args)
+        def weights(*args):
+            gradients = on_heads(_reference.backward, call, *jax.tree.unflatten(tree, args))
+            return gradients.q_weight, gradients.k_weight
+
+        outputs[-2:] = compiler_partitioned(jax.vmap(weights, dims), tuple(outputs[-2:]))(*args)
     return outputs, [0] * len(outputs)
 
 

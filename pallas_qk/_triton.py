@@ -4,8 +4,9 @@ T num_tokens, Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim, B rows
 """
 
 import functools
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from pallas_qk._config import (
     tree_order,
     triton_forward,
 )
+from pallas_qk._operands import Inputs, Outputs, output_types, spec_of
 
 FORWARD_NAME = "pallas_qk_triton_forward"
 
@@ -38,46 +40,35 @@ def unsupported(spec: Spec, target: Target) -> str | None:
 
 
 def forward(
-    q_gate: jax.Array,
-    k: jax.Array,
-    q_weight: jax.Array,
-    k_weight: jax.Array,
-    cos_sin_cache: jax.Array,
-    positions: jax.Array,
-    *,
-    options: Options,
-    config: TritonForward | None = None,
-    interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    inputs: Inputs, *, options: Options, config: TritonForward | None = None, interpret: bool = False
+) -> Outputs:
     """The contract of `_reference.forward`. `interpret` runs the kernel in plain XLA, without inline assembly."""
-    num_tokens, num_q_heads, _ = q_gate.shape
-    _, num_kv_heads, head_dim = k.shape
-    dtype = q_gate.dtype
-    q_shape = output((num_tokens, num_q_heads, head_dim), dtype)
-    k_shape = output((num_tokens, num_kv_heads, head_dim), dtype)
-    if num_tokens == 0:
-        return jnp.zeros(q_shape.shape, dtype), jnp.zeros(k_shape.shape, dtype), jnp.zeros(q_shape.shape, dtype)
+    spec, types = spec_of(inputs, options), output_types(inputs, options)
+    if spec.num_tokens == 0:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
     if config is None:
-        spec = Spec(num_tokens, num_q_heads, num_kv_heads, head_dim, options.rotary_dim, str(dtype))
         config = triton_forward(spec)
-    q_programs = pl.cdiv(num_tokens * num_q_heads, config.rows_per_program)
-    k_programs = pl.cdiv(num_tokens * num_kv_heads, config.rows_per_program)
+    q_programs = pl.cdiv(spec.num_tokens * spec.num_q_heads, config.rows_per_program)
+    k_programs = pl.cdiv(spec.num_tokens * spec.num_kv_heads, config.rows_per_program)
+    mrope, dtype = options.mrope_section is not None, inputs.q.dtype
     kernel = functools.partial(
         _forward_kernel,
         q_programs=q_programs,
         k_programs=k_programs,
+        spec=spec,
         options=options,
         config=config,
-        arithmetic=_plain_arithmetic(dtype) if interpret else _ptx_arithmetic(dtype, options.mrope_section is not None),
+        arithmetic=_plain_arithmetic(dtype) if interpret else _ptx_arithmetic(dtype, mrope),
     )
-    return pl.pallas_call(
+    (outputs,) = pl.pallas_call(
         kernel,
         grid=(q_programs + k_programs,),
-        out_shape=(q_shape, k_shape, q_shape),
+        out_shape=(jax.tree.map(lambda x: output(x.shape, x.dtype), types),),
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name=FORWARD_NAME,
-    )(q_gate.reshape(num_tokens, num_q_heads, 2, head_dim), k, q_weight, k_weight, cos_sin_cache, positions)
+    )(inputs._replace(q=inputs.q.reshape(q_shape(spec, options))))
+    return outputs
 
 
 def output(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
@@ -85,56 +76,86 @@ def output(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType())
 
 
+class _Heads(NamedTuple):
+    """Where rows (token, head) of D lanes lie in an array (T, places, …, D)."""
+
+    ref: Any
+    first: int = 0  # place of head 0
+    step: int = 1  # places from a head to the next
+    part: tuple[int, ...] = ()  # of a place
+
+    def at(self, token, head, column):
+        place = head if (self.first, self.step) == (0, 1) else self.first + self.step * head
+        return token, place, *self.part, column
+
+
+def q_shape(spec: Spec, options: Options) -> tuple[int, ...]:
+    """The shape in which a kernel takes q and writes its gradient: each place holds D lanes, or q and gate."""
+    gates = () if options.gate is None else (2,)
+    if options.packed is None:
+        return spec.num_tokens, spec.num_q_heads, *gates, spec.head_dim
+    return spec.num_tokens, math.prod(gates) * spec.num_q_heads + 2 * spec.num_kv_heads, spec.head_dim
+
+
+def heads_of(q_ref, k_ref, spec: Spec, options: Options) -> Outputs:
+    """Where q, k, v and gate lie in the arrays that the op reads, or their gradients in those that it writes."""
+    if options.packed is None:
+        if options.gate is None:
+            return Outputs(_Heads(q_ref), _Heads(k_ref))
+        return Outputs(_Heads(q_ref, part=(0,)), _Heads(k_ref), gate=_Heads(q_ref, part=(1,)))
+    step = 1 if options.gate is None else 2
+    first_k = step * spec.num_q_heads
+    gate = None if options.gate is None else _Heads(q_ref, 1, step)
+    k, v = _Heads(q_ref, first_k), _Heads(q_ref, first_k + spec.num_kv_heads)
+    return Outputs(_Heads(q_ref, 0, step), k, v, gate)
+
+
 def _forward_kernel(
-    q_gate_ref,
-    k_ref,
-    q_weight_ref,
-    k_weight_ref,
-    cache_ref,
-    positions_ref,
-    q_out_ref,
-    k_out_ref,
-    gate_out_ref,
+    inputs: Inputs,
+    outputs: Outputs,
     *,
     q_programs: int,
     k_programs: int,
+    spec: Spec,
     options: Options,
     config: TritonForward,
     arithmetic: "_Arithmetic",
 ):
-    """One program: B consecutive rows (token, head) of q with their gates, or of k.
+    """One program: B consecutive rows (token, head) of q, or of k, and what is copied beside them: gates, or v.
 
     RoPE partners lie at the same place of two tiles, so in one thread: no shuffle for the rotation, no shared memory,
     no barrier. Every load is issued before the first store. H200, bf16, T = 16384, 16/2 heads: 135.8 us of a 133.5
     us copy.
     """
-    num_rows_per_program, head_dim = config.rows_per_program, k_ref.shape[-1]
+    num_rows_per_program, head_dim = config.rows_per_program, spec.head_dim
     layout = _LAYOUTS[config.layout](num_rows_per_program, head_dim, options.rotary_dim)
 
-    def norm_and_rope(block, x_ref, half, weight_ref, out_ref, gate_out_ref=None):
+    def norm_and_rope(block, num_heads, source, weight_ref, out_ref, beside, beside_out_ref):
         def rows(lanes):
-            return _rows(block, num_rows_per_program, x_ref.shape[0], x_ref.shape[1], lanes)
+            return _rows(block, num_rows_per_program, spec.num_tokens, num_heads, lanes)
 
         in_tiles, xs = [], []
-        gate = None
-        if gate_out_ref is not None:
+        copied = None
+        if beside_out_ref is not None:
             # One tile over the whole row, 16 bytes a thread in every layout. First, so that its bytes are on the way
             # while the rest waits for addresses.
             lanes = next_power_of_2(head_dim)
-            gate_columns = _iota((num_rows_per_program, lanes), 1)
+            copied_columns = _iota((num_rows_per_program, lanes), 1)
             token, head, in_rows = rows(lanes)
-            in_gate = _and(in_rows, None if lanes == head_dim else gate_columns < head_dim)
-            gate = _load(x_ref, (token, head, 1, gate_columns), in_gate)
+            in_copied = _and(in_rows, None if lanes == head_dim else copied_columns < head_dim)
+            copied = _load(beside.ref, beside.at(token, head, copied_columns), in_copied)
         for columns, exists in zip(layout.columns, layout.exists, strict=True):
             token, head, in_rows = rows(columns.shape[1])
             in_tiles.append(_and(in_rows, exists))
-            xs.append(_load(x_ref, (token, head, *half, columns), in_tiles[-1]))
+            xs.append(_load(source.ref, source.at(token, head, columns), in_tiles[-1]))
         token, _, in_rows = rows(1)
-        table_rows = _table_rows(positions_ref, token, in_rows, cache_ref.shape[0], options)
-        angles = [_cos_and_sin(cache_ref, table_rows, f, layout.rotated, options) for f in layout.frequencies]
-        if gate_out_ref is not None:
+        table_rows = _table_rows(inputs.positions, token, in_rows, inputs.cos_sin_cache.shape[0], options)
+        angles = [
+            _cos_and_sin(inputs.cos_sin_cache, table_rows, f, layout.rotated, options) for f in layout.frequencies
+        ]
+        if beside_out_ref is not None:
             token, head, _ = rows(lanes)
-            _store(gate_out_ref, (token, head, gate_columns), gate, in_gate)
+            _store(beside_out_ref, (token, head, copied_columns), copied, in_copied)
         # Weights come from L1. Loaded after a store that might alias them, they keep ptxas from sinking that store, and
         # with it the loads before it, below the reduction.
         weights = [_load(weight_ref, (c,), e) for c, e in zip(layout.columns, layout.exists, strict=True)]
@@ -146,7 +167,7 @@ def _forward_kernel(
         ys = [x * inv_rms * w for x, w in zip(xs, weights, strict=True)]
         angles = [(cos.astype(jnp.float32), sin.astype(jnp.float32), inside) for cos, sin, inside in angles]
         # NaN in cos alone spoils both halves of the pair.
-        angles = [(jnp.where(inside, cos, jnp.nan), sin) for cos, sin, inside in angles]
+        angles = [(cos if inside is None else jnp.where(inside, cos, jnp.nan), sin) for cos, sin, inside in angles]
         ys = layout.rotate(ys, angles, arithmetic)
         for columns, y, in_tile in zip(layout.columns, ys, in_tiles, strict=False):
             token, head, _ = rows(columns.shape[1])
@@ -157,14 +178,16 @@ def _forward_kernel(
     group = _div(program, period)
     is_k = (_rem(program, period) == period - 1) & (group < k_programs)
 
+    heads = heads_of(inputs.q, inputs.k, spec, options)
+
     @pl.when(is_k)
     def _():
-        norm_and_rope(group, k_ref, (), k_weight_ref, k_out_ref)
+        norm_and_rope(group, spec.num_kv_heads, heads.k, inputs.k_weight, outputs.k, heads.v, outputs.v)
 
     @pl.when(jnp.logical_not(is_k))
     def _():
         block = program - jnp.minimum(group, k_programs)
-        norm_and_rope(block, q_gate_ref, (0,), q_weight_ref, q_out_ref, gate_out_ref)
+        norm_and_rope(block, spec.num_q_heads, heads.q, inputs.q_weight, outputs.q, heads.gate, outputs.gate)
 
 
 def _rows(block, num_rows_per_program: int, num_tokens: int, num_heads: int, lanes: int):
@@ -180,7 +203,12 @@ def _rows(block, num_rows_per_program: int, num_tokens: int, num_heads: int, lan
 
 
 def _table_rows(positions_ref, token, in_rows, max_position: int, options: Options):
-    """The table row of each token, and whether its position lies inside the table: one pair per row of positions."""
+    """The table row of each token, and whether its position lies inside the table: one pair per row of positions.
+
+    Without positions the table has a row for each token and nothing lies outside it (None).
+    """
+    if positions_ref is None:
+        return [(token if in_rows is None else jnp.minimum(token, max_position - 1), None)]
     axes = (0,) if options.mrope_section is None else (0, 1, 2)
     mask = in_rows if jnp.ndim(token) else None
     return [_reference.table_rows(_load(positions_ref, (axis, token), mask), max_position) for axis in axes]
@@ -188,10 +216,13 @@ def _table_rows(positions_ref, token, in_rows, max_position: int, options: Optio
 
 def _cos_and_sin(cache_ref, table_rows, frequency, rotated, options: Options):
     """cos, sin and whether they lie inside the table, over a tile of frequencies (B, lanes)."""
-    row, inside = (jnp.broadcast_to(a, frequency.shape) for a in table_rows[0])
+    row, inside = table_rows[0]
+    row = jnp.broadcast_to(row, frequency.shape)
+    if inside is not None:
+        inside = jnp.broadcast_to(inside, frequency.shape)
     if options.mrope_section is not None:
         for axis in (1, 2):
-            reads = _reference.mrope_mask(frequency, axis, options.mrope_section)
+            reads = _reference.mrope_mask(frequency, axis, options.mrope_section, options.mrope_layout)
             axis_row, axis_inside = (jnp.broadcast_to(a, frequency.shape) for a in table_rows[axis])
             row, inside = jnp.where(reads, axis_row, row), jnp.where(reads, axis_inside, inside)
     half = options.rotary_dim // 2

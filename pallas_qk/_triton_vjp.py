@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jax.extend import backend
 
 from pallas_qk import _reference
 from pallas_qk._config import (
@@ -20,6 +19,8 @@ from pallas_qk._config import (
     next_power_of_2,
     triton_backward,
 )
+from pallas_qk._operands import Gradients, Inputs, Outputs, gradient_types, spec_of
+from pallas_qk._target import num_sms
 from pallas_qk._triton import (
     _LAYOUTS,
     _and,
@@ -32,7 +33,9 @@ from pallas_qk._triton import (
     _rem,
     _rows,
     _store,
+    heads_of,
     output,
+    q_shape,
 )
 
 BACKWARD_NAME = "pallas_qk_triton_backward"
@@ -41,162 +44,131 @@ WEIGHT_SUM_NAME = "pallas_qk_triton_weight_sum"
 _SUM_COLUMNS = 8  # of one program: 32 bytes, the unit of L2
 _SUM_ROWS = 4096  # of one tile of partials
 _SUM_ROWS_OF_A_WARP = 256  # 64 values a thread
-_H200_SMS = 132
 
 
 def backward(
-    q_gate: jax.Array,
-    k: jax.Array,
-    q_weight: jax.Array,
-    k_weight: jax.Array,
-    cos_sin_cache: jax.Array,
-    positions: jax.Array,
-    dq_out: jax.Array,
-    dk_out: jax.Array,
-    dgate_out: jax.Array,
+    inputs: Inputs,
+    cotangents: Outputs,
     *,
     options: Options,
     config: TritonBackward | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> Gradients:
     """The contract of `_reference.backward`. `interpret` runs the kernels in plain XLA, without inline assembly."""
-    num_tokens, num_q_heads, _ = q_gate.shape
-    _, num_kv_heads, head_dim = k.shape
-    dtype = q_gate.dtype
-    if num_tokens == 0:
-        no_rows = jnp.zeros((head_dim,), jnp.float32)
-        return jnp.zeros_like(q_gate), jnp.zeros_like(k), no_rows, no_rows
+    spec, types, dtype = spec_of(inputs, options), gradient_types(inputs, options), inputs.q.dtype
+    if spec.num_tokens == 0:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
     mrope = options.mrope_section is not None
     if config is None:
-        spec = Spec(num_tokens, num_q_heads, num_kv_heads, head_dim, options.rotary_dim, str(dtype))
-        wide = any(x.dtype == jnp.float32 for x in (q_gate, q_weight, k_weight, cos_sin_cache))
-        config = triton_backward(spec, _num_sms(), mrope=mrope, wide=wide)
+        wide = any(x.dtype == jnp.float32 for x in (inputs.q, inputs.q_weight, inputs.k_weight, inputs.cos_sin_cache))
+        config = triton_backward(spec, num_sms(), mrope=mrope, wide=wide)
     kernel = functools.partial(
         _backward_kernel,
+        spec=spec,
         options=options,
         config=config,
         arithmetic=_plain_arithmetic(dtype) if interpret else _ptx_arithmetic(dtype, mrope),
     )
     num_programs, partial_rows = config.q_programs + config.k_programs, _partial_rows(config)
+    q_in_heads = inputs.q.reshape(q_shape(spec, options))
     # One warp a program. What crosses warps goes through shared memory, and a kernel that uses any, 256 bytes even, is
     # launched with a carve-out that leaves 28 KB of L1 (H200, T = 16384, 16/2 heads: 196.9 against 182.6 us).
-    dq_gate, dk, partials = pl.pallas_call(
+    dq, dk, partials = pl.pallas_call(
         kernel,
         grid=(num_programs,),
         out_shape=(
-            output((num_tokens, num_q_heads, 2, head_dim), dtype),
-            output(k.shape, dtype),
-            output((num_programs * partial_rows, head_dim), jnp.float32),
+            output(q_in_heads.shape, dtype),
+            None if inputs.k is None else output(inputs.k.shape, dtype),
+            output((num_programs * partial_rows, spec.head_dim), jnp.float32),
         ),
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name=BACKWARD_NAME,
-    )(
-        q_gate.reshape(num_tokens, num_q_heads, 2, head_dim),
-        k,
-        q_weight,
-        k_weight,
-        cos_sin_cache,
-        positions,
-        dq_out,
-        dk_out,
-        dgate_out,
-    )
-    dq_weight, dk_weight = _sum_weights(partials, config.q_programs * partial_rows, interpret)
-    return dq_gate.reshape(q_gate.shape), dk, dq_weight, dk_weight
+    )(inputs._replace(q=q_in_heads), cotangents)
+    dq_weight, dk_weight = _sum_weights(partials, config.q_programs * partial_rows, types[2:], interpret)
+    return Gradients(dq.reshape(inputs.q.shape), dk, dq_weight, dk_weight)
 
 
-def _sum_weights(partials: jax.Array, q_rows: int, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    """The column sums (D,) of the first `q_rows` rows of partials and of the others."""
+def _sum_weights(partials: jax.Array, q_rows: int, types, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """The column sums (D,) of the first `q_rows` rows of partials and of the others, in the dtypes of `types`."""
     num_rows, head_dim = partials.shape
-    weight = output((head_dim,), jnp.float32)
     tile_rows = min(next_power_of_2(max(q_rows, num_rows - q_rows)), _SUM_ROWS)
     return pl.pallas_call(
         functools.partial(_weight_sum_kernel, q_rows=q_rows),
         grid=(2 * pl.cdiv(head_dim, _SUM_COLUMNS),),
-        out_shape=(weight, weight),
+        out_shape=tuple(output(x.shape, x.dtype) for x in types),
         compiler_params=plt.CompilerParams(num_warps=max(1, tile_rows // _SUM_ROWS_OF_A_WARP), num_stages=1),
         interpret=interpret,
         name=WEIGHT_SUM_NAME,
     )(partials)
 
 
-def _num_sms() -> int:
-    """Streaming multiprocessors of the GPU to make code for: the abstract mesh's, else the local one, else an H200."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None and device.platform in ("cuda", "gpu") and device.num_cores:
-        return device.num_cores
-    client = backend.backends().get("cuda")
-    return _H200_SMS if client is None else min(d.core_count for d in client.local_devices())
-
-
 def _backward_kernel(
-    q_gate_ref,
-    k_ref,
-    q_weight_ref,
-    k_weight_ref,
-    cache_ref,
-    positions_ref,
-    dq_out_ref,
-    dk_out_ref,
-    dgate_out_ref,
-    dq_gate_ref,
+    inputs: Inputs,
+    cotangents: Outputs,
+    dq_ref,
     dk_ref,
     partials_ref,
     *,
+    spec: Spec,
     options: Options,
     config: TritonBackward,
     arithmetic: _Arithmetic,
 ):
-    """One program: every so many-th block of B rows of q with their gates, or of k, and its partial weight gradients.
+    """One program: every so many-th block of B rows of q, or of k, and its partial weight gradients.
 
     In a row with r = 1 / rms and dy the cotangent rotated back: dweight gets dy * r * x, and with g = dy * r * weight
     dx = g - x * r^2 / D * sum(g * x).
     """
-    num_tokens, head_dim = k_ref.shape[0], k_ref.shape[-1]
-    num_rows = config.rows_per_step
+    num_tokens, head_dim, num_rows = spec.num_tokens, spec.head_dim, config.rows_per_step
     layout = _LAYOUTS[config.layout](num_rows, head_dim, options.rotary_dim)
     columns, exists = layout.columns[: len(layout.offsets)], layout.exists[: len(layout.offsets)]
     arithmetic = arithmetic._replace(rotate=functools.partial(_rotate_back, arithmetic))
     # Rows past the last are ones with cotangents of zero: a row of zeros has no finite 1 / rms where eps is 0.
-    one, zero = jnp.ones((), k_ref.dtype), jnp.zeros((), k_ref.dtype)
+    one, zero = jnp.ones((), dq_ref.dtype), jnp.zeros((), dq_ref.dtype)
     no_x = [one if e is None else jnp.where(e, one, zero) for e in exists]
 
-    def walk(program, programs, slot, x_ref, half, weight_ref, dout_ref, dx_ref, dgate_ref=None):
-        num_heads = x_ref.shape[1]
+    def walk(program, programs, slot, num_heads, weight_ref, normalised, copied):
+        source, dout_ref, target = normalised
+        beside_ref, beside = copied
 
         def rows(step, lanes):
             return _rows(program + step * programs, num_rows, num_tokens, num_heads, lanes)
 
         def load_positions(step):
-            """The positions of a step's tokens, one for each axis."""
+            """The positions of a step's tokens, one for each axis; without positions, the tokens."""
             token = jnp.minimum(rows(step, 1)[0], num_tokens - 1)  # past the last row there is none
-            return [_load(positions_ref, (axis, token)) for axis in range(positions_ref.shape[0])]
+            if inputs.positions is None:
+                return [token]
+            return [_load(inputs.positions, (axis, token)) for axis in range(inputs.positions.shape[0])]
 
         def body(step, carry):
             dweights, positions = carry
             # Every load is issued before the first store.
-            if dgate_ref is not None:
+            if beside_ref is not None:
                 # One tile over the whole row, 16 bytes a thread in every layout.
-                gate_columns = _iota((num_rows, next_power_of_2(head_dim)), 1)
-                token, head, in_rows = rows(step, gate_columns.shape[1])
-                gate_row = token, head
-                in_gate = _and(in_rows, None if gate_columns.shape[1] == head_dim else gate_columns < head_dim)
-                gate = _load(dgate_ref, (*gate_row, gate_columns), in_gate)
+                columns_beside = _iota((num_rows, next_power_of_2(head_dim)), 1)
+                token, head, in_rows = rows(step, columns_beside.shape[1])
+                place_beside = token, head, columns_beside
+                in_beside = _and(in_rows, None if columns_beside.shape[1] == head_dim else columns_beside < head_dim)
+                vector_beside = _load(beside_ref, place_beside, in_beside)
             token, head, in_rows = rows(step, columns[0].shape[1])
             in_tiles = [_and(in_rows, e) for e in exists]
-            xs = [_load(x_ref, (token, head, *half, c), m, n) for c, m, n in zip(columns, in_tiles, no_x, strict=True)]
+            xs = [
+                _load(source.ref, source.at(token, head, c), m, n)
+                for c, m, n in zip(columns, in_tiles, no_x, strict=True)
+            ]
             douts = [
                 _load(dout_ref, (token, head, c), _and(in_rows, e))
                 for c, e in zip(layout.columns, layout.exists, strict=True)
             ]
             angles = [
-                _cos_and_sin(cache_ref, positions, f, layout.rotated, options, arithmetic) for f in layout.frequencies
+                _cos_and_sin(inputs, positions, f, layout.rotated, options, arithmetic) for f in layout.frequencies
             ]
             # One step ahead: the next table row then waits for nothing (2 us).
             positions = load_positions(step + 1)
-            if dgate_ref is not None:
-                _store(dx_ref, (*gate_row, 1, gate_columns), gate, in_gate)
+            if beside_ref is not None:
+                _store(beside.ref, beside.at(*place_beside), vector_beside, in_beside)
             # From L1. Loaded after a store that might alias them, they keep ptxas from sinking it, and with it the
             # loads before it, below the sums.
             weights = [_load(weight_ref, (c,), e).astype(jnp.float32) for c, e in zip(columns, exists, strict=True)]
@@ -215,7 +187,7 @@ def _backward_kernel(
             along_x = (_row_sum(gs, xs, arithmetic) * inv_rms) * (inv_rms * (-1.0 / head_dim))
             dxs = [arithmetic.fma(x, along_x, g) for x, g in zip(xs, gs, strict=True)]
             for c, mask, dx in zip(columns, in_tiles, dxs, strict=True):
-                _store(dx_ref, (token, head, *half, c), arithmetic.narrow(dx), mask)
+                _store(target.ref, target.at(token, head, c), arithmetic.narrow(dx), mask)
             return dweights, positions
 
         num_steps = pl.cdiv(num_tokens * num_heads, num_rows)
@@ -233,14 +205,18 @@ def _backward_kernel(
     group = _div(program, period)
     is_k = (_rem(program, period) == period - 1) & (group < k_programs)
 
+    read, written = (heads_of(q, k, spec, options) for q, k in ((inputs.q, inputs.k), (dq_ref, dk_ref)))
+
     @pl.when(is_k)
     def _():
-        walk(group, k_programs, q_programs + group, k_ref, (), k_weight_ref, dk_out_ref, dk_ref)
+        normalised, copied = (read.k, cotangents.k, written.k), (cotangents.v, written.v)
+        walk(group, k_programs, q_programs + group, spec.num_kv_heads, inputs.k_weight, normalised, copied)
 
     @pl.when(jnp.logical_not(is_k))
     def _():
         slot = program - jnp.minimum(group, k_programs)
-        walk(slot, q_programs, slot, q_gate_ref, (0,), q_weight_ref, dq_out_ref, dq_gate_ref, dgate_out_ref)
+        normalised, copied = (read.q, cotangents.q, written.q), (cotangents.gate, written.gate)
+        walk(slot, q_programs, slot, spec.num_q_heads, inputs.q_weight, normalised, copied)
 
 
 def _partial_rows(config: TritonBackward) -> int:
@@ -272,23 +248,26 @@ def _row_sum(a_tiles, b_tiles, arithmetic: _Arithmetic) -> jax.Array:
     return jnp.sum(total, axis=1, keepdims=True)
 
 
-def _cos_and_sin(cache_ref, positions, frequency, rotated, options: Options, arithmetic: _Arithmetic):
+def _cos_and_sin(inputs: Inputs, positions, frequency, rotated, options: Options, arithmetic: _Arithmetic):
     """cos and sin over a tile of frequencies, in the table's dtype; NaN for the cos of a position outside the table.
 
     With mRoPE each axis reads its row of the table in whole, 16 bytes a thread, and the lanes choose.
     """
-    half = options.rotary_dim // 2
+    cache_ref, half = inputs.cos_sin_cache, options.rotary_dim // 2
     nan = jnp.array(jnp.nan, cache_ref.dtype)
     angles = []
     for position in positions:
-        row, inside = _reference.table_rows(position, cache_ref.shape[0])
-        row, inside = jnp.broadcast_to(row, frequency.shape), jnp.broadcast_to(inside, frequency.shape)
-        mask = _and(inside, rotated)
+        if inputs.positions is None:
+            row, mask = jnp.broadcast_to(position, frequency.shape), rotated
+        else:
+            row, inside = _reference.table_rows(position, cache_ref.shape[0])
+            row, inside = jnp.broadcast_to(row, frequency.shape), jnp.broadcast_to(inside, frequency.shape)
+            mask = _and(inside, rotated)
         angles.append((_load(cache_ref, (row, frequency), mask, nan), _load(cache_ref, (row, half + frequency), mask)))
     cos, sin = angles[0]
     if options.mrope_section is not None:
         for axis in (1, 2):
-            reads = _reference.mrope_mask(frequency, axis, options.mrope_section)
+            reads = _reference.mrope_mask(frequency, axis, options.mrope_section, options.mrope_layout)
             cos, sin = (arithmetic.select(reads, a, b) for a, b in zip(angles[axis], (cos, sin), strict=True))
     return cos, sin
 
@@ -309,7 +288,7 @@ def _weight_sum_kernel(partials_ref, dq_weight_ref, dk_weight_ref, *, q_rows: in
             partials = _load(partials_ref, (first_row + start + row, column), _and(in_rows, in_columns))
             total = total + jnp.sum(partials, axis=0, keepdims=True)
         column = group * _SUM_COLUMNS + _iota(total.shape, 1)
-        _store(out_ref, (column,), total, None if in_columns is None else column < head_dim)
+        _store(out_ref, (column,), total.astype(out_ref.dtype), None if in_columns is None else column < head_dim)
 
     program = pl.program_id(0)
 

@@ -4,8 +4,9 @@ The derivative is a linear primitive: forward mode runs it in plain XLA, reverse
 kernel. Derivatives beyond the first are plain XLA. Residuals are the inputs.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,71 +14,89 @@ from jax import lax
 from jax.interpreters import ad, batching, mlir
 
 from pallas_qk import _reference, _sharding
-from pallas_qk._sharding import CACHE, CONSTANTS, POSITIONS, Call, backward_p, forward_p
+from pallas_qk._operands import Inputs, Outputs
+from pallas_qk._sharding import Call, backward_p, forward_p
 
 forward = _sharding.forward  # the differentiable op
 
-# Its operands: the inputs, and then the tangents of those inputs that `moving` names by place.
+# Its operands are the leaves of (inputs, tangents); None stands for the tangent of an input that doesn't move.
 tangent_p = _sharding.primitive("fused_qk_rmsnorm_rope_gate_tangent")
 
-_NUM_INPUTS = POSITIONS + 1
+
+def _tangent_of(call: Call, inputs: Inputs, tangents: Inputs) -> Outputs:
+    leaves, tree = jax.tree.flatten((inputs, tangents))
+    return _sharding.as_outputs(call.options, tangent_p.bind(*leaves, call=call, tree=tree))
 
 
-def _forward_jvp(inputs, tangents, *, call: Call, **_):
-    moving = _nonzero(tangents)
-    outputs = forward(call, *inputs)
-    return outputs, tangent_p.bind(*inputs, *moving.values(), call=call, moving=tuple(moving))
-
-
-def _nonzero(tangents) -> dict[int, jax.Array]:
-    return {place: t for place, t in enumerate(tangents) if place != POSITIONS and type(t) is not ad.Zero}
-
-
-def _tangent(*args: jax.Array, call: Call, moving: tuple[int, ...]) -> list[jax.Array]:
+def _tangent(call: Call, inputs: Inputs, tangents: Inputs) -> Outputs:
     """Tangents of the outputs: what `tangent_p` computes."""
-    inputs, tangents = args[:_NUM_INPUTS], args[_NUM_INPUTS:]
-    inputs32 = [*(x.astype(jnp.float32) for x in inputs[:POSITIONS]), inputs[POSITIONS]]
-    tangents32 = {place: x.astype(jnp.float32) for place, x in zip(moving, tangents, strict=True)}
-    outputs = _derivative(functools.partial(_sharding.on_heads, _reference.unrounded, call), inputs32, tangents32)
-    return [x.astype(inputs[0].dtype) for x in outputs]
+    function = functools.partial(_sharding.on_heads, _reference.unrounded, call)
+    outputs = _derivative(function, (_in_float32(inputs),), (_in_float32(tangents),))
+    return jax.tree.map(lambda x: x.astype(inputs.q.dtype), outputs)
 
 
-def _derivative(function: Callable, args: Sequence[jax.Array], tangents: dict[int, jax.Array]):
-    """The derivative of `function` along the tangents of some of its arguments, by place."""
-
-    def of_moving(*moved):
-        merged = list(args)
-        for place, x in zip(tangents, moved, strict=True):
-            merged[place] = x
-        return tuple(function(*merged))
-
-    return jax.jvp(of_moving, [args[place] for place in tangents], list(tangents.values()))[1]
+def _in_float32(x):
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, x)
 
 
-def _tangent_transpose(cotangents, *args, call: Call, moving: tuple[int, ...]):
-    inputs, tangents = args[:_NUM_INPUTS], args[_NUM_INPUTS:]
-    cotangents = [ad.instantiate_zeros(ct) for ct in cotangents]
-    gradients = _sharding.backward(call, *inputs, *cotangents)
-    if CACHE in moving:
-        gradients.append(_table_gradient(call, inputs, cotangents))
-    return [None] * _NUM_INPUTS + [
-        _sum_to(gradients[place], tangent.aval) if ad.is_undefined_primal(tangent) else None
-        for place, tangent in zip(moving, tangents, strict=True)
+def _moving(tree, tangents):
+    """The tangents as `tree`, None for what doesn't move: zeros, and integers."""
+    still = [type(t) is ad.Zero or t.dtype == jax.dtypes.float0 for t in tangents]
+    return jax.tree.unflatten(tree, [None if zero else t for zero, t in zip(still, tangents, strict=True)])
+
+
+def _derivative(function: Callable, operands, tangents):
+    """The derivative of `function` along tangents, None for what doesn't move."""
+
+    def of_moving(moving):
+        return function(*_with(operands, moving))
+
+    moving = _where(lambda x, tangent: None if tangent is None else x, operands, tangents)
+    return jax.jvp(of_moving, (moving,), (tangents,))[1]
+
+
+def _with(operands, others):
+    """`operands` with those of `others` that are there."""
+    return _where(lambda x, other: x if other is None else other, operands, others)
+
+
+def _where(function, first, second):
+    return jax.tree.map(function, first, second, is_leaf=lambda x: x is None)
+
+
+def _forward_jvp(primals, tangents, *, call: Call, tree, body):
+    del body
+    (inputs,), (moving,) = jax.tree.unflatten(tree, primals), _moving(tree, tangents)
+    outputs = forward(call, inputs)
+    return jax.tree.leaves(outputs), jax.tree.leaves(_tangent_of(call, inputs, moving))
+
+
+def _tangent_transpose(cotangents, *args, call: Call, tree):
+    inputs, tangents = jax.tree.unflatten(tree, args)
+    cotangents = _sharding.as_outputs(call.options, [ad.instantiate_zeros(ct) for ct in cotangents])
+    # A sum over manual axes may follow: then the kernel must not round.
+    rounded = not jax.sharding.get_abstract_mesh().manual_axes
+    rounding = call._replace(options=dataclasses.replace(call.options, round_dweights=rounded))
+    gradients = _sharding.backward(rounding, inputs, cotangents)._asdict()
+    if ad.is_undefined_primal(tangents.cos_sin_cache):
+        gradients["cos_sin_cache"] = _table_gradient(call, inputs, cotangents)
+    moved = [(name, tangent) for name, tangent in tangents._asdict().items() if tangent is not None]
+    return [None] * len(jax.tree.leaves(inputs)) + [
+        _sum_to(gradients[name], tangent.aval) if ad.is_undefined_primal(tangent) else None for name, tangent in moved
     ]
 
 
-def _table_gradient(call: Call, inputs, cotangents) -> jax.Array:
-    """(max_pos, R) in float32: XLA's scatter-add, in no fixed order on a GPU."""
+def _table_gradient(call: Call, inputs: Inputs, cotangents: Outputs) -> jax.Array:
+    """In float32: a scatter-add by XLA, in no fixed order on a GPU; of a gathered table a sum over heads."""
 
-    def gradient(table, cotangents, positions, *inputs32):
+    def gradient(inputs, cotangents):
         def of_table(table):
-            return _sharding.on_heads(_reference.unrounded, call, *inputs32, table, positions)
+            return _sharding.on_heads(_reference.unrounded, call, inputs._replace(cos_sin_cache=table))
 
-        return jax.vjp(of_table, table)[1](cotangents)
+        return jax.vjp(of_table, inputs.cos_sin_cache)[1](cotangents)[0]
 
-    *inputs32, table = (x.astype(jnp.float32) for x in inputs[:POSITIONS])
-    cotangents = [ct.astype(jnp.float32) for ct in cotangents]
-    return _sharding.compiler_partitioned(gradient, [table])(table, cotangents, inputs[POSITIONS], *inputs32)[0]
+    inputs, cotangents = _in_float32(inputs), _in_float32(cotangents)
+    return _sharding.compiler_partitioned(gradient, inputs.cos_sin_cache)(inputs, cotangents)
 
 
 def _sum_to(gradient: jax.Array, aval) -> jax.Array:
@@ -86,41 +105,44 @@ def _sum_to(gradient: jax.Array, aval) -> jax.Array:
     return (lax.psum(gradient, tuple(axes)) if axes else gradient).astype(aval.dtype)
 
 
-def _tangent_jvp(args, tangents, **params):
-    outputs = tangent_p.bind(*args, **params)
-    return outputs, _further_derivative(functools.partial(_tangent, **params), args, tangents, outputs)
+def _tangent_jvp(primals, tangents, *, call: Call, tree):
+    outputs = tangent_p.bind(*primals, call=call, tree=tree)
+    return outputs, _further_derivative(functools.partial(_tangent, call), tree, primals, tangents, outputs)
 
 
-def _backward_jvp(args, tangents, *, call: Call, **_):
-    outputs = _sharding.backward(call, *args)
+def _backward_jvp(primals, tangents, *, call: Call, tree, body):
+    del body
+    outputs = jax.tree.leaves(_sharding.backward(call, *jax.tree.unflatten(tree, primals)))
     function = functools.partial(_sharding.on_heads, _reference.backward, call)
-    return outputs, _further_derivative(function, args, tangents, outputs)
+    return outputs, _further_derivative(function, tree, primals, tangents, outputs)
 
 
-def _further_derivative(function: Callable, args, tangents, outputs):
-    tangents = _nonzero(tangents)
+def _further_derivative(function: Callable, tree, primals, tangents, outputs):
+    def derivative(operands, moving):
+        return jax.tree.leaves(_derivative(function, operands, moving))
 
-    def derivative(args, moved):
-        return _derivative(function, args, dict(zip(tangents, moved, strict=True)))
-
-    return _sharding.compiler_partitioned(derivative, outputs)(args, list(tangents.values()))
+    operands = jax.tree.unflatten(tree, primals)
+    return _sharding.compiler_partitioned(derivative, outputs)(operands, _moving(tree, tangents))
 
 
-def _tangent_batch(args, dims, *, moving: tuple[int, ...], **params):
-    constants = [i for i, place in enumerate((*range(_NUM_INPUTS), *moving)) if place in CONSTANTS]
-    outputs = _sharding.batch(functools.partial(tangent_p.bind, moving=moving, **params), args, dims, constants)
+def _tangent_batch(args, dims, *, call: Call, tree):
+    names = jax.tree.leaves(_sharding.axes(call.options, *jax.tree.unflatten(tree, args)))
+    outputs = _sharding.batch(functools.partial(tangent_p.bind, call=call, tree=tree), names, args, dims)
     return outputs, [0] * len(outputs)
 
 
 @tangent_p.def_abstract_eval
-def _tangent_abstract_eval(q_gate, k, *args, moving: tuple[int, ...], **_):
-    q_out = q_gate.update(shape=(*q_gate.shape[:-1], q_gate.shape[-1] // 2))
-    places = (*range(_NUM_INPUTS), *moving)
-    return _sharding.result_types("forward", (q_out, k, q_out), (q_gate, k, *args), places)
+def _tangent_abstract_eval(*args, call: Call, tree):
+    inputs, tangents = jax.tree.unflatten(tree, args)
+    outputs = _sharding.output_shapes(call.options, inputs)
+    return _sharding.result_types(outputs, call.options, (inputs, tangents))
 
 
-def _tangent_lowering(ctx, *args, **params):
-    return _sharding.lower_untyped(ctx, functools.partial(_tangent, **params), *args)
+def _tangent_lowering(ctx, *args, call: Call, tree):
+    def function(*args):
+        return jax.tree.leaves(_tangent(call, *jax.tree.unflatten(tree, args)))
+
+    return _sharding.lower_untyped(ctx, function, *args)
 
 
 ad.primitive_jvps[forward_p] = _forward_jvp

@@ -30,6 +30,11 @@ class Case:
     max_position: int = 4096
     scale: float = 1.0
     weight_scale: float = 1.0
+    # The form of the call, see tests/forms.py; the inputs of `make_inputs` and the definition are those of the first.
+    gate: str | None = "copied"  # "in_place": copy_gate=False; None: q without gates
+    packed: bool = False  # q, k and v in one array
+    gathered: bool = False  # a row of the table for each token instead of positions
+    mrope_layout: str = "interleaved"
 
     @property
     def id(self) -> str:
@@ -117,14 +122,20 @@ def minimum_bytes(case: Case, op: str = "forward") -> int:
     """Bytes that any implementation of "forward" or "backward" must move: inputs read once, outputs written once.
 
     The floor belongs to the case and never to an implementation. Each token of the forward reads one table row; the
-    backward's, weights and positions are left out (under 1 % and 0.1 %).
+    backward's, weights and positions are left out (under 1 % and 0.1 %). A gate left in place costs the forward
+    nothing, but its cotangent is moved into dq_gate; v of a packed array is moved in both directions.
     """
     itemsize = jnp.dtype(case.dtype).itemsize
-    if op == "backward":  # q, k and the three cotangents in, dq_gate and dk out
-        return case.num_tokens * (5 * case.num_q_heads + 3 * case.num_kv_heads) * case.head_dim * itemsize
-    cache_itemsize = jnp.dtype(case.cache_dtype or case.dtype).itemsize
-    heads = 4 * case.num_q_heads + 2 * case.num_kv_heads
-    return case.num_tokens * (heads * case.head_dim * itemsize + case.rotary_dim * cache_itemsize)
+    # Moved from one array to another as they are: read and written.
+    copied = case.num_kv_heads if case.packed else 0
+    if case.gate == "copied" or (case.gate == "in_place" and op == "backward"):
+        copied += case.num_q_heads
+    # x in and out; in the backward the cotangent and x in, dx out.
+    heads = (3 if op == "backward" else 2) * (case.num_q_heads + case.num_kv_heads) + 2 * copied
+    activations = case.num_tokens * heads * case.head_dim * itemsize
+    if op == "backward":
+        return activations
+    return activations + case.num_tokens * case.rotary_dim * jnp.dtype(case.cache_dtype or case.dtype).itemsize
 
 
 # One feature or awkward size a case: small enough for interpret mode, together every branch of every layout.

@@ -26,10 +26,20 @@ _ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
 _SUBNORMAL = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-126}  # float32: results may be flushed
 
 
-def mrope_axis(frequency: int, mrope_section: tuple[int, int, int]) -> int:
-    """The row of positions that a frequency reads: interleaved time, height, width, time, …"""
+def mrope_axis(frequency: int, mrope_section: tuple[int, int, int], mrope_layout: str = "interleaved") -> int:
+    """The row of positions that a frequency reads: interleaved time, height, width, time, … or one block each."""
+    if mrope_layout == "sectioned":
+        return [axis for axis, count in enumerate(mrope_section) for _ in range(count)][frequency]
     axis = frequency % 3
     return axis if axis and frequency < 3 * mrope_section[axis] else 0
+
+
+def axes(case: Case) -> list[int]:
+    """The row of positions that each frequency reads."""
+    half = case.rotary_dim // 2
+    if case.mrope_section is None:
+        return [0] * half
+    return [mrope_axis(frequency, case.mrope_section, case.mrope_layout) for frequency in range(half)]
 
 
 def define(case: Case, inputs: Inputs) -> Defined:
@@ -38,8 +48,7 @@ def define(case: Case, inputs: Inputs) -> Defined:
     positions = np.asarray(inputs.positions).astype(np.int64)
     half = case.rotary_dim // 2
     cos, sin = np.empty((case.num_tokens, half)), np.empty((case.num_tokens, half))
-    for frequency in range(half):
-        axis = 0 if case.mrope_section is None else mrope_axis(frequency, case.mrope_section)
+    for frequency, axis in enumerate(axes(case)):
         rows = positions if case.mrope_section is None else positions[axis]
         cos[:, frequency], sin[:, frequency] = cache[rows, frequency], cache[rows, half + frequency]
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.cases import Case, Inputs
-from tests.definition import mrope_axis
+from tests.definition import axes
 
 NAMES = ("q_gate", "k", "q_weight", "k_weight", "cos_sin_cache")
 
@@ -35,8 +35,7 @@ def make_cotangents(case: Case, seed: int = 0) -> tuple[jax.Array, ...]:
 def float64_op(case: Case, positions):
     """The op's definition as a function of q_gate, k, weights and table: no rounding, for JAX to differentiate."""
     half, d = case.rotary_dim // 2, case.head_dim
-    axes = [0 if case.mrope_section is None else mrope_axis(j, case.mrope_section) for j in range(half)]
-    rows = np.atleast_2d(np.asarray(positions)).astype(np.int64)[axes].T  # (T, R/2)
+    rows = np.atleast_2d(np.asarray(positions)).astype(np.int64)[axes(case)].T  # (T, R/2)
 
     def op(q_gate, k, q_weight, k_weight, cache):
         cos, sin = cache[rows, np.arange(half)][:, None], cache[rows, half + np.arange(half)][:, None]
@@ -93,8 +92,7 @@ def _bounds(case: Case, args, positions, cotangents) -> list[np.ndarray]:
     """
     u, d, half = 2.0**-24, case.head_dim, case.rotary_dim // 2
     q_gate, k, q_weight, k_weight, cache = args
-    axes = [0 if case.mrope_section is None else mrope_axis(j, case.mrope_section) for j in range(half)]
-    rows = np.atleast_2d(positions).astype(np.int64)[axes].T
+    rows = np.atleast_2d(positions).astype(np.int64)[axes(case)].T
     cos, sin = abs(cache[rows, np.arange(half)])[:, None], abs(cache[rows, half + np.arange(half)])[:, None]
     inv_rms_error = (d + 3) / 2 + 4
     table_size = np.zeros_like(cache)

@@ -23,13 +23,14 @@ from jaxlib.mlir import ir, passmanager
 WARP = 32
 
 
-def execute(function, *args: jax.Array | np.ndarray, programs: slice = slice(None)) -> list[np.ndarray]:
+def execute(function, *args, programs: slice = slice(None)):
     """The results of `function(*args)`, which must be Mosaic GPU kernels in a row, with reshapes between them.
 
+    Arguments and results are arrays, in any containers.
     `programs` of the first kernel's grid may be picked; the others leave their part of its results zero.
     """
     program = emitted(function, *args)
-    arrays = {_Argument(i): np.asarray(arg) for i, arg in enumerate(args)}
+    arrays = {_Argument(i): np.asarray(arg) for i, arg in enumerate(jax.tree.leaves(args))}
     for index, kernel in enumerate(program.kernels):
         picked = programs if index == 0 else slice(None)
         inputs = [_Memory(arrays[key].reshape(shape)) for key, shape in kernel.inputs]
@@ -39,7 +40,7 @@ def execute(function, *args: jax.Array | np.ndarray, programs: slice = slice(Non
         assert picked != slice(None) or all(r.written.all() for r in results), "a result is not written in full"
         for place, (result, out) in enumerate(zip(results, kernel.outputs, strict=True)):
             arrays[_Output(index, place)] = result.bytes.view(out.dtype).reshape(out.shape)
-    return [arrays[key].reshape(shape) for key, shape in program.results]
+    return program.tree.unflatten([arrays[key].reshape(shape) for key, shape in program.results])
 
 
 class _Argument(NamedTuple):
@@ -72,14 +73,16 @@ class Program(NamedTuple):
 
     kernels: list[Kernel]
     results: list[tuple[_Argument | _Output, tuple[int, ...]]]
+    tree: jax.tree_util.PyTreeDef  # of the results
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.kernels))
 
 
 def emitted(function, *args) -> Program:
-    shapes = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args)
-    program = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).compiler_ir()
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+    lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
+    program = lowered.compiler_ir()
     (main,) = program.body.operations
     *operations, end = main.regions[0].blocks[0].operations
     calls: list[ir.Operation] = []
@@ -102,7 +105,7 @@ def emitted(function, *args) -> Program:
         outputs = [_shape_dtype(result.type) for result in call.results]
         kernels.append(Kernel(code, [source(operand) for operand in call.operands], outputs))
         calls.append(call)
-    return Program(kernels, [source(result) for result in end.operands])
+    return Program(kernels, [source(result) for result in end.operands], jax.tree.structure(lowered.out_info))
 
 
 _RESHAPES = ("stablehlo.reshape", "stablehlo.broadcast_in_dim")
@@ -141,6 +144,8 @@ class _Memory:
         if array is None:
             self.bytes = np.zeros(math.prod(result.shape) * result.dtype.itemsize, np.uint8)
             self.written = np.zeros(self.bytes.shape, bool)
+            self.writer = np.full(self.bytes.shape, -1)  # the program, of what is written
+            self.visible = self.writer  # the same as of the last barrier
         else:
             self.bytes = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
@@ -152,10 +157,13 @@ class _Memory:
         return offset[:, None] + np.arange(num_bytes)
 
     def load(self, offset, active, width: int, count: int) -> np.ndarray:
-        assert not self.is_result, "a result is read"
         offset, active = np.broadcast_arrays(offset, active)
         words = np.zeros((count, *offset.shape), _unsigned(width))
-        words[:, active] = self.bytes[self.indices(offset, active, width // 8 * count)].view(words.dtype).T
+        indices = self.indices(offset, active, width // 8 * count)
+        if self.is_result:
+            own = self.visible[indices] == np.nonzero(active)[0][:, None]
+            assert own.all(), "a result is read that the program had not written before a barrier"
+        words[:, active] = self.bytes[indices].view(words.dtype).T
         return words
 
     def store(self, offset, active, words: list[np.ndarray]) -> None:
@@ -168,6 +176,11 @@ class _Memory:
         self.bytes[indices] = new
         assert (self.bytes[indices] == new).all(), "written twice with different bits"
         self.written[indices] = True
+        self.writer[indices] = np.nonzero(active)[0][:, None]
+
+    def barrier(self) -> None:
+        if self.is_result:
+            self.visible = self.writer.copy()
 
 
 def _unsigned(width: int):
@@ -295,6 +308,9 @@ class _Launch:
                 self._store(op)
             elif op.name == "llvm.inline_asm" and "pmevent" in op.attributes["asm_string"].value:
                 pass
+            elif op.name == "llvm.inline_asm" and op.attributes["asm_string"].value.startswith("bar.sync"):
+                for memory in self.memories:  # the threads of all programs run in step
+                    memory.barrier()
             else:
                 # What this kernel has no use for (barriers, elections, shared memory) stays without a value.
                 operands = [self.values.get(operand) for operand in op.operands]

@@ -1,14 +1,15 @@
 """Runs one implementation by name on whatever device is there."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
-import pallas_qk
 from pallas_qk import _implementations
-from pallas_qk._config import Options
+from pallas_qk._operands import Gradients, Outputs
+from tests import forms
 from tests.cases import Case, Inputs
 
 
@@ -16,38 +17,51 @@ def has_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
-def run(implementation: str, case: Case, inputs: Inputs, **config) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(q_out, k_out, gate_out): the public function, or the kernel executed by its interpreter without a GPU.
+def run(implementation: str, case: Case, inputs: Inputs, **config) -> tuple[jax.Array, ...]:
+    """(q_out, k_out, gate_out), or what the case's form has of q_out, k_out, v_out and gate_out; all (T, heads*D).
 
-    `config` goes to the kernel's own `forward` and takes that path on a GPU too.
+    The public function, or the kernel executed by its interpreter without a GPU. `config` goes to the kernel's own
+    `forward` and takes that path on a GPU too.
     """
     if implementation == "xla" or (has_gpu() and not config):
-        return pallas_qk.fused_qk_rmsnorm_rope_gate(*inputs, **case.static_arguments, implementation=implementation)
-    q_gate, k, q_weight, k_weight, cos_sin_cache, positions = inputs
-    num_tokens = case.num_tokens
-    outputs = _kernel(implementation, case, **config)(
-        q_gate.reshape(num_tokens, case.num_q_heads, 2 * case.head_dim),
-        k.reshape(num_tokens, case.num_kv_heads, case.head_dim),
-        q_weight,
-        k_weight,
-        cos_sin_cache,
-        positions if positions.ndim == 2 else positions[None],
-    )
-    q_out, k_out, gate_out = (jnp.asarray(x).reshape(num_tokens, x.shape[1] * x.shape[2]) for x in outputs)
-    return q_out, k_out, gate_out
+        return forms.op(case, implementation)(*forms.arguments(case, inputs))
+    operands = forms.split_heads(case, forms.inputs_of(case, inputs))
+    outputs = _kernel("forward", implementation, case, **config)(operands)
+    if case.gate == "in_place":
+        assert outputs.gate is None
+        outputs = outputs._replace(gate=forms.split_gates(case, inputs.q_gate)[1])
+    return tuple(_flat(x) for x in jax.tree.leaves(outputs))
+
+
+def run_backward(implementation: str, case: Case, inputs: Inputs, cotangents, **config) -> list[jax.Array]:
+    """The gradients of q and k (or of one packed array), flat, and of the weights, in float32, by `backward` itself.
+
+    `cotangents` are those of what `run` returns.
+    """
+    operands = forms.split_heads(case, forms.inputs_of(case, inputs))
+    names = ["q", "k", *(["v"] if case.packed else []), *([] if case.gate is None else ["gate"])]
+    cotangents = forms.split_heads(case, Outputs(**dict(zip(names, cotangents, strict=True))))
+    gradients: Gradients = _kernel("backward", implementation, case, **config)(operands, cotangents)
+    return [*map(_flat, jax.tree.leaves(gradients[:2])), *map(jnp.asarray, gradients[2:])]
+
+
+def _flat(x) -> jax.Array:
+    """(T, heads*D) of (T, heads, D)."""
+    return jnp.asarray(x).reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 @functools.cache
-def _kernel(implementation: str, case: Case, **config):
-    options = Options(case.rotary_dim, case.eps, case.norm_beta, case.mrope_section)
-    forward = functools.partial(_implementations.module(implementation).forward, options=options, **config)
-    if has_gpu():
-        return jax.jit(forward)
+def _kernel(direction: str, implementation: str, case: Case, **config):
+    """`forward` or `backward` of an implementation, compiled, or run by its interpreter."""
+    module = _implementations.module if direction == "forward" else _implementations.backward_module
+    function = functools.partial(getattr(module(implementation), direction), options=forms.options(case), **config)
+    if has_gpu() or implementation == "xla":
+        return jax.jit(function)
     if implementation == "triton":
-        return jax.jit(functools.partial(forward, interpret=True))
+        return jax.jit(functools.partial(function, interpret=True))
     from tests.mosaic_interpreter import execute
 
-    return jax.jit(forward) if case.num_tokens == 0 else functools.partial(execute, forward)
+    return jax.jit(function) if case.num_tokens == 0 else functools.partial(execute, function)
 
 
 def primitives(function, *args) -> list[str]:

@@ -288,6 +288,10 @@ def test_a_run_is_found_by_the_beginning_of_its_id():
         ({"mrope_section": (11, 11, 10)}, "forward_mrope"),
         ({"cache_dtype": "float32"}, "forward_float32_table"),
         ({"mrope_section": (11, 11, 10), "weight_dtype": "float32"}, "forward_mrope_float32_weights"),
+        ({"mrope_section": (11, 11, 10), "mrope_layout": "sectioned"}, "forward_mrope_sectioned"),
+        ({"gate": "in_place"}, "forward_gate_in_place"),
+        ({"gate": None}, "forward_no_gate"),
+        ({"packed": True, "gathered": True}, "forward_packed_table_row_a_token"),
     ],
 )
 def test_only_the_plain_contract_is_recorded_as_forward(changes, op):
@@ -308,6 +312,11 @@ def test_run_ids_differ_and_files_are_named_by_gpu():
         (Case(16384, 32, 2), 16384 * (132 * 512 + 128)),
         (Case(3, 5, 2, 80, 40, "float16", cache_dtype="float32"), 3 * (24 * 160 + 160)),
         (Case(2, 1, 1, 64, 64, "float32"), 2 * (6 * 256 + 256)),
+        (Case(16384, gate="in_place"), 16384 * (36 * 512 + 128)),
+        (Case(16384, gate=None), 16384 * (36 * 512 + 128)),
+        (Case(16384, packed=True), 16384 * ((68 + 4) * 512 + 128)),
+        (Case(16384, packed=True, gate="in_place"), 16384 * ((36 + 4) * 512 + 128)),
+        (Case(16384, gathered=True), 16384 * (68 * 512 + 128)),
     ],
 )
 def test_minimum_bytes(case, expected):
@@ -788,3 +797,9 @@ def test_gradients_are_checked_before_they_are_timed(name, dtype):
 def test_backward_bytes_count_q_k_and_three_cotangents_in_and_two_gradients_out():
     case = Case(7, 3, 2, head_dim=64, rotary_dim=16)
     assert minimum_bytes(case, "backward") == 7 * (3 * (1 + 1 + 1 + 2) + 2 * (1 + 1 + 1)) * 64 * 2
+    floors = {
+        form: minimum_bytes(dataclasses.replace(case, **dict(form)), "backward") // (7 * 64 * 2)
+        for form in ((("gate", "in_place"),), (("gate", None),), (("packed", True),))
+    }
+    # The gate's cotangent is moved wherever the gate lay; v's beside those of q and k.
+    assert list(floors.values()) == [3 * 5 + 2 * 3, 3 * 3 + 2 * 3, 3 * 5 + 2 * 5]

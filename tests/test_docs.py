@@ -39,7 +39,15 @@ def test_the_porting_guides_code_runs():
             exec(block, names)
 
 
-@pytest.mark.parametrize("name", ["fused_qk_rmsnorm_rope_gate", "default_implementation"])
+FUNCTIONS = (
+    "fused_qk_rmsnorm_rope_gate",
+    "fused_qk_rmsnorm_rope",
+    "fused_qkv_rmsnorm_rope_gate",
+    "default_implementation",
+)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_docstring_examples(name):
     tests = doctest.DocTestFinder(recurse=False).find(getattr(_api, name), name)
     results = [doctest.DocTestRunner().run(test) for test in tests]
@@ -49,6 +57,6 @@ def test_docstring_examples(name):
 
 def test_every_public_name_has_a_docstring():
     names = [name for name in vars(pallas_qk) if not name.startswith("_")]
-    assert set(names) >= {"fused_qk_rmsnorm_rope_gate", "default_implementation", "IMPLEMENTATIONS", "dlpack"}
+    assert set(names) >= {*FUNCTIONS, "IMPLEMENTATIONS", "dlpack"}
     for name in names:
         assert name == "IMPLEMENTATIONS" or getattr(pallas_qk, name).__doc__

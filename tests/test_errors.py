@@ -31,6 +31,24 @@ ROTARY = (
     "For a config with a partial_rotary_factor, pass int(partial_rotary_factor * head_dim)."
 )
 
+Q_GATE = (
+    "q_gate must have shape (..., 384) or (..., 3, 128), got {}. "
+    "Its sizes: num_q_heads, 2 * head_dim, as one axis or two; fused_qk_rmsnorm_rope takes q without gates."
+)
+K = "k must have shape {}, got {}. Its sizes: the leading axes of q_gate, then {}."
+POSITIONS = (
+    "positions must have shape {}, got {}. "
+    "Its sizes: the leading axes of q_gate; three rows of positions need mrope_section."
+)
+THREE_ROWS = (
+    "positions must have shape {}, got {}. Its sizes: one row each for time, height and width, then the leading axes "
+    "of q_gate; leave mrope_section out for a single row."
+)
+ROWS = (
+    "cos_sin_cache must have shape {}, got {}. Its sizes: the leading axes of q_gate, then rotary_dim; "
+    "without positions the table has the row of each token."
+)
+
 BAD_CALLS = [
     bad(ValueError, f"num_q_heads must be at least 1, got 0. {SIZES}", num_q_heads=0),
     bad(ValueError, f"num_kv_heads must be at least 1, got -1. {SIZES}", num_kv_heads=-1),
@@ -113,18 +131,15 @@ BAD_CALLS = [
     ),
     bad(TypeError, f"positions must be integers, got float32. {TO_INT32}", positions=((4,), "float32")),
     bad(TypeError, f"positions must be integers, got bool. {TO_INT32}", positions=((4,), "bool")),
-    bad(
-        ValueError,
-        "q_gate must have shape (num_tokens, 384), got (4, 192). Its sizes: num_q_heads * 2 * head_dim.",
-        q_gate=(4, 192),
-    ),
-    bad(
-        ValueError,
-        "q_gate must have shape (num_tokens, 384), got (2, 2, 384). Its sizes: num_q_heads * 2 * head_dim.",
-        q_gate=(2, 2, 384),
-    ),
-    bad(ValueError, "k must have shape (4, 128), got (5, 128). Its sizes: num_kv_heads * head_dim.", k=(5, 128)),
-    bad(ValueError, "k must have shape (4, 128), got (4, 64). Its sizes: num_kv_heads * head_dim.", k=(4, 64)),
+    bad(ValueError, Q_GATE.format("(4, 192)"), q_gate=(4, 192)),
+    bad(ValueError, Q_GATE.format("(4, 3, 64)"), q_gate=(4, 3, 64)),
+    bad(ValueError, Q_GATE.format("(384, 4)"), q_gate=(384, 4)),
+    bad(ValueError, Q_GATE.format("()"), q_gate=()),
+    bad(ValueError, K.format("(4, 128)", "(5, 128)", "num_kv_heads * head_dim"), k=(5, 128)),
+    bad(ValueError, K.format("(4, 128)", "(4, 64)", "num_kv_heads * head_dim"), k=(4, 64)),
+    bad(ValueError, K.format("(4, 128)", "(4, 2, 64)", "num_kv_heads * head_dim"), k=(4, 2, 64)),
+    bad(ValueError, K.format("(4, 2, 64)", "(4, 128)", "num_kv_heads, head_dim"), q_gate=(4, 3, 128)),
+    bad(ValueError, K.format("(2, 2, 128)", "(4, 128)", "num_kv_heads * head_dim"), q_gate=(2, 2, 384)),
     bad(ValueError, "q_weight must have shape (64,), got (32,). Its sizes: head_dim.", q_weight=(32,)),
     bad(ValueError, "k_weight must have shape (64,), got (1, 64). Its sizes: head_dim.", k_weight=(1, 64)),
     bad(
@@ -137,28 +152,61 @@ BAD_CALLS = [
         "cos_sin_cache must have at least one row, got shape (0, 16). Build it for max_position >= 1.",
         cos_sin_cache=(0, 16),
     ),
+    bad(ValueError, POSITIONS.format("(4,)", "(3,)"), positions=(3,)),
+    bad(ValueError, POSITIONS.format("(4,)", "(3, 4)"), positions=(3, 4)),
+    bad(ValueError, POSITIONS.format("(2, 2)", "(4,)"), q_gate=(2, 2, 384), k=(2, 2, 128)),
+    bad(ValueError, THREE_ROWS.format("(3, 4)", "(4,)"), mrope_section=MROPE),
+    bad(ValueError, THREE_ROWS.format("(3, 4)", "(2, 4)"), mrope_section=MROPE, positions=(2, 4)),
     bad(
         ValueError,
-        "positions must have shape (4,), got (3,). Its sizes: (3, num_tokens) positions need mrope_section.",
-        positions=(3,),
+        THREE_ROWS.format("(3, 2, 2)", "(2, 2)"),
+        mrope_section=MROPE,
+        q_gate=(2, 2, 384),
+        k=(2, 2, 128),
+        positions=(2, 2),
     ),
+    bad(ValueError, ROWS.format("(4, 16)", f"({CASE.max_position}, 16)"), positions=None),
+    bad(ValueError, ROWS.format("(4, 16)", "(4, 8)"), positions=None, cos_sin_cache=(4, 8)),
+    bad(ValueError, ROWS.format("(4, 16)", "(3, 4, 16)"), positions=None, cos_sin_cache=(3, 4, 16)),
     bad(
         ValueError,
-        "positions must have shape (4,), got (3, 4). Its sizes: (3, num_tokens) positions need mrope_section.",
-        positions=(3, 4),
-    ),
-    bad(
-        ValueError,
-        "positions must have shape (3, 4), got (4,). "
-        "Its sizes: one row each for time, height and width; leave mrope_section out for 1-D positions.",
+        "positions must be given with mrope_section, got None. "
+        "Pass them, or merge the rows of the table by section and leave mrope_section out.",
+        positions=None,
         mrope_section=MROPE,
     ),
     bad(
         ValueError,
-        "positions must have shape (3, 4), got (2, 4). "
-        "Its sizes: one row each for time, height and width; leave mrope_section out for 1-D positions.",
-        mrope_section=MROPE,
-        positions=(2, 4),
+        "mrope_layout must be 'interleaved' or 'sectioned', got 'blocks'. "
+        "Pass 'interleaved' for Qwen3-VL and Qwen3.5, 'sectioned' for Qwen2-VL and Qwen2.5-VL.",
+        mrope_layout="blocks",
+    ),
+    bad(
+        TypeError,
+        "copy_gate must be a bool known when tracing, got 0 of type int. "
+        "Pass False to leave the gate where it lies, for XLA to fuse into what reads it.",
+        copy_gate=0,
+    ),
+    bad(
+        TypeError,
+        "k must be a JAX or NumPy array, got None of type NoneType. Convert it with jnp.asarray.",
+        k=None,
+    ),
+    # A single head, read by the number of axes of the positions.
+    bad(
+        ValueError,
+        K.format("(4, 1, 128)", "(4, 2, 64)", "num_kv_heads * head_dim"),
+        num_q_heads=1,
+        q_gate=(4, 1, 128),
+        k=(4, 2, 64),
+        positions=(4, 1),
+    ),
+    bad(
+        ValueError,
+        K.format("(4, 2, 64)", "(4, 1, 128)", "num_kv_heads, head_dim"),
+        num_q_heads=1,
+        q_gate=(4, 1, 128),
+        k=(4, 1, 128),
     ),
 ]
 
@@ -168,7 +216,7 @@ def arguments(changes):
     arrays = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
     for name, value in changes.items():
         if name in arrays and isinstance(value, tuple):
-            shape, dtype = value if isinstance(value[0], tuple) else (value, arrays[name].dtype)
+            shape, dtype = value if value and isinstance(value[0], tuple) else (value, arrays[name].dtype)
             changes = changes | {name: jnp.zeros(shape, dtype)}
     return arrays | CASE.static_arguments | {"implementation": None} | changes
 
@@ -179,6 +227,80 @@ def test_bad_call(exception, message, changes):
     message = message.replace("{names}", names)
     with pytest.raises(exception, match=f"^{re.escape(message)}$"):
         pallas_qk.fused_qk_rmsnorm_rope_gate(**arguments(changes))
+
+
+OTHER_FUNCTIONS = {
+    "fused_qk_rmsnorm_rope": ("q", 192),
+    "fused_qkv_rmsnorm_rope_gate": ("qkv", 384 + 256),
+}
+QKV = (
+    "qkv must have shape (..., 640), got {}. Its sizes: "
+    "num_q_heads * 2 * head_dim + 2 * num_kv_heads * head_dim, [q and gate of each head | k | v]."
+)
+
+
+@pytest.mark.parametrize(
+    "function, exception, message, changes",
+    [
+        (
+            "fused_qk_rmsnorm_rope",
+            ValueError,
+            "q must have shape (..., 192) or (..., 3, 64), got (4, 384). "
+            "Its sizes: num_q_heads, head_dim, as one axis or two; fused_qk_rmsnorm_rope_gate takes q with gates.",
+            {"q": (4, 384)},
+        ),
+        (
+            "fused_qk_rmsnorm_rope",
+            ValueError,
+            "k must have shape (2, 2, 2, 64), got (4, 128). "
+            "Its sizes: the leading axes of q, then num_kv_heads, head_dim.",
+            {"q": (2, 2, 3, 64)},
+        ),
+        (
+            "fused_qk_rmsnorm_rope",
+            TypeError,
+            "k must have the dtype of q, bfloat16, got float16. Cast one to the other.",
+            {"k": ((4, 128), "float16")},
+        ),
+        ("fused_qkv_rmsnorm_rope_gate", ValueError, QKV.format("(4, 384)"), {"qkv": (4, 384)}),
+        ("fused_qkv_rmsnorm_rope_gate", ValueError, QKV.format("(4, 10, 64)"), {"qkv": (4, 10, 64)}),
+        ("fused_qkv_rmsnorm_rope_gate", TypeError, "qkv " + FLOATING.format("int8"), {"qkv": ((4, 640), "int8")}),
+        (
+            "fused_qkv_rmsnorm_rope_gate",
+            ValueError,
+            "positions must have shape (2, 2), got (4,). "
+            "Its sizes: the leading axes of qkv; three rows of positions need mrope_section.",
+            {"qkv": (2, 2, 640)},
+        ),
+        (
+            "fused_qkv_rmsnorm_rope_gate",
+            TypeError,
+            "copy_gate must be a bool known when tracing, got None of type NoneType. "
+            "Pass False to leave the gate where it lies, for XLA to fuse into what reads it.",
+            {"copy_gate": None},
+        ),
+    ],
+)
+def test_bad_call_of_another_function(function, exception, message, changes):
+    name, width = OTHER_FUNCTIONS[function]
+    given = arguments({})
+    del given["q_gate"]
+    if name == "qkv":
+        del given["k"]
+    given[name] = jnp.zeros((4, width), CASE.dtype)
+    getattr(pallas_qk, function)(**given)
+    for key, value in changes.items():
+        if isinstance(value, tuple):
+            shape, dtype = value if isinstance(value[0], tuple) else (value, CASE.dtype)
+            changes = changes | {key: jnp.zeros(shape, dtype)}
+    with pytest.raises(exception, match=f"^{re.escape(message)}$"):
+        getattr(pallas_qk, function)(**given | changes)
+
+
+def test_a_traced_copy_gate_is_refused():
+    message = "copy_gate must be a bool known when tracing, got a traced value bool[]. "
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
+        jax.jit(lambda value: pallas_qk.fused_qk_rmsnorm_rope_gate(**arguments({"copy_gate": value})))(True)
 
 
 @pytest.mark.parametrize("name", ["eps", "norm_beta"])

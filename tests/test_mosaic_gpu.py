@@ -1,7 +1,6 @@
 """The Mosaic GPU kernel: what it is lowered to, executed on a CPU, and its own configurations on a GPU."""
 
 import dataclasses
-import functools
 import inspect
 import re
 
@@ -10,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_qk import _reference
-from pallas_qk._config import MosaicForward, Options, Spec, Target, next_power_of_2, tree_order
+from pallas_qk import _operands, _reference
+from pallas_qk._config import MosaicForward, Spec, Target, next_power_of_2, tree_order
+from tests import forms
 from tests.cases import SMALL_CASES, Case, Inputs
 from tests.compare import compare_outputs
 from tests.definition import define, mrope_axis
@@ -72,8 +72,13 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
 
 
 def forward_of(case: Case, config: MosaicForward | None = None):
-    options = Options(case.rotary_dim, case.eps, case.norm_beta, case.mrope_section)
-    return functools.partial(_mosaic_gpu.forward, options=options, config=config)
+    """`forward`, of arrays, as a list."""
+
+    def forward(*arrays):
+        inputs = _operands.Inputs(*arrays)
+        return jax.tree.leaves(_mosaic_gpu.forward(inputs, options=forms.options(case), config=config))
+
+    return forward
 
 
 def canonical(case: Case, inputs: Inputs) -> list[np.ndarray]:

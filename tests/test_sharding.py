@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 import pallas_qk
 from pallas_qk import _sharding
 from pallas_qk._config import Options
+from pallas_qk._operands import Inputs, Outputs
 from tests.cases import Case, make_inputs
 from tests.compare import compare_bits
 from tests.devices import collectives, mesh, put
@@ -462,8 +463,10 @@ def test_gpu_kernels_in_what_the_compiler_partitions(name, direction, sums):
     args = [*inputs[:5], inputs[5][None], *(cotangents if direction == "backward" else ())]
     activation = ("data", "model")
     args = put(on, args, [activation, activation, (), (), (), (None, "data"), *[activation] * 3][: len(args)])
-    call = _sharding.Call(CASE.head_dim, Options(CASE.rotary_dim, CASE.eps), name)
-    refined, one_device, results, operands = _sharding._partition(direction, call, on, args, None)
+    call = _sharding.Call(Options(CASE.rotary_dim, CASE.eps), name)
+    trees = (Inputs(*args[:6]), *([Outputs(args[6], args[7], gate=args[8])] if direction == "backward" else []))
+    tree = jax.tree.structure(trees)
+    refined, one_device, results, operands = _sharding._partition(direction, call, tree, on, args, None)
     assert operands[0].shard_shape(args[0].shape) == (4, 4 * 2 * 16)
     manual = jax.shard_map(
         one_device,

@@ -12,9 +12,10 @@ import pytest
 from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_qk import _triton_vjp
-from pallas_qk._config import Options, Spec, TritonBackward, triton_backward
+from pallas_qk import _operands, _triton_vjp
+from pallas_qk._config import Spec, TritonBackward, triton_backward
 from pallas_qk._triton_vjp import BACKWARD_NAME, WEIGHT_SUM_NAME
+from tests import forms
 from tests.cases import SMALL_CASES, Case, Inputs, make_inputs
 from tests.compare import compare_bits
 from tests.definition import mrope_axis
@@ -79,11 +80,20 @@ def arguments(case: Case, inputs: Inputs) -> list[jax.Array]:
     return [q_gate, k, q_weight, k_weight, cache, jnp.atleast_2d(positions)]
 
 
+def backward_of(case: Case, **settings):
+    """`backward`, of the inputs and the cotangents of q, k and gate, as a tuple."""
+
+    def backward(*arrays):
+        dq_out, dk_out, dgate_out = arrays[6:]
+        inputs, cotangents = _operands.Inputs(*arrays[:6]), _operands.Outputs(dq_out, dk_out, gate=dgate_out)
+        return tuple(_triton_vjp.backward(inputs, cotangents, options=forms.options(case), **settings))
+
+    return backward
+
+
 @functools.cache
 def kernels(case: Case, config: TritonBackward | None):
-    options = Options(case.rotary_dim, case.eps, case.norm_beta, case.mrope_section)
-    call = functools.partial(_triton_vjp.backward, options=options, config=config, interpret=not has_gpu())
-    return jax.jit(call)
+    return jax.jit(backward_of(case, config=config, interpret=not has_gpu()))
 
 
 def run(case: Case, inputs: Inputs, cotangents, config: TritonBackward | None = None) -> tuple[jax.Array, ...]:
@@ -320,12 +330,10 @@ def test_the_sum_of_many_partials():
 
 
 def lower(case: Case, num_sms: int = 132):
-    options = Options(case.rotary_dim, case.eps, case.norm_beta, case.mrope_section)
-    shapes = jax.eval_shape(lambda: [*arguments(case, make_inputs(case)), *make_cotangents(case)])
     gpu = AbstractDevice(device_kind="NVIDIA H200", num_cores=num_sms, platform="cuda")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu)):
-        call = jax.jit(functools.partial(_triton_vjp.backward, options=options))
-        return call.trace(*shapes).lower(lowering_platforms=("cuda",))
+        call = jax.jit(functools.partial(_triton_vjp.backward, options=forms.options(case)))
+        return call.trace(*forms.types(case)).lower(lowering_platforms=("cuda",))
 
 
 def lowered(case: Case, num_sms: int = 132) -> str:
@@ -378,6 +386,7 @@ def shared_memory(case: Case, directory) -> dict[str, int]:
         Case(5, 3, 1, head_dim=128, rotary_dim=64),
         Case(5, 3, 1, head_dim=64, rotary_dim=32, cache_dtype="float32", mrope_section=(6, 5, 5)),
         Case(5, 3, 1, head_dim=80, rotary_dim=40, weight_dtype="float32"),
+        Case(16, packed=True, gathered=True),
     ],
     ids=lambda case: case.id,
 )
@@ -469,10 +478,8 @@ def test_reruns_give_equal_bits(gpu, case):
     ids=lambda case: case.id,
 )
 def test_jax_gives_the_main_kernel_one_warp_and_no_shared_memory(gpu, case, tmp_path):
-    options = Options(case.rotary_dim, case.eps, case.norm_beta, case.mrope_section)
     shapes = jax.eval_shape(lambda: [*arguments(case, make_inputs(case)), *make_cotangents(case)])
-    call = jax.jit(functools.partial(_triton_vjp.backward, options=options))
-    call.lower(*shapes).compile(compiler_options={"xla_dump_to": str(tmp_path)})
+    jax.jit(backward_of(case)).lower(*shapes).compile(compiler_options={"xla_dump_to": str(tmp_path)})
     (launches,) = tmp_path.glob("*.thunk_sequence.txt")
     launch = re.search(rf"{BACKWARD_NAME} .*threads: \[(\d+), 1, 1\] +shared_memory: (\d+) bytes", launches.read_text())
     assert launch is not None and launch.groups() == ("32", "0")

@@ -1,0 +1,59 @@
+"""The NVIDIA GPU to make code for: the abstract mesh's device, else the local ones, else a Hopper."""
+
+import jax
+from jax.extend import backend
+from jax.sharding import AbstractDevice
+
+from pallas_qk._config import Target
+
+_HOPPER, _HOPPER_SMS = (9, 0), 132
+# For lowering without the GPU at hand: an abstract device carries a kind and no compute capability.
+_CAPABILITY_OF_KIND = {
+    "V100": (7, 0),
+    "T4": (7, 5),
+    "A100": (8, 0),
+    "A30": (8, 0),
+    "A10": (8, 6),
+    "A40": (8, 6),
+    "L4": (8, 9),
+    "L40": (8, 9),
+    "L40S": (8, 9),
+    "H100": (9, 0),
+    "H200": (9, 0),
+    "GH200": (9, 0),
+    "B200": (10, 0),
+    "GB200": (10, 0),
+    "B300": (10, 3),
+    "GB300": (10, 3),
+}
+
+
+def abstract_gpu() -> AbstractDevice | None:
+    """The GPU that the abstract mesh names."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device if device is not None and device.platform in ("cuda", "gpu") else None
+
+
+def cuda_target() -> Target:
+    """Of several local GPUs the oldest: code for it runs on each of them, whichever device the call goes to."""
+    device = abstract_gpu()
+    if device is not None:
+        words = device.device_kind.replace("-", " ").split()
+        return Target(next((_CAPABILITY_OF_KIND[word] for word in words if word in _CAPABILITY_OF_KIND), _HOPPER))
+    capabilities = [tuple(map(int, d.compute_capability.split("."))) for d in local_gpus()]
+    major, minor = min(capabilities, default=_HOPPER)
+    return Target((major, minor))
+
+
+def num_sms() -> int:
+    """Streaming multiprocessors; of several local GPUs the fewest."""
+    device = abstract_gpu()
+    if device is not None and device.num_cores:
+        return device.num_cores
+    return min((d.core_count for d in local_gpus()), default=_HOPPER_SMS)
+
+
+def local_gpus() -> list[jax.Device]:
+    """The NVIDIA GPUs of this process."""
+    client = backend.backends().get("cuda")
+    return [] if client is None else client.local_devices()
