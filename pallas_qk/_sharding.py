@@ -256,7 +256,7 @@ def _all_axes(direction: str, options: Options, operands) -> tuple[list[str], li
 
 
 def _sharding_rule(direction: str, options: Options, tree, num_lead: int) -> SdyShardingRule:
-    """Leading axes and heads may be sharded, a packed axis and its results may not: its parts don't fit its shards.
+    """Leading axes and heads may be sharded, a packed axis may not: its parts don't end where shards do.
 
     Lanes count with the heads, so that `_partition` sees where one is cut.
     """
@@ -271,9 +271,8 @@ def _sharding_rule(direction: str, options: Options, tree, num_lead: int) -> Sdy
     # Each factor once, in the order in which they come up: Shardy asks for that.
     all_dims = (dim for array in (*operands, *results) for dim in array)
     factors = dict.fromkeys(factor for dim in all_dims for factor in ([dim] if isinstance(dim, str) else dim))
-    sharded = {*lead} if options.packed else {*lead, "q", "k"}
+    whole = tuple(factor for factor in factors if factor not in (*lead, "q", "k"))
     half: dict[str, Any] = {"half": 2} if "half" in factors else {}
-    whole = tuple(factor for factor in factors if factor not in sharded)
     return SdyShardingRule(operands, results, need_replication_factors=whole, **half)
 
 
@@ -299,13 +298,12 @@ def _partition(direction: str, call: Call, tree, mesh: Mesh, operands, results):
     else:
         k_heads = tuple(axis for axis in _mesh_axes(mesh, k)[-1] if axis not in tokens)
         (head_dim,) = trees[0].q_weight.shape
-        width = 2 * head_dim if call.options.gate else head_dim
-        q_name = "q_gate" if call.options.gate else "q"
-        _checks.check_whole_heads(q_name, q.shape[-1] // width, _num_parts(mesh, q_heads))
+        q_name, q_width = ("q_gate", 2 * head_dim) if call.options.gate else ("q", head_dim)
+        _checks.check_whole_heads(q_name, q.shape[-1] // q_width, _num_parts(mesh, q_heads))
         _checks.check_whole_heads("k", k.shape[-1] // head_dim, _num_parts(mesh, k_heads))
 
     def sharding(names: str) -> NamedSharding:
-        at = {"...": lead, "q": [q_heads], "q_gate": [q_heads], "k": [k_heads]}
+        at: dict[str, list] = {"...": lead, "q": [q_heads], "q_gate": [q_heads], "k": [k_heads]}
         return NamedSharding(mesh, PartitionSpec(*(part for name in names.split() for part in at.get(name, [()]))))
 
     def one_device(*leaves):

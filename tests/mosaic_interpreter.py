@@ -144,8 +144,9 @@ class _Memory:
         if array is None:
             self.bytes = np.zeros(math.prod(result.shape) * result.dtype.itemsize, np.uint8)
             self.written = np.zeros(self.bytes.shape, bool)
-            self.writer = np.full(self.bytes.shape, -1)  # the program, of what is written
-            self.visible = self.writer  # the same as of the last barrier
+            # Bytes and the programs that wrote them: all, and in order those of before the last barrier.
+            self.stores: list[np.ndarray] = []
+            self.visible = np.zeros((2, 0), np.int64)
         else:
             self.bytes = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
@@ -161,7 +162,9 @@ class _Memory:
         words = np.zeros((count, *offset.shape), _unsigned(width))
         indices = self.indices(offset, active, width // 8 * count)
         if self.is_result:
-            own = self.visible[indices] == np.nonzero(active)[0][:, None]
+            written, programs = self.visible
+            places = np.minimum(np.searchsorted(written, indices), written.size - 1)
+            own = (written[places] == indices) & (programs[places] == np.nonzero(active)[0][:, None])
             assert own.all(), "a result is read that the program had not written before a barrier"
         words[:, active] = self.bytes[indices].view(words.dtype).T
         return words
@@ -176,11 +179,13 @@ class _Memory:
         self.bytes[indices] = new
         assert (self.bytes[indices] == new).all(), "written twice with different bits"
         self.written[indices] = True
-        self.writer[indices] = np.nonzero(active)[0][:, None]
+        programs = np.broadcast_to(np.nonzero(active)[0][:, None], indices.shape)
+        self.stores.append(np.stack([indices.reshape(-1), programs.reshape(-1)]))
 
     def barrier(self) -> None:
         if self.is_result:
-            self.visible = self.writer.copy()
+            stores = np.concatenate([self.visible, *self.stores], axis=1)
+            self.visible = stores[:, np.argsort(stores[0], kind="stable")]
 
 
 def _unsigned(width: int):

@@ -1,5 +1,6 @@
 """Runs one implementation by name on whatever device is there."""
 
+import dataclasses
 import functools
 import math
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
 from pallas_qk import _implementations
+from pallas_qk._config import Options
 from pallas_qk._operands import Gradients, Outputs
 from tests import forms
 from tests.cases import Case, Inputs
@@ -26,22 +28,27 @@ def run(implementation: str, case: Case, inputs: Inputs, **config) -> tuple[jax.
     if implementation == "xla" or (has_gpu() and not config):
         return forms.op(case, implementation)(*forms.arguments(case, inputs))
     operands = forms.split_heads(case, forms.inputs_of(case, inputs))
-    outputs = _kernel("forward", implementation, case, **config)(operands)
+    outputs = _kernel("forward", implementation, forms.options(case), case.num_tokens == 0, **config)(operands)
     if case.gate == "in_place":
         assert outputs.gate is None
         outputs = outputs._replace(gate=forms.split_gates(case, inputs.q_gate)[1])
     return tuple(_flat(x) for x in jax.tree.leaves(outputs))
 
 
-def run_backward(implementation: str, case: Case, inputs: Inputs, cotangents, **config) -> list[jax.Array]:
-    """The gradients of q and k (or of one packed array), flat, and of the weights, in float32, by `backward` itself.
+def run_backward(
+    implementation: str, case: Case, inputs: Inputs, cotangents, *, round_dweights: bool = False, **config
+) -> list[jax.Array]:
+    """The gradients of q and k (or of one packed array), flat, and of the weights, by `backward` itself.
 
     `cotangents` are those of what `run` returns.
     """
     operands = forms.split_heads(case, forms.inputs_of(case, inputs))
     names = ["q", "k", *(["v"] if case.packed else []), *([] if case.gate is None else ["gate"])]
     cotangents = forms.split_heads(case, Outputs(**dict(zip(names, cotangents, strict=True))))
-    gradients: Gradients = _kernel("backward", implementation, case, **config)(operands, cotangents)
+    options = dataclasses.replace(forms.options(case), round_dweights=round_dweights)
+    gradients: Gradients = _kernel("backward", implementation, options, case.num_tokens == 0, **config)(
+        operands, cotangents
+    )
     return [*map(_flat, jax.tree.leaves(gradients[:2])), *map(jnp.asarray, gradients[2:])]
 
 
@@ -51,17 +58,17 @@ def _flat(x) -> jax.Array:
 
 
 @functools.cache
-def _kernel(direction: str, implementation: str, case: Case, **config):
+def _kernel(direction: str, implementation: str, options: Options, is_empty: bool, **config):
     """`forward` or `backward` of an implementation, compiled, or run by its interpreter."""
     module = _implementations.module if direction == "forward" else _implementations.backward_module
-    function = functools.partial(getattr(module(implementation), direction), options=forms.options(case), **config)
+    function = functools.partial(getattr(module(implementation), direction), options=options, **config)
     if has_gpu() or implementation == "xla":
         return jax.jit(function)
     if implementation == "triton":
         return jax.jit(functools.partial(function, interpret=True))
     from tests.mosaic_interpreter import execute
 
-    return jax.jit(function) if case.num_tokens == 0 else functools.partial(execute, function)
+    return jax.jit(function) if is_empty else functools.partial(execute, function)
 
 
 def primitives(function, *args) -> list[str]:

@@ -73,6 +73,19 @@ def assert_same_bits(got, want):
         assert compare_bits(f"result {place}", *(jnp.atleast_2d(x) for x in (a, b))).differing == 0
 
 
+@pytest.mark.parametrize("num_tokens", [0, 1, 9])
+@pytest.mark.parametrize("implementation", ["xla", "triton", "mosaic_gpu"])
+def test_weight_gradients_rounded_by_the_kernel(implementation, num_tokens):
+    """To each weight's own dtype, once, in the kernel: the float32 sums, rounded."""
+    case = Case(num_tokens, 4, 2, head_dim=64, rotary_dim=16)
+    inputs = make_inputs(case)
+    inputs = dataclasses.replace(inputs, k_weight=inputs.k_weight.astype(jnp.float32))
+    given, _ = cotangents(case)
+    exact, rounded = (run_backward(implementation, case, inputs, given, round_dweights=r) for r in (False, True))
+    assert [x.dtype for x in exact[2:]] == [jnp.float32, jnp.float32]
+    assert_same_bits(rounded, [*exact[:2], exact[2].astype(jnp.bfloat16), exact[3]])
+
+
 @pytest.mark.parametrize("implementation, case", EXECUTED, ids=form_id)
 def test_a_form_has_the_bits_of_the_plain_one(implementation, case):
     inputs, outputs, plain_gradients = in_plain_form(implementation, PLAIN)

@@ -22,7 +22,7 @@ from tests import forms
 from tests.cases import Case, make_inputs
 from tests.compare import compare_bits
 from tests.definition import define
-from tests.devices import mesh, put
+from tests.devices import collectives, mesh, put
 from tests.gradients import assert_agree, define_gradients, make_cotangents
 from tests.gradients import assert_defined as assert_gradients_defined
 from tests.run import has_gpu, primitives, run
@@ -492,6 +492,38 @@ def test_shard_map(on_the_host, name):
     check(case, args, cotangents, specs, on, outputs, gradients, function)
     got = jax.jit(functools.partial(vjp, function))(args, cotangents)
     assert_agree(got, gradients)
+
+
+def test_rows_that_vary_alone(on_the_host):
+    """Every device has the same activations and rows of its own: gradients are summed over devices."""
+    case = of_form({"gathered": True}, dataclasses.replace(WIDE, dtype="float32", num_tokens=2))
+    calls = [forms.arguments(case, inputs_of(forms.plain(case), seed)) for seed in range(8)]
+    rows = jnp.concatenate([call[4] for call in calls])
+    weight = jax.random.normal(jax.random.key(1), (16, 128))
+
+    def loss(function):
+        return lambda args: jnp.sum(jnp.sin(function(*args, rows)[0] * weight))
+
+    mapped = jax.shard_map(forms.op(case), mesh=mesh(data=8), in_specs=(*[P()] * 4, P("data")), out_specs=P("data"))
+
+    def looped(*args):
+        results = zip(*(forms.op(case)(*args[:4], call[4]) for call in calls), strict=True)
+        return [jnp.concatenate(x) for x in results]
+
+    got, want = (jax.jit(jax.grad(loss(function)))(calls[0][:4]) for function in (mapped, looped))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_what_comes_out_of_a_packed_array_may_be_sharded_by_heads(on_the_host):
+    """Each device makes all heads of its tokens and keeps its own: no collective."""
+    case = of_form({"packed": True}, WIDE)
+    args, _, outputs, _ = on_one_device(case)
+    on = mesh(data=4, model=2)
+    args = put(on, args, specs_of(case, ("data",), None, None)[0])
+    program = jax.jit(forms.op(case), out_shardings=NamedSharding(on, P("data", "model"))).lower(*args).compile()
+    assert collectives(program.as_text()) == []
+    assert_same([np.asarray(x) for x in program(*args)], [np.asarray(x) for x in outputs])
 
 
 PACKED_AXIS = (

@@ -323,7 +323,8 @@ def test_the_sum_of_many_partials():
     """More rows of partials than one tile holds."""
     rng = np.random.default_rng(0)
     partials = rng.standard_normal((9001 + 11, 20), np.float32)
-    kernel = functools.partial(_triton_vjp._sum_weights, q_rows=9001, interpret=not has_gpu())
+    types = (jax.ShapeDtypeStruct((20,), jnp.float32),) * 2
+    kernel = functools.partial(_triton_vjp._sum_weights, q_rows=9001, types=types, interpret=not has_gpu())
     for got, rows in zip(jax.jit(kernel)(partials), (partials[:9001], partials[9001:]), strict=True):
         exact = rows.astype(np.float64)
         assert (abs(np.asarray(got) - exact.sum(0)) <= len(rows) * 2.0**-24 * abs(exact).sum(0)).all()
