@@ -83,7 +83,7 @@ class TritonForward:
     num_stages: int = 1
 
 
-def triton_forward(spec: Spec) -> TritonForward:
+def triton_forward(spec: Spec, *, gate_copied: bool = True) -> TritonForward:
     """The configuration for `spec`.
 
     H200, bf16, D = 256, R = 64. Four rows and two warps a program served every size best (T = 16384, 16/2 heads: 1, 2,
@@ -92,13 +92,14 @@ def triton_forward(spec: Spec) -> TritonForward:
     138.1 us at T = 16384 with 16/2; at T = 1024 chunks take 6.24 against 6.34 with 16/2 and 18.18 against 18.02 with
     32/2) and where a single wave runs half empty (1.18 against 1.25 us at T = 1). More than 12 chunks compile for
     seconds (16 for 1.8, up to 26 with chunks of one lane), so such rows take halves where R/2 and D/R are powers of two
-    and the row layout elsewhere.
+    and the row layout elsewhere. Without a gate to copy chunks lead at T = 16384 too (16/2, the gate in place: 76.3
+    against 80.7 us).
     """
     d, r = spec.head_dim, spec.rotary_dim
     halves = is_power_of_2(r // 2) and d % r == 0 and is_power_of_2(d // r)
     chunks = d // chunk_lanes(d, r) <= 12
     num_rows = spec.num_tokens * spec.num_q_heads
-    if halves and (num_rows < 128 or num_rows >= 32768 or not chunks):
+    if halves and (num_rows < 128 or (num_rows >= 32768 and gate_copied) or not chunks):
         return TritonForward("halves")
     return TritonForward("chunks" if chunks else "row")
 
@@ -164,7 +165,7 @@ class MosaicForward:
     weights: str = "first"
 
 
-def mosaic_forward(spec: Spec) -> MosaicForward:
+def mosaic_forward(spec: Spec, *, gate_copied: bool = True) -> MosaicForward:
     """The configuration for `spec`.
 
     H200, bf16, D = 256, R = 64, 16/2 heads unless said. Eight lanes a thread are one row a warp; 16 take 62 registers
@@ -174,10 +175,12 @@ def mosaic_forward(spec: Spec) -> MosaicForward:
     is better still where memory binds (538.1 against 540.0 us at T = 65536; with the weights first 542.5), and first
     is best for a single token (1.09 against 1.12 us). Chunks with two rows a warp lead in between (2.46 against 2.59 us
     at T = 256, 3.42 against 3.97 at T = 512; 1.38 against 1.47 at T = 16 with 32/2 heads), where a launch is one wave.
+    Where no gate is copied they lead at T = 16384 too (the gate in place: 76.2 us against 80.6 with halves and weights
+    after the gate, 83.0 after the sum; copy 71.7).
     """
     d, r, num_rows = spec.head_dim, spec.rotary_dim, spec.num_tokens * spec.num_q_heads
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(d)))
-    if 512 <= num_rows < 32768 and d // chunk_lanes(d, r) <= 16:
+    if num_rows >= 512 and (num_rows < 32768 or not gate_copied) and d // chunk_lanes(d, r) <= 16:
         return MosaicForward("chunks", 2 * rows_per_warp, weights="after_gate")
     layout = "halves" if is_power_of_2(d) and is_power_of_2(r) else "row"
     weights = "first" if num_rows < 64 else "after_gate" if num_rows < 32768 else "after_sum"

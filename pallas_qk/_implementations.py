@@ -149,14 +149,21 @@ def _on_cuda(ctx, *leaves, direction, tree, options, implementation, **_):
         return _lower(ctx, leaves, implementation, direction, tree, options)
 
 
+@contextlib.contextmanager
 def _a_gpu():
-    """The context in which Pallas lowers for CUDA: the GPU that the caller names, else a local one, else a Hopper."""
+    """Where Pallas lowers for CUDA: with the GPU that the caller names, else a local one, else a Hopper.
+
+    Pallas asks the abstract mesh, which may name a CPU, and the default device, which may be one.
+    """
     if abstract_gpu() is not None:
-        return contextlib.nullcontext()
-    if gpus := local_gpus():
-        return jax.default_device(gpus[0])  # which Pallas asks; a user's may be a CPU
-    device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="cuda")
-    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+        yield
+        return
+    gpu = next(iter(local_gpus()), None)
+    kind, num_cores = ("NVIDIA H100", 132) if gpu is None else (gpu.device_kind, gpu.core_count)
+    device = AbstractDevice(device_kind=kind, num_cores=num_cores, platform="cuda")
+    default_device = contextlib.nullcontext() if gpu is None else jax.default_device(gpu)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)), default_device:
+        yield
 
 
 def _elsewhere(ctx, *leaves, direction, tree, options, implementation, elsewhere_xla, **_):

@@ -62,7 +62,7 @@ def forward(inputs: Inputs, *, options: Options, config: MosaicForward | None = 
     if spec.num_tokens == 0:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
     if config is None:
-        config = mosaic_forward(spec)
+        config = mosaic_forward(spec, gate_copied=options.gate == "copied")
     layout = _layout(config, spec.head_dim, options.rotary_dim, inputs.q.dtype)
     rows_per_program = config.num_warpgroups * _WARPGROUP // layout.threads
     q_programs = pl.cdiv(spec.num_tokens * spec.num_q_heads, rows_per_program)

@@ -47,7 +47,7 @@ def forward(
     if spec.num_tokens == 0:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
     if config is None:
-        config = triton_forward(spec)
+        config = triton_forward(spec, gate_copied=options.gate == "copied")
     q_programs = pl.cdiv(spec.num_tokens * spec.num_q_heads, config.rows_per_program)
     k_programs = pl.cdiv(spec.num_tokens * spec.num_kv_heads, config.rows_per_program)
     mrope, dtype = options.mrope_section is not None, inputs.q.dtype

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
 import re
 from typing import Any
 
@@ -746,15 +747,21 @@ def can_run(build, case, inputs) -> bool:
 def test_the_profiler_agrees_with_cuda_events(gpu, num_tokens):
     import torch
 
-    case, launches = Case(num_tokens), 50
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        pytest.skip("needs the GPU for itself: run it without -n")
+    case, launches = Case(num_tokens), 20
     call = PROVIDERS["oracle"](case, make_inputs(case))
     profiled = measure(case, {"oracle": call}, repeats=20, rounds=3)["oracle"].p50_us
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # launched from Python they would wait for the host between them
+        for _ in range(launches):
+            call()
+    graph.replay()
     times = []
     for _ in range(5):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        for _ in range(launches):
-            call()
+        graph.replay()
         end.record()
         end.synchronize()
         times.append(1e3 * start.elapsed_time(end) / launches)
