@@ -7,6 +7,7 @@ VENV ?= .venv
 CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),cuda13)
 EXTRAS ?= torch,transformers,dev$(if $(CUDA),$(comma)$(CUDA))
 PYTEST_FLAGS ?= -n auto
+SECONDS ?= 60
 comma := ,
 
 ifdef NO_INSTALL
@@ -17,13 +18,19 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/ready-$(subst $(comma),-,$(EXTRAS))
 endif
 
-.PHONY: demo test sanitize lint format clean
+.PHONY: demo test fuzz mutants sanitize lint format clean
 
 demo: $(READY)
 	$(RUN) -m benchmarks demo
 
 test: $(READY)
 	$(RUN) -m pytest $(PYTEST_FLAGS)
+
+fuzz: $(READY)
+	$(RUN) -m tests.fuzz --seconds $(SECONDS)
+
+mutants: $(READY)
+	$(RUN) -m tests.mutations
 
 sanitize: $(READY)
 	$(RUN) -m tests.sanitize

@@ -79,6 +79,7 @@ def fused_qk_rmsnorm_rope_gate(
       TypeError: a dtype or a type does, or a Python number is traced.
       NotImplementedError: the implementation asked for by name can't run this, or a shard_map or an export over devices
         leaves the op to the compiler; the message says why.
+      RuntimeError: the process is a fork of one that has called the op.
 
     Numerics:
       The norm is computed in float32, with the sum of squares in one fixed order, and rounded to the dtype of
@@ -253,6 +254,7 @@ def _call(
     implementation: str | None,
 ) -> Outputs:
     """Each public function: `q_name` is what it calls its first array."""
+    _checks.check_process()
     num_q_heads, num_kv_heads, head_dim, rotary_dim = _checks.check_sizes(*sizes)
     options = Options(
         rotary_dim=rotary_dim,

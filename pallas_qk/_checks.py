@@ -1,8 +1,10 @@
 """The only place where input errors are raised: before any array work, from shapes, dtypes and static values alone."""
 
+import functools
 import math
 import numbers
 import operator
+import os
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,21 @@ from pallas_qk._operands import Inputs
 ACTIVATION_DTYPES = ("float16", "bfloat16", "float32")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 MROPE_LAYOUTS = ("interleaved", "sectioned")
+
+
+@functools.cache
+def _first_process() -> int:
+    """The process in which the op was called first: not set at import, which may come before a fork."""
+    return os.getpid()
+
+
+def check_process() -> None:
+    """Refuses a fork of a process in which JAX runs: its threads and GPU contexts stay behind, and a call would hang."""
+    if _first_process() != os.getpid():
+        raise RuntimeError(
+            f"the op must not run in a fork of a process that has called it, got process {os.getpid()} forked from "
+            f"{_first_process()}. Start workers with multiprocessing.get_context('spawn')."
+        )
 
 
 def check_sizes(num_q_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int) -> tuple[int, ...]:

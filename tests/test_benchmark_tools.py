@@ -395,11 +395,11 @@ LAYER = decode.Layer(2, 1, 64, 32, context=8, dtype="float32", width_per_q_head=
 
 
 @pytest.mark.parametrize("name", ["xla", "xla_plain"])
+@jax.default_matmul_precision("highest")  # the products below too, which a GPU takes in TF32
 def test_a_decode_step_appends_to_the_cache_and_attends_to_what_lies_there(name, as_users_run_it):
     parameters, state = decode.initial(LAYER, 3)
     state = state._replace(positions=jnp.array([0, 3, 7], jnp.int32))
-    with jax.default_matmul_precision("highest"):
-        after = decode.step(name, LAYER, parameters, state)
+    after = decode.step(name, LAYER, parameters, state)
     assert after.positions.tolist() == [1, 4, 0]
     changed = np.argwhere(np.any(np.asarray(after.values != state.values), axis=(2, 3)))
     assert changed.tolist() == [[0, 0], [1, 3], [2, 7]]

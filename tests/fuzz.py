@@ -1,0 +1,449 @@
+"""Random calls of the op for a given time: `make fuzz SECONDS=480`, on a machine with a GPU.
+
+python -m tests.fuzz --seconds 480
+python -m tests.fuzz 'Case(…)' --seed 3
+
+On a GPU several worker processes share it, and every implementation is compared with the Triton oracle: in bits where
+they are promised, else within tests/tolerances.py. Elsewhere the kernels' interpreters and plain XLA are compared with
+the definition, on tiny shapes. Gradients are compared with plain XLA's, as tests/gradients.py allows. A position
+outside the table must give NaN in the lanes that read it, and nowhere else.
+"""
+
+import argparse
+import ast
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import warnings
+from typing import NamedTuple
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests import forms, gradients, strategies
+from tests.cases import Case
+from tests.compare import compare_bits
+from tests.definition import define
+from tests.run import _kernel, has_gpu, run, run_backward
+
+IMPLEMENTATIONS = ("xla", "mosaic_gpu", "triton")
+SEEDS_A_CASE = 3  # compilation takes nearly all of the time
+CASES_A_DRAW = 25
+GRADIENT_ELEMENTS = 1 << 19  # compared on the host
+GRACE = 60.0  # seconds that a last case may take
+MOST_SHOWN = 12  # failures, with their reasons
+
+
+class MismatchError(AssertionError):
+    """What an implementation did wrong."""
+
+
+def check_forward(case: Case, seed: int, implementations=IMPLEMENTATIONS) -> int:
+    """Compares q, k, v and gates; the number of elements."""
+    inputs = strategies.make_inputs(case, seed, special=has_gpu())
+    outside = strategies.lanes_outside(case, inputs)
+    plain, safe = strategies.resolved(case, inputs)
+    if has_gpu():
+        from benchmarks.providers import oracle, to_jax
+
+        want = to_jax(oracle(plain, safe)())
+    else:
+        want = define(plain, safe)
+    num_elements = 0
+    for name in implementations:
+        got = dict(zip(_output_names(case), run(name, case, inputs), strict=True))
+        num_elements += sum(x.size for x in got.values())
+        for rows in ("q", "k"):
+            got[rows] = _blanked(f"{name}: {rows}_out", got[rows], outside)
+        if "v" in got:
+            _assert_bits(f"{name}: v_out", got["v"], forms.values(case))
+        if has_gpu():
+            _assert_agrees(name, plain, got, want, outside)
+        else:
+            _assert_defined(name, got, want, outside)
+            if "gate" in got:
+                _assert_bits(f"{name}: gate_out", got["gate"], forms.split_gates(case, safe.q_gate)[1])
+    return num_elements
+
+
+def _output_names(case: Case) -> list[str]:
+    return ["q", "k", *(["v"] if case.packed else []), *([] if case.gate is None else ["gate"])]
+
+
+def _blanked(name: str, x: jax.Array, outside: np.ndarray) -> jax.Array:
+    """x with zeros in the lanes that read a position outside the table, all of which must be NaN."""
+    x, not_nan = _blank(x, outside)
+    if int(not_nan):
+        raise MismatchError(f"{name}: {int(not_nan)} elements that read a position outside the table are not NaN")
+    return x
+
+
+def _blank(x: jax.Array, outside: np.ndarray):
+    """x with zeros in place, and how many of the elements there were not NaN."""
+    return (_blank_on_gpu if has_gpu() else _blank_by(np))(x, outside)
+
+
+def _blank_by(xp):
+    def blank(x, outside):
+        rows = xp.asarray(x).reshape(x.shape[0], -1, outside.shape[1])
+        where = xp.broadcast_to(outside[:, None], rows.shape)
+        zeros = xp.zeros((), rows.dtype)
+        return xp.where(where, zeros, rows).reshape(x.shape), xp.sum(where & ~xp.isnan(rows), dtype=xp.int32)
+
+    return blank
+
+
+_blank_on_gpu = jax.jit(_blank_by(jnp))
+
+
+def _assert_bits(name: str, got: jax.Array, want: jax.Array) -> None:
+    if not has_gpu() and np.asarray(got).tobytes() == np.asarray(want).tobytes():
+        return  # without compiling the comparison for each shape
+    comparison = compare_bits(name, got, want)
+    if comparison.differing:
+        raise MismatchError(f"{name}: {comparison}")
+
+
+def _assert_agrees(name: str, case: Case, got: dict[str, jax.Array], want, outside: np.ndarray) -> None:
+    """With the oracle, in what was promised."""
+    from benchmarks.agreement import agreement
+
+    wanted = [_blank(x, outside)[0] for x in want[:2]]
+    found = [got["q"], got["k"]]
+    if name == "xla":  # which NaN comes out is the compiler's affair
+        wanted, found = ([jnp.where(jnp.isnan(x), jnp.nan, x).astype(x.dtype) for x in xs] for xs in (wanted, found))
+    result = agreement(name, case, [*found, got.get("gate", want[2])], [*wanted, want[2]], platform="gpu")
+    if not result.kept:
+        raise MismatchError(f"{name}: {result}")
+
+
+def _assert_defined(name: str, got: dict[str, jax.Array], want, outside: np.ndarray) -> None:
+    for rows, exact, bound in (("q", want.q_out, want.q_bound), ("k", want.k_out, want.k_bound)):
+        where = np.tile(outside, exact.shape[1] // outside.shape[1])
+        error = np.abs(np.asarray(got[rows]).astype(np.float64) - np.where(where, 0.0, exact))
+        worst = np.unravel_index(np.argmax(np.where(np.isnan(error), np.inf, error) - bound), error.shape)
+        if not error[worst] <= bound[worst]:
+            raise MismatchError(f"{name}: {rows}_out{worst}: error {error[worst]}, bound {bound[worst]}")
+
+
+def check_backward(case: Case, seed: int, implementations=IMPLEMENTATIONS) -> int:
+    """Compares the gradients of both kernels with plain XLA's; the number of elements."""
+    case = gradient_case(case)
+    inputs = strategies.make_inputs(case, seed)
+    outside = strategies.lanes_outside(case, inputs)
+    positions = jnp.asarray(np.where(strategies.is_outside(case, np.asarray(inputs.positions)), 0, inputs.positions))
+    safe = dataclasses.replace(inputs, positions=positions.astype(case.positions_dtype))
+    *cotangents, dv = make_cotangents(case, seed)
+    cotangents = forms.outputs_of(case, cotangents, dv)
+    rounded = {"round_dweights": bool((seed + case.num_tokens) % 2)}  # the weights' gradients, to the weights' dtype
+    want = split_gradients(case, run_backward("xla", case, safe, cotangents, **rounded))
+    num_elements = 0
+    for name in implementations:
+        got = split_gradients(case, run_backward(name, case, inputs, cotangents, **rounded))
+        num_elements += sum(x.size for x in got.values())
+        spoiled = np.broadcast_to(outside.any(axis=1, keepdims=True), outside.shape)  # through the sum over the row
+        for rows in ("q", "k"):
+            got[rows] = _blanked(f"{name}: d{rows}", got[rows], spoiled)
+            weight = _blanked(f"{name}: d{rows}_weight", got[f"{rows}_weight"][None], outside.any(axis=0)[None])
+            got[f"{rows}_weight"] = weight[0]
+        for copied in {"v", "gate"} & got.keys():
+            _assert_bits(f"{name}: d{copied}", got.pop(copied), want[copied])
+        wanted = {
+            rows: _blank(x if x.ndim > 1 else x[None], spoiled if x.ndim > 1 else outside.any(axis=0)[None])[0]
+            for rows, x in want.items()
+            if rows in got
+        }
+        for rows, x in got.items():
+            try:
+                gradients.assert_agree([x], [wanted[rows].reshape(x.shape)])
+            except AssertionError as error:
+                raise MismatchError(f"{name}: d{rows}: {error}") from None
+    return num_elements
+
+
+def gradient_case(case: Case) -> Case:
+    """Few enough tokens, and no float16 gradients below its normal numbers, whose units are absolute."""
+    most_tokens = max(1, GRADIENT_ELEMENTS // ((2 * case.num_q_heads + case.num_kv_heads) * case.head_dim))
+    case = dataclasses.replace(case, num_tokens=min(case.num_tokens, most_tokens))
+    return dataclasses.replace(case, scale=1.0, weight_scale=1.0) if case.dtype == "float16" else case
+
+
+def make_cotangents(case: Case, seed: int) -> list[jax.Array]:
+    """Of q_out, k_out, gate_out and v_out."""
+    rng = np.random.default_rng(seed + 1)
+    heads = (case.num_q_heads, case.num_kv_heads, case.num_q_heads, case.num_kv_heads)
+    normal = [rng.standard_normal((case.num_tokens, h * case.head_dim), np.float32) for h in heads]
+    return [jnp.asarray(x.astype(jnp.dtype(case.dtype))) for x in normal]
+
+
+def split_gradients(case: Case, found) -> dict[str, jax.Array]:
+    """By what they are gradients of, from a list in the case's form; all but the weights' are (T, heads*D)."""
+    *activations, q_weight, k_weight = found
+    named = {"q_weight": q_weight, "k_weight": k_weight}
+    q = activations[0]
+    if case.packed:
+        q_end, kv_width = q.shape[1] - 2 * case.num_kv_heads * case.head_dim, case.num_kv_heads * case.head_dim
+        named |= {"k": q[:, q_end : q_end + kv_width], "v": q[:, q_end + kv_width :]}
+        q = q[:, :q_end]
+    else:
+        named["k"] = activations[1]
+    if case.gate is None:
+        return named | {"q": q}
+    return named | dict(zip(("q", "gate"), forms.split_gates(case, q), strict=True))
+
+
+def check(case: Case, seed: int, implementations=IMPLEMENTATIONS) -> int:
+    """Forward and backward of one case; the number of elements compared."""
+    with strategies.x64(case):
+        return check_forward(case, seed, implementations) + check_backward(case, seed, implementations)
+
+
+def draw(sizes: strategies.Sizes, seed: int, count: int) -> list[Case]:
+    """Cases by hypothesis; the same for the same seed."""
+    drawn: list[Case] = []
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=count,
+        phases=[hypothesis.Phase.generate],
+        database=None,
+        deadline=None,
+        suppress_health_check=list(hypothesis.HealthCheck),  # a machine with other workers is slow
+    )
+    @hypothesis.given(strategies.cases(sizes))
+    def collect(case):
+        drawn.append(case)
+
+    collect()
+    return drawn
+
+
+def reproducer(case: Case, seed: int) -> str:
+    changed = [
+        f"{field.name}={getattr(case, field.name)!r}"
+        for field in dataclasses.fields(case)
+        if field.default is dataclasses.MISSING or getattr(case, field.name) != field.default
+    ]
+    case_text = f"Case({', '.join(changed)})".replace("'", '"')
+    return f"python -m tests.fuzz '{case_text}' --seed {seed}"
+
+
+def parse_case(text: str) -> Case:
+    """Of what `reproducer` prints."""
+    call = ast.parse(text, mode="eval").body
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id != "Case":
+        raise argparse.ArgumentTypeError(f"a case must be written Case(…), got {text!r}. Copy it from a failure.")
+    keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    return Case(*map(ast.literal_eval, call.args), **keywords)
+
+
+# A worker prints one JSON object a line: {"start": reproducer}, {"elements": n, "done": whether it was the
+# whole case} or {"failed": reproducer, "reason": text}.
+
+
+def work(seed: int, seconds: float, implementations: list[str]) -> None:
+    """Checks one case after another until the time is over."""
+    end = time.monotonic() + seconds
+    sizes = strategies.WIDE if has_gpu() else strategies.TINY
+    for round_number in itertools.count():
+        for case in draw(sizes, seed * 1_000_003 + round_number, CASES_A_DRAW):
+            elements = 0
+            for data_seed in range(SEEDS_A_CASE):
+                if time.monotonic() > end:
+                    _say(elements=elements, done=False)
+                    return
+                _say(start=reproducer(case, data_seed))
+                try:
+                    with strategies.x64(case):
+                        elements += check_forward(case, data_seed, implementations)
+                        if data_seed == 0:
+                            elements += check_backward(case, data_seed, implementations)
+                except Exception as error:
+                    reason = str(error) if isinstance(error, MismatchError) else traceback.format_exc(limit=-4)
+                    _say(failed=reproducer(case, data_seed), reason=reason[-2000:])
+                    break
+            _say(elements=elements, done=True)
+        # What is compiled is not needed again.
+        _kernel.cache_clear()
+        jax.clear_caches()
+
+
+def _say(**message) -> None:
+    print(json.dumps(message), flush=True)
+
+
+class Worker(NamedTuple):
+    process: subprocess.Popen
+    seed: int  # tells two of them apart
+
+
+def start_worker(
+    seed: int, seconds: float, num_workers: int, implementations: list[str], messages: queue.Queue
+) -> Worker:
+    environment = os.environ | {
+        # The GPU's memory in equal shares, JAX's taken as needed; a case takes less than 1 GiB.
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.6 / num_workers:.4f}",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "tests.fuzz", "--work", "--seed", str(seed), "--seconds", f"{seconds:.1f}"]
+    process = subprocess.Popen(
+        [*command, "--workers", str(num_workers), "--implementations", *implementations],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    worker = Worker(process, seed)
+
+    def read():
+        errors: list[str] = []
+        with process.stdout, process.stderr:
+            drain = threading.Thread(target=lambda: errors.extend(process.stderr.readlines()[-15:]), daemon=True)
+            drain.start()
+            for line in process.stdout:
+                if line.startswith('{"'):
+                    messages.put((worker, json.loads(line)))
+            drain.join()
+        messages.put((worker, {"exit": process.wait(), "stderr": "".join(errors)}))
+
+    threading.Thread(target=read, daemon=True).start()
+    return worker
+
+
+@dataclasses.dataclass
+class Tally:
+    """What all workers have done."""
+
+    cases: int = 0
+    elements: int = 0
+    failures: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # reproducer and reason
+
+    def __str__(self) -> str:
+        return f"{self.cases:,} cases, {self.elements:,} elements compared, {len(self.failures)} failures"
+
+
+class _Lines:
+    """What is used of tqdm's bar, as lines, where it is not installed."""
+
+    def __init__(self, total: int, mininterval: float, **_):
+        self.total, self.n, self.interval, self.postfix, self.shown = total, 0, mininterval, "", 0.0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.write(f"{self.n}/{self.total} s: {self.postfix}")
+
+    def set_postfix_str(self, text: str, refresh: bool) -> None:
+        del refresh
+        self.postfix = text
+
+    def update(self, seconds: int) -> None:
+        self.n += seconds
+        if time.monotonic() > self.shown + self.interval:
+            self.shown = time.monotonic()
+            self.write(f"{self.n}/{self.total} s: {self.postfix}")
+
+    def write(self, text: str, file=sys.stderr) -> None:
+        print(text, file=file, flush=True)
+
+
+def _bar(seconds: float):
+    # Without a terminal a line each ten seconds.
+    interval = 0.5 if sys.stderr.isatty() else 10.0
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return _Lines(round(seconds), interval)
+    return tqdm(total=round(seconds), unit="s", mininterval=interval, maxinterval=interval, file=sys.stderr)
+
+
+def fuzz(seconds: float, num_workers: int, seed: int, implementations: list[str]) -> Tally:
+    tally: Tally = Tally()
+    messages: queue.Queue = queue.Queue()
+    began = time.monotonic()
+    seeds = itertools.count(seed * 1000)
+    start = functools.partial(start_worker, num_workers=num_workers, implementations=implementations, messages=messages)
+    workers = {start(next(seeds), seconds) for _ in range(num_workers)}
+    started: dict[Worker, str] = {}
+    with _bar(seconds) as bar:
+        while workers:
+            passed = time.monotonic() - began
+            bar.set_postfix_str(str(tally), refresh=False)
+            bar.update(min(round(passed), bar.total) - bar.n)
+            if passed > seconds + GRACE:
+                for worker in workers:
+                    worker.process.kill()
+                    tally.failures.append((started.get(worker, "before the first case"), "did not return in time"))
+                break
+            try:
+                worker, message = messages.get(timeout=0.5)
+            except queue.Empty:
+                continue
+            if "start" in message:
+                started[worker] = message["start"]
+            elif "elements" in message:
+                tally.cases += message["done"]
+                tally.elements += message["elements"]
+            elif "failed" in message:
+                tally.failures.append((message["failed"], message["reason"]))
+                bar.write(f"FAILED {message['failed']}", file=sys.stderr)
+            else:
+                workers.discard(worker)
+                if message["exit"]:
+                    reason = f"the worker ended with {message['exit']}: {message['stderr']}"
+                    tally.failures.append((started.get(worker, "before the first case"), reason))
+                    # An address error takes the process down: the others go on, and so does one in its place.
+                    if worker in started and passed < seconds - 20:
+                        workers.add(start(next(seeds), seconds - passed))
+    return tally
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("case", nargs="?", type=parse_case, help="a single case, as a failure prints it")
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs, or of the random cases")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes (%(default)s)")
+    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the oracle's memory is torch's
+    if arguments.work:
+        _share_torch(arguments.workers)
+        work(arguments.seed, arguments.seconds, arguments.implementations)
+        return
+    if arguments.case is not None:
+        print(f"{check(arguments.case, arguments.seed, arguments.implementations):,} elements agree")
+        return
+    tally = fuzz(arguments.seconds, arguments.workers, arguments.seed, arguments.implementations)
+    print(tally)
+    for line, reason in tally.failures[:MOST_SHOWN]:
+        print(f"\n{line}\n  {reason.strip()[-600:]}")
+    if len(tally.failures) > MOST_SHOWN:
+        print(f"\nand {len(tally.failures) - MOST_SHOWN} more")
+    sys.exit(bool(tally.failures) or not tally.elements)
+
+
+def _share_torch(num_workers: int) -> None:
+    """A share of the GPU's memory for the oracle's outputs."""
+    if has_gpu():
+        import torch
+
+        torch.cuda.set_per_process_memory_fraction(0.2 / num_workers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""The cases that hypothesis draws, and their inputs: for the property tests and for `tests.fuzz`.
+
+T num_tokens, Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+
+from tests.cases import Case, Inputs
+from tests.definition import axes
+
+DTYPES = ("bfloat16", "float16", "float32")
+POSITION_DTYPES = ("int32", "int64", "int8", "int16", "uint8", "uint16", "uint32", "uint64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Which sizes are drawn. Each pair of D and R is a few compiled kernels, so that a short list is a quick one."""
+
+    tokens: tuple[int, ...]
+    heads: tuple[tuple[int, int], ...]  # (Hq, Hkv)
+    dims: tuple[tuple[int, int], ...]  # (D, R)
+    max_positions: tuple[int, ...]
+    most_elements: int  # of the outputs; more tokens than that are cut
+
+
+TINY = Sizes(
+    tokens=(7, 3, 2, 1),  # hypothesis starts with the first of each
+    heads=((3, 2), (2, 1), (1, 3), (1, 1)),
+    dims=((16, 8), (16, 16), (12, 6), (6, 2), (40, 8), (64, 16)),
+    max_positions=(40, 300),
+    most_elements=1 << 14,
+)
+# Sizes that break kernels like these: for T powers of two, their neighbours and primes, for D no powers of two, for R
+# all of D and parts of it, whose halves are no powers of two either.
+_ROTARY_DIMS = {
+    256: (64, 256, 128, 2, 6, 40, 96),
+    128: (128, 64, 32),
+    64: (64, 16, 6),
+    32: (32, 8, 2),
+    80: (80, 40, 20),
+    96: (96, 48),
+    192: (48, 192),
+    512: (512, 128, 64),
+    40: (40,),
+    24: (6,),
+    16: (16,),
+    8: (4,),
+}
+WIDE = Sizes(
+    tokens=(64, 1, 2, 3, 5, 16, 37, 63, 65, 127, 128, 129, 251, 512, 1021, 1024, 2048, 4095, 4096, 8191, 16384, 65536),
+    heads=(
+        (16, 2),
+        (32, 2),
+        (1, 1),
+        (2, 1),
+        (3, 1),
+        (5, 2),
+        (6, 3),
+        (12, 1),
+        (24, 4),
+        (32, 8),
+        (2, 5),
+        (1, 7),
+        (15, 1),
+    ),
+    dims=tuple((head_dim, rotary_dim) for head_dim, each in _ROTARY_DIMS.items() for rotary_dim in each),
+    max_positions=(4096, 1, 100, 200, 40_000, 70_000),
+    most_elements=1 << 24,
+)
+
+
+@st.composite
+def cases(draw, sizes: Sizes) -> Case:
+    """One configuration of the op in one of its forms."""
+    num_q_heads, num_kv_heads = draw(st.sampled_from(sizes.heads))
+    head_dim, rotary_dim = draw(st.sampled_from(sizes.dims))
+    most_tokens = max(1, sizes.most_elements // ((2 * num_q_heads + num_kv_heads) * head_dim))
+    gathered = draw(st.sampled_from([False, False, False, True]))
+    mrope_section, mrope_layout = None, "interleaved"
+    if not gathered and draw(st.booleans()):
+        mrope_section = draw(_sections(rotary_dim // 2))
+        mrope_layout = draw(st.sampled_from(["interleaved", "sectioned"]))
+    packed = draw(st.sampled_from([False, False, True]))
+    gates = ["copied", "in_place"] if packed else ["copied", "copied", "in_place", None]
+    scale, weight_scale, eps = draw(_scales())
+    return Case(
+        num_tokens=min(most_tokens, draw(st.sampled_from(sizes.tokens))),
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rotary_dim=rotary_dim,
+        dtype=draw(st.sampled_from(DTYPES)),
+        weight_dtype=draw(st.sampled_from([None, "float32"])),
+        cache_dtype=draw(st.sampled_from([None, "float32"])),
+        positions_dtype="int32" if gathered else draw(st.sampled_from(POSITION_DTYPES)),
+        mrope_section=mrope_section,
+        norm_beta=draw(st.sampled_from([0.0, 1.0, 0.5])),
+        eps=eps,
+        max_position=draw(st.sampled_from(sizes.max_positions)),
+        scale=scale,
+        weight_scale=weight_scale,
+        gate=draw(st.sampled_from(gates)),
+        packed=packed,
+        gathered=gathered,
+        mrope_layout=mrope_layout,
+    )
+
+
+@st.composite
+def _sections(draw, half: int) -> tuple[int, int, int]:
+    """Three counts that sum to R/2: equal ones, as the interleaved layout wants them, or any."""
+    if draw(st.booleans()):
+        height = width = half // 3
+    else:
+        height = draw(st.integers(0, half))
+        width = draw(st.integers(0, half - height))
+    return half - height - width, height, width
+
+
+@st.composite
+def _scales(draw) -> tuple[float, float, float]:
+    """Of activations and of weights, and eps: with eps 0 nothing else keeps tiny rows from dividing by zero."""
+    scale = draw(st.sampled_from([1.0, 1.0, 30.0, 1e3, 1e-3, 1e-20]))
+    weight_scale = draw(st.sampled_from([1.0, 1.0, 1.0, 1e-5]))
+    eps = draw(st.sampled_from([1e-6, 1e-5, 1e-3] + ([0.0] if scale == 1.0 else [])))
+    return scale, weight_scale, eps
+
+
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+def make_inputs(case: Case, seed: int = 0, *, special: bool = False) -> Inputs:
+    """Random inputs of one case from NumPy, with nothing to compile; the arrays must be made under `x64(case)`.
+
+    Some positions lie outside the table, every kind that their type can hold; with gathered rows none does. `special`
+    adds rows of zeros, single NaNs and infinities, and gates of any bits.
+    """
+    rng = np.random.default_rng(seed)
+    num_tokens, d = case.num_tokens, case.head_dim
+    dtype, weight_dtype, cache_dtype = (
+        jnp.dtype(name or case.dtype) for name in (case.dtype, case.weight_dtype, case.cache_dtype)
+    )
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32)
+
+    q_gate = (case.scale * normal(num_tokens, case.num_q_heads, 2, d)).astype(dtype)
+    k = (case.scale * normal(num_tokens, case.num_kv_heads, d)).astype(dtype)
+    if special:
+        gate = q_gate[:, :, 1]
+        q_gate[:, :, 1] = rng.integers(0, 256, (*gate.shape[:-1], d * dtype.itemsize), np.uint8).view(dtype)
+        for rows in (q_gate[:, :, 0], k):
+            for value in (0.0, np.nan, np.inf, -np.inf):
+                token, head, lane = (rng.integers(0, size) for size in rows.shape)
+                rows[token, head, slice(None) if value == 0.0 else lane] = value
+    weights = case.weight_scale * (1 + 0.2 * normal(2, d)) - np.float32(case.norm_beta)
+    # Angles of any size: a frequency's neighbours in the table, and those of another row, differ from its own.
+    angles = rng.uniform(0, 2 * np.pi, (case.max_position, case.rotary_dim // 2))
+    cache = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    return Inputs(
+        *(jnp.asarray(x.reshape(num_tokens, -1)) for x in (q_gate, k)),
+        *(jnp.asarray(w.astype(weight_dtype)) for w in weights),
+        jnp.asarray(cache.astype(cache_dtype)),
+        jnp.asarray(_positions(case, rng)),
+    )
+
+
+def _positions(case: Case, rng: np.random.Generator) -> np.ndarray:
+    """Random and repeated, in random order, the first and the last among them; some of them outside."""
+    info = np.iinfo(case.positions_dtype)
+    shape = (case.num_tokens,) if case.mrope_section is None else (3, case.num_tokens)
+    positions = rng.integers(0, min(case.max_position, info.max + 1), shape).astype(case.positions_dtype)
+    edges = [0, min(case.max_position - 1, info.max)]
+    if not case.gathered:
+        outside = (-1, case.max_position, 2**31 - 1, -(2**31), 2**31 + 3, 2**32 + 3, 3 - 2**32, info.min, info.max)
+        edges += [x for x in outside if info.min <= x <= info.max]
+    # About one token in eight, none in every fourth call.
+    chosen = rng.random(shape) < rng.choice([0, 0.1, 0.1, 0.3])
+    positions[chosen] = rng.choice(np.array(edges, case.positions_dtype), int(chosen.sum()))
+    return positions
+
+
+def x64(case: Case):
+    """Positions of 64 bits need it, and nothing else may."""
+    return jax.enable_x64(case.positions_dtype.endswith("64"))
+
+
+def is_outside(case: Case, positions: np.ndarray) -> np.ndarray:
+    """Where a position, of any integer type, lies outside the table."""
+    if positions.dtype == np.uint64:
+        positions = np.minimum(positions, np.uint64(2**62))
+    wide = positions.astype(np.int64)
+    return (wide < 0) | (wide >= case.max_position)
+
+
+def lanes_outside(case: Case, inputs: Inputs) -> np.ndarray:
+    """(T, D): the lanes whose frequency reads a position outside the table."""
+    outside = is_outside(case, np.atleast_2d(np.asarray(inputs.positions)))
+    pairs = outside[axes(case)].T
+    rest = np.zeros((case.num_tokens, case.head_dim - case.rotary_dim), bool)
+    return np.concatenate([pairs, pairs, rest], axis=1)
+
+
+def resolved(case: Case, inputs: Inputs) -> tuple[Case, Inputs]:
+    """The call in the contract's form, with every position inside the table: what the oracle and the definition take.
+
+    The oracle knows interleaved sections alone. For others the table gets the row of each token, which all of its
+    positions read.
+    """
+    plain = dataclasses.replace(
+        case, gate="copied", packed=False, gathered=False, mrope_layout="interleaved", positions_dtype="int32"
+    )
+    positions = np.asarray(inputs.positions)
+    positions = np.where(is_outside(case, positions), 0, positions).astype(np.int32)
+    if case.mrope_layout == "interleaved":
+        return plain, dataclasses.replace(inputs, positions=jnp.asarray(positions))
+    lane = np.arange(case.rotary_dim)
+    rows = np.asarray(inputs.cos_sin_cache)[positions[np.tile(axes(case), 2)].T, lane]
+    tokens = np.broadcast_to(np.arange(case.num_tokens, dtype=np.int32), positions.shape)
+    own = dataclasses.replace(inputs, cos_sin_cache=jnp.asarray(rows), positions=jnp.asarray(tokens))
+    return dataclasses.replace(plain, max_position=case.num_tokens), own

@@ -1,0 +1,139 @@
+"""The fuzzer: that it runs, that what it prints can be run again, and that it sees what is wrong."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+from tests import fuzz, strategies
+from tests.cases import Case
+from tests.run import has_gpu
+
+CASE = Case(
+    3, 2, 1, head_dim=16, rotary_dim=8, max_position=32, positions_dtype="int64", mrope_section=(2, 1, 1), packed=True
+)
+
+
+def test_a_reproducer_is_the_case():
+    for case in (CASE, Case(1), *fuzz.draw(strategies.WIDE, 0, 20)):
+        command = fuzz.reproducer(case, 7)
+        program, text, rest = command.split("'")
+        assert program == "python -m tests.fuzz " and rest == " --seed 7" and "\n" not in command
+        assert fuzz.parse_case(text) == case
+
+
+def test_a_seed_draws_the_same_cases_and_another_seed_others():
+    first, again, others = (fuzz.draw(strategies.WIDE, seed, 20) for seed in (1, 1, 2))
+    assert first == again != others
+    assert len(set(first)) > 10
+
+
+def test_every_drawn_case_is_bounded_and_allowed():
+    for case in fuzz.draw(strategies.WIDE, 5, 200):
+        elements = case.num_tokens * (2 * case.num_q_heads + case.num_kv_heads) * case.head_dim
+        assert elements <= strategies.WIDE.most_elements
+        assert case.mrope_section is None or (sum(case.mrope_section) == case.rotary_dim // 2 and not case.gathered)
+
+
+def test_one_case_by_its_reproducer():
+    """What a failure prints, in a process of its own."""
+    _, text, rest = fuzz.reproducer(dataclasses.replace(CASE, dtype="float16"), 3).split("'")
+    command = [sys.executable, "-m", "tests.fuzz", text, *rest.split(), "--implementations", "xla", "mosaic_gpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.endswith(" elements agree\n")
+
+
+def test_workers_run_and_are_counted():
+    """The command line for some seconds: something is compared, nothing fails."""
+    seconds = "60" if has_gpu() else "10"  # a GPU takes its time to start, and the oracle to compile
+    command = [sys.executable, "-m", "tests.fuzz", "--seconds", seconds, "--workers", "1", "--implementations", "xla"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert " elements compared, 0 failures" in done.stdout
+
+
+def spoiled(run, index, value):
+    """`run` with one element of an output (or gradient) changed."""
+
+    def spoil(*args, **kwargs):
+        results = list(run(*args, **kwargs))
+        x = jnp.asarray(results[index])
+        results[index] = x.at[(-1,) * x.ndim].set(value(x[(-1,) * x.ndim]))
+        return results
+
+    return spoil
+
+
+@pytest.mark.parametrize("output, message", [(0, "q_out"), (1, "k_out"), (2, "v_out"), (3, "gate_out")])
+def test_a_wrong_output_is_seen(monkeypatch, output, message):
+    case = dataclasses.replace(CASE, positions_dtype="int32", gathered=True, mrope_section=None)
+    monkeypatch.setattr(fuzz, "run", spoiled(fuzz.run, output, lambda x: x + 1))
+    with pytest.raises(fuzz.MismatchError, match=f"^xla: {message}"):
+        fuzz.check_forward(case, 0, ("xla",))
+
+
+@pytest.mark.parametrize("gradient, message", [(0, "dv: "), (1, "dq_weight: "), (2, "dk_weight: ")])
+def test_a_wrong_gradient_is_seen(monkeypatch, gradient, message):
+    case = dataclasses.replace(CASE, positions_dtype="int32", gathered=True, mrope_section=None)
+    right = fuzz.run_backward
+
+    def run_backward(name, *args, **kwargs):
+        return (spoiled(right, gradient, lambda x: x + 1) if name == "wrong" else right)("xla", *args, **kwargs)
+
+    monkeypatch.setattr(fuzz, "run_backward", run_backward)
+    with pytest.raises(fuzz.MismatchError, match=f"^wrong: {message}"):
+        fuzz.check_backward(case, 0, ("wrong",))
+
+
+def test_a_bad_position_without_nan_is_seen(monkeypatch):
+    case = dataclasses.replace(CASE, num_tokens=7, positions_dtype="int32", packed=False)
+    seed = next(n for n in range(20) if strategies.lanes_outside(case, strategies.make_inputs(case, n)).any())
+    monkeypatch.setattr(fuzz, "run", lambda *args: [jnp.nan_to_num(x) for x in fuzz_run(*args)])
+    with pytest.raises(fuzz.MismatchError, match="outside the table are not NaN"):
+        fuzz.check_forward(case, seed, ("xla",))
+
+
+fuzz_run = fuzz.run
+
+
+def test_failures_and_dead_workers_are_counted(monkeypatch):
+    """Whatever a worker says, or doesn't: what it prints here comes from a script in its place."""
+    script = """
+import json, os, sys
+print("not a message")
+print(json.dumps({"start": "A"}), json.dumps({"failed": "A", "reason": "B"}), sep=chr(10), flush=True)
+print(json.dumps({"elements": 5, "done": True}), json.dumps({"start": "C"}), sep=chr(10), flush=True)
+print("Segmentation fault", file=sys.stderr)
+os._exit(9)
+"""
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **kw: popen([sys.executable, "-c", script], **kw))
+    tally = fuzz.fuzz(5.0, 1, 0, ["xla"])
+    assert str(tally) == "1 cases, 5 elements compared, 2 failures"
+    assert tally.failures[0] == ("A", "B")
+    assert tally.failures[1][0] == "C"
+    assert tally.failures[1][1] == "the worker ended with 9: Segmentation fault\n"
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, of the interpreter
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_comparison_with_the_oracle(monkeypatch, packed):
+    """What a GPU's run does, with the interpreted oracle: rows of zeros, NaNs, infinities and gates of any bits."""
+    pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    monkeypatch.setattr(fuzz, "has_gpu", lambda: True)
+    case = dataclasses.replace(CASE, dtype="float32", num_tokens=7, packed=packed, mrope_layout="sectioned")
+    with strategies.x64(case):
+        assert fuzz.check_forward(case, 0, ("xla",))
+    monkeypatch.setattr(fuzz, "run", spoiled(fuzz.run, 1, lambda x: x + 1))
+    with strategies.x64(case), pytest.raises(fuzz.MismatchError, match="BROKEN"):
+        fuzz.check_forward(case, 0, ("xla",))
+
+
+@pytest.mark.gpu
+def test_some_cases_on_a_gpu(gpu):
+    for case in fuzz.draw(strategies.WIDE, 11, 3):
+        assert fuzz.check(case, 0)
