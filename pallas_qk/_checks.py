@@ -25,7 +25,7 @@ def _first_process() -> int:
 
 
 def check_process() -> None:
-    """Refuses a fork of a process in which JAX runs: its threads and GPU contexts stay behind, and a call would hang."""
+    """Refuses a fork of a process in which JAX runs: its threads and GPU contexts stay behind; a call would hang."""
     if _first_process() != os.getpid():
         raise RuntimeError(
             f"the op must not run in a fork of a process that has called it, got process {os.getpid()} forked from "

@@ -208,10 +208,11 @@ def mosaic_backward(spec: Spec, num_sms: int, *, num_axes: int, cache_itemsize: 
     One program an SM, as large as the registers allow: that is exactly one resident wave whatever ptxas does, which has
     to fit the program's threads into the 65536 registers of an SM.
 
-    H200, bf16, D = 256, R = 64, 16/2 heads, T = 16384 (copy 168.9 us): 24 warps an SM take 179.2 us, 28 190.2, 32 191.2
-    and 24 in six programs 180.6. A row of k takes as long as a row of q, though it moves three vectors where that moves
-    five: 179.2 against 180.5 us with 1.25 for it and, at 32 warps, 191.2 against 205.9 with 0.7. Two rows a warp
-    (188.8), an L2 prefetch (201.6) and several waves (188.6, and 20.2 against 14.4 at T = 1024) lost.
+    H200, bf16, D = 256, R = 64, 16/2 heads, T = 16384 (copy 168.6 us): 24 warps an SM take 177.3 us, 20 184.2, 28 187.5
+    and 24 in six programs 0.5 more. A row of k takes as long as a row of q, though it moves three vectors where that
+    moves five: 179.2 against 180.5 us with 1.25 for it and, at 32 warps, 191.2 against 205.9 with 0.7. Two rows a warp
+    (188.8), an L2 prefetch (201.6) and several waves (188.6, and 20.2 against 14.4 at T = 1024) lost. A single program
+    needs no second kernel: 2.30 us against 2.94 at T = 1. At T = 64 programs of two warpgroups take 4.10, of one 4.45.
     """
     itemsize = 4 if spec.dtype == "float32" else 2
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(spec.head_dim)))
