@@ -92,10 +92,10 @@ def fused_qk_rmsnorm_rope_gate(
 
     Derivatives:
       Of q_gate, k, both weights and the table, in reverse and forward mode and of any order; rounding counts as the
-      identity. Reverse mode keeps the inputs and nothing else, and is one kernel. The weights' gradients are summed in
-      float32, in a fixed order, and rounded once. The table's is XLA's scatter-add, on a GPU in no fixed order, or,
-      where it has the row of each token, a sum over heads; it costs nothing where it isn't used. Forward mode and
-      derivatives beyond the first are plain XLA.
+      identity. Reverse mode keeps the inputs and nothing else. It is one kernel, and a small one that sums the weights'
+      gradients in float32, in a fixed order, rounded once. The table's is XLA's scatter-add, on a GPU in no fixed
+      order, or, where it has the row of each token, a sum over heads; it costs nothing where it isn't used. Forward
+      mode and derivatives beyond the first are plain XLA.
 
     Mapping and sharding:
       `jax.vmap` over activations, or over rows of the table for each token, is one launch, over weights or a table one
@@ -340,7 +340,7 @@ def default_implementation(
 
     Raises:
       ValueError: a size or the platform breaks a rule of `fused_qk_rmsnorm_rope_gate`.
-      TypeError: the dtype is not one of float16, bfloat16 and float32.
+      TypeError: a size is no integer, or the dtype is not one of float16, bfloat16 and float32.
 
     Example:
       >>> import pallas_qk

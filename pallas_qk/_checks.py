@@ -1,4 +1,4 @@
-"""The only place where input errors are raised: before any array work, from shapes, dtypes and static values alone."""
+"""The checks of what the ops are given: before any array work, from shapes, dtypes and static values alone."""
 
 import functools
 import math

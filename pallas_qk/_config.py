@@ -50,6 +50,17 @@ def is_power_of_2(n: int) -> bool:
     return n & (n - 1) == 0
 
 
+def too_many_rows(spec: Spec, margin: int) -> str | None:
+    """Why a kernel that counts rows (token, head) in 32 bits, some of them past the end, can't run `spec`."""
+    rows, limit = spec.num_tokens * max(spec.num_q_heads, spec.num_kv_heads), 2**31 - margin
+    return f"it counts rows (token, head) in 32 bits, up to {limit}, got {rows}" if rows > limit else None
+
+
+def has_halves(head_dim: int, rotary_dim: int) -> bool:
+    """Whether the layout "halves" fits: powers of two, so that partners differ in one bit of the lane."""
+    return is_power_of_2(head_dim) and is_power_of_2(rotary_dim)
+
+
 def chunk_lanes(head_dim: int, rotary_dim: int) -> int:
     """Lanes of a chunk: the largest power of two that divides R/2 and D, so that RoPE partners are whole chunks."""
     return math.gcd(rotary_dim // 2, head_dim, 1 << 30)
@@ -96,7 +107,7 @@ def triton_forward(spec: Spec, *, gate_copied: bool = True) -> TritonForward:
     against 80.7 us).
     """
     d, r = spec.head_dim, spec.rotary_dim
-    halves = is_power_of_2(r // 2) and d % r == 0 and is_power_of_2(d // r)
+    halves = has_halves(d, r)
     chunks = d // chunk_lanes(d, r) <= 12
     num_rows = spec.num_tokens * spec.num_q_heads
     if halves and (num_rows < 128 or (num_rows >= 32768 and gate_copied) or not chunks):
@@ -133,7 +144,7 @@ def triton_backward(spec: Spec, num_sms: int, *, mrope: bool = False, wide: bool
     """
     d, r = spec.head_dim, spec.rotary_dim
     vector = 4 if spec.dtype == "float32" else 8  # lanes in 16 bytes
-    halves = is_power_of_2(r // 2) and d % r == 0 and is_power_of_2(d // r) and r // 2 >= vector
+    halves = has_halves(d, r) and r // 2 >= vector
     lanes = next_power_of_2(d) // 2 if halves else next_power_of_2(d)
     rows = max(1, 16 * vector // lanes)
     # Registers (jax 0.11.2, sm_90): up to 96 where something is float32 or a row's tile is whole, 64 with mRoPE.
@@ -182,7 +193,7 @@ def mosaic_forward(spec: Spec, *, gate_copied: bool = True) -> MosaicForward:
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(d)))
     if num_rows >= 512 and (num_rows < 32768 or not gate_copied) and d // chunk_lanes(d, r) <= 16:
         return MosaicForward("chunks", 2 * rows_per_warp, weights="after_gate")
-    layout = "halves" if is_power_of_2(d) and is_power_of_2(r) else "row"
+    layout = "halves" if has_halves(d, r) else "row"
     weights = "first" if num_rows < 64 else "after_gate" if num_rows < 32768 else "after_sum"
     return MosaicForward(layout, rows_per_warp, weights=weights)
 
@@ -210,9 +221,9 @@ def mosaic_backward(spec: Spec, num_sms: int, *, num_axes: int, cache_itemsize: 
 
     H200, bf16, D = 256, R = 64, 16/2 heads, T = 16384 (copy 168.6 us): 24 warps an SM take 177.3 us, 20 184.2, 28 187.5
     and 24 in six programs 0.5 more. A row of k takes as long as a row of q, though it moves three vectors where that
-    moves five: 179.2 against 180.5 us with 1.25 for it and, at 32 warps, 191.2 against 205.9 with 0.7. Two rows a warp
-    (188.8), an L2 prefetch (201.6) and several waves (188.6, and 20.2 against 14.4 at T = 1024) lost. A single program
-    needs no second kernel: 2.30 us against 2.94 at T = 1. At T = 64 programs of two warpgroups take 4.10, of one 4.45.
+    moves five: counting it as 1.25 costs 1.3 us, and as 0.7, at 32 warps, 14.7. Two rows a warp (9.6 us more), an L2
+    prefetch (22) and several waves (9.4, and 5.8 at T = 1024) lost. A single program needs no second kernel: 2.30 us
+    against 2.94 at T = 1. At T = 64 programs of two warpgroups take 4.10, of one 4.45.
     """
     itemsize = 4 if spec.dtype == "float32" else 2
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(spec.head_dim)))

@@ -23,12 +23,12 @@ IMPLEMENTATIONS = ("mosaic_gpu", "triton", "xla")
 
 _GPU_MODULES = {"mosaic_gpu": "pallas_qk._mosaic_gpu", "triton": "pallas_qk._triton"}
 _GPU_BACKWARD_MODULES = {"mosaic_gpu": "pallas_qk._mosaic_gpu_vjp", "triton": "pallas_qk._triton_vjp"}
-_MOSAIC_CAME_OF_AGE = jax.__version_info__ >= (0, 11)
+_SINCE_JAX_0_11 = jax.__version_info__ >= (0, 11)
 # What None tries on an NVIDIA GPU, in this order. JAX deprecates its Triton backend since 0.11.
-_PREFERENCE = ("mosaic_gpu", "triton", "xla") if _MOSAIC_CAME_OF_AGE else ("triton", "mosaic_gpu", "xla")
+_PREFERENCE = ("mosaic_gpu", "triton", "xla") if _SINCE_JAX_0_11 else ("triton", "mosaic_gpu", "xla")
 _REQUIRES = {
     # Mosaic GPU of JAX 0.10 imports absl, which JAX does not install.
-    "mosaic_gpu": ("jax.experimental.pallas.mosaic_gpu", *(() if _MOSAIC_CAME_OF_AGE else ("absl",))),
+    "mosaic_gpu": ("jax.experimental.pallas.mosaic_gpu", *(() if _SINCE_JAX_0_11 else ("absl",))),
     "triton": ("jax.experimental.pallas.triton",),
     "xla": (),
 }

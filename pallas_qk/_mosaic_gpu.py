@@ -32,6 +32,7 @@ from pallas_qk._config import (
     chunk_lanes,
     mosaic_forward,
     next_power_of_2,
+    too_many_rows,
     tree_order,
 )
 from pallas_qk._operands import Inputs, Outputs, output_types, spec_of
@@ -50,10 +51,7 @@ def unsupported(spec: Spec, target: Target) -> str | None:
     if target.compute_capability < (9, 0):
         major, minor = target.compute_capability
         return f"it needs compute capability 9.0 or later (Mosaic GPU), got {major}.{minor}"
-    rows, limit = spec.num_tokens * max(spec.num_q_heads, spec.num_kv_heads), 2**31 - 2**16
-    if rows > limit:
-        return f"it counts rows (token, head) in 32 bits, up to {limit}, got {rows}"
-    return None
+    return too_many_rows(spec, margin=2**16)
 
 
 def forward(inputs: Inputs, *, options: Options, config: MosaicForward | None = None) -> Outputs:

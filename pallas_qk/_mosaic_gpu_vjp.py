@@ -89,12 +89,12 @@ def backward(
         jax.ShapeDtypeStruct((rows, spec.head_dim), jnp.float32)
         for rows in (config.q_warps + config.k_warps, num_programs)
     )
-    partial = types if num_programs == 1 else types._replace(q_weight=of_programs, k_weight=of_programs)
+    written_types = types if num_programs == 1 else types._replace(q_weight=of_programs, k_weight=of_programs)
     gradients, _ = _launch(
         BACKWARD_NAME,
         thread,
         (inputs, cotangents),
-        (partial, of_warps),
+        (written_types, of_warps),
         num_programs=num_programs,
         num_warpgroups=config.num_warpgroups,
     )

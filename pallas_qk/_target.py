@@ -14,6 +14,7 @@ _CAPABILITY_OF_KIND = {
     "A100": (8, 0),
     "A30": (8, 0),
     "A10": (8, 6),
+    "A10G": (8, 6),
     "A40": (8, 6),
     "L4": (8, 9),
     "L40": (8, 9),
@@ -38,11 +39,18 @@ def cuda_target() -> Target:
     """Of several local GPUs the oldest: code for it runs on each of them, whichever device the call goes to."""
     device = abstract_gpu()
     if device is not None:
+        # A mesh of local GPUs names their kind too, which the table need not have.
+        for local in local_gpus():
+            if local.device_kind == device.device_kind:
+                return Target(_capability(local))
         words = device.device_kind.replace("-", " ").split()
         return Target(next((_CAPABILITY_OF_KIND[word] for word in words if word in _CAPABILITY_OF_KIND), _HOPPER))
-    capabilities = [tuple(map(int, d.compute_capability.split("."))) for d in local_gpus()]
-    major, minor = min(capabilities, default=_HOPPER)
-    return Target((major, minor))
+    return Target(min(map(_capability, local_gpus()), default=_HOPPER))
+
+
+def _capability(gpu: jax.Device) -> tuple[int, int]:
+    major, minor = map(int, gpu.compute_capability.split("."))
+    return major, minor
 
 
 def num_sms() -> int:

@@ -22,6 +22,7 @@ from pallas_qk._config import (
     TritonForward,
     chunk_lanes,
     next_power_of_2,
+    too_many_rows,
     tree_order,
     triton_forward,
 )
@@ -32,11 +33,10 @@ FORWARD_NAME = "pallas_qk_triton_forward"
 
 def unsupported(spec: Spec, target: Target) -> str | None:
     """Why this implementation can't run `spec` on `target`; None if it can."""
-    del spec
     if target.compute_capability < (8, 0):
         major, minor = target.compute_capability
         return f"it needs compute capability 8.0 or later (packed 16-bit conversions), got {major}.{minor}"
-    return None
+    return too_many_rows(spec, margin=2**20)  # the backward looks a step ahead: up to some 10^5 rows
 
 
 def forward(

@@ -234,7 +234,7 @@ def mrope_positions(
     """
     _check_integer("start", start, 0)
     parts = [np.zeros((3, 0), np.int64)]
-    at = operator.index(start)
+    at = start = operator.index(start)
     for segment in map(_check_segment, segments):
         if isinstance(segment, int):
             parts.append(np.broadcast_to(np.arange(at, at + segment), (3, segment)))

@@ -1,8 +1,10 @@
 """Which implementation runs, proven from the lowered text, and that a name never falls back."""
 
 import contextlib
+import dataclasses
 import inspect
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import pallas_qk
-from pallas_qk import _implementations
+from pallas_qk import _implementations, _target
 from pallas_qk._config import Spec, Target, triton_forward
 from tests.cases import SMALL_CASES, Case, make_inputs
 from tests.compare import compare_outputs
@@ -150,6 +152,30 @@ def test_default_implementation_is_what_runs():
 def test_compute_capability_of_an_abstract_device(kind, capability):
     with device(kind):
         assert _implementations.cuda_target() == Target(capability)
+
+
+def test_a_local_gpu_that_the_mesh_names_is_asked_itself(monkeypatch):
+    """A mesh of local devices names their kind, here one that no table knows."""
+
+    class Gpu(NamedTuple):
+        device_kind: str
+        compute_capability: str
+
+    monkeypatch.setattr(_target, "local_gpus", lambda: [Gpu("NVIDIA of yesterday", "8.6")])
+    with device("NVIDIA of yesterday"):
+        assert _target.cuda_target() == Target((8, 6))
+    with device("NVIDIA of tomorrow"):
+        assert _target.cuda_target() == Target((9, 0))
+
+
+@pytest.mark.parametrize("name", GPU_IMPLEMENTATIONS)
+def test_rows_are_counted_in_32_bits(name):
+    limit = 2**31 - {"mosaic_gpu": 2**16, "triton": 2**20}[name]
+    spec = Spec(limit // 16, 16, 2, 4, 4, "bfloat16")
+    assert _implementations.unsupported(name, spec, Target((9, 0))) is None
+    more = dataclasses.replace(spec, num_tokens=limit // 16 + 1)
+    reason = f"it counts rows (token, head) in 32 bits, up to {limit}, got {limit + 16}"
+    assert _implementations.unsupported(name, more, Target((9, 0))) == reason
 
 
 def test_modules_share_one_interface():
