@@ -213,6 +213,12 @@ class MosaicBackward:
     k_warps: int
 
 
+def mosaic_backward_group(head_dim: int, rotary_dim: int, itemsize: int, rows_per_warp: int) -> tuple[int, int]:
+    """Threads of a row and lanes of a vector, up to 16 bytes; RoPE partners are whole vectors."""
+    lanes = math.gcd(16 // itemsize, head_dim, rotary_dim // 2)
+    return min(32 // rows_per_warp, max(1, next_power_of_2(head_dim) // lanes)), lanes
+
+
 def mosaic_backward(spec: Spec, num_sms: int, *, num_axes: int, cache_itemsize: int) -> MosaicBackward:
     """The configuration for `spec` on a GPU of `num_sms` streaming multiprocessors, with 1 or 3 rows of positions.
 
@@ -227,8 +233,7 @@ def mosaic_backward(spec: Spec, num_sms: int, *, num_axes: int, cache_itemsize: 
     """
     itemsize = 4 if spec.dtype == "float32" else 2
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(spec.head_dim)))
-    lanes = math.gcd(16 // itemsize, spec.head_dim, spec.rotary_dim // 2)
-    threads = min(32 // rows_per_warp, max(1, next_power_of_2(spec.head_dim) // lanes))
+    threads, lanes = mosaic_backward_group(spec.head_dim, spec.rotary_dim, itemsize, rows_per_warp)
     vectors, rotated = (-(-size // (threads * lanes)) for size in (spec.head_dim, spec.rotary_dim))
     words, cache_words = (-(-lanes * size // 4) for size in (itemsize, cache_itemsize))
     # What a thread holds at once: sums and weights; x, dy and the gate's cotangent; cos and sin at each axis and the

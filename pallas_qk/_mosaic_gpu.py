@@ -242,15 +242,22 @@ def _forward_thread(
 
     q, k = _heads_of(inputs.q, inputs.k, spec, options)
     q_programs, k_programs = programs
-    # Every period-th program is a k program, so that k rows are spread evenly among q rows.
-    period = (q_programs + k_programs) // k_programs
-    group = _div(program, period)
-    is_k = arith.andi(_equal(_rem(program, period), period - 1), _below(group, k_programs))
+    is_k, group = _interleaved(program, q_programs, k_programs)
     with mgpu.when(is_k):
         norm_and_rope(group, k, inputs.k_weight, outputs.k, outputs.v)
     with mgpu.when(_equal(is_k, 0)):
         block = arith.subi(program, _min(group, k_programs))
         norm_and_rope(block, q, inputs.q_weight, outputs.q, outputs.gate)
+
+
+def _interleaved(index: Value, q_count: int, k_count: int) -> tuple[Value, Value]:
+    """Whether a program or warp takes k rows, and how many before it do, up to `k_count`.
+
+    Every period-th does, so that k rows are spread evenly among q rows.
+    """
+    period = (q_count + k_count) // k_count
+    group = _div(index, period)
+    return arith.andi(_equal(_rem(index, period), period - 1), _below(group, k_count)), group
 
 
 class _Heads(NamedTuple):

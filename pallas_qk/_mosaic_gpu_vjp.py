@@ -23,7 +23,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, scf
 from jaxlib.mlir.dialects import math as mlir_math
 
-from pallas_qk._config import MosaicBackward, Options, Spec, mosaic_backward, next_power_of_2
+from pallas_qk._config import MosaicBackward, Options, Spec, mosaic_backward, mosaic_backward_group, next_power_of_2
 from pallas_qk._mosaic_gpu import (
     _ACCESS_BYTES,
     _WARP,
@@ -39,6 +39,7 @@ from pallas_qk._mosaic_gpu import (
     _f32,
     _Heads,
     _heads_of,
+    _interleaved,
     _inv_rms,
     _launch,
     _Layout,
@@ -84,7 +85,7 @@ def backward(
         config=config,
         layout=_backward_layout(config, spec.head_dim, options.rotary_dim, dtype),
     )
-    num_programs = pl.cdiv(config.q_warps + config.k_warps, config.num_warpgroups * _WARPGROUP // _WARP)
+    num_programs = pl.cdiv(config.q_warps + config.k_warps, _num_warps(config.num_warpgroups))
     of_warps, of_programs = (
         jax.ShapeDtypeStruct((rows, spec.head_dim), jnp.float32)
         for rows in (config.q_warps + config.k_warps, num_programs)
@@ -109,14 +110,17 @@ def _warp(program: Value, num_warpgroups: int) -> Value:
 
     Without that knowledge ptxas writes every loop with shuffles twice and takes 87 registers instead of 80.
     """
-    return _add(_mul(program, num_warpgroups * _WARPGROUP // _WARP), mgpu.warp_idx())
+    return _add(_mul(program, _num_warps(num_warpgroups)), mgpu.warp_idx())
+
+
+def _num_warps(num_warpgroups: int) -> int:
+    """Warps of a program."""
+    return num_warpgroups * _WARPGROUP // _WARP
 
 
 def _backward_layout(config: MosaicBackward, head_dim: int, rotary_dim: int, dtype: jnp.dtype) -> _Layout:
     """Each thread's vectors lie G*V lanes apart. V is the same in every configuration, and with it the sums' order."""
-    # RoPE partners are whole vectors.
-    lanes = math.gcd(_ACCESS_BYTES // dtype.itemsize, head_dim, rotary_dim // 2)
-    threads = min(_WARP // config.rows_per_warp, max(1, next_power_of_2(head_dim) // lanes))
+    threads, lanes = mosaic_backward_group(head_dim, rotary_dim, dtype.itemsize, config.rows_per_warp)
     bits = tuple((lanes << i).bit_length() - 1 for i in range(threads.bit_length() - 1))
     return _Layout(threads, lanes, tuple(range(0, head_dim, threads * lanes)), bits, partners=False)
 
@@ -222,13 +226,7 @@ def _backward_thread(
     dq, dk = _heads_of(gradients.q, gradients.k, spec, options)
     dq_out, dk_out, dv_out, dgate_out = (dense(x, h) for x, h in zip(cotangents, (q, k, k, q), strict=True))
     warp, q_warps, k_warps = _warp(program, config.num_warpgroups), config.q_warps, config.k_warps
-    # Every period-th warp takes k rows, so that they are spread evenly among q rows.
-    period = (q_warps + k_warps) // k_warps
-
-    def takes_k(warp):
-        return arith.andi(_equal(_rem(warp, period), period - 1), _below(_div(warp, period), k_warps))
-
-    k_before, is_k = _div(warp, period), takes_k(warp)
+    is_k, k_before = _interleaved(warp, q_warps, k_warps)
     with mgpu.when(is_k):
         walk(k_before, k_warps, k, inputs.k_weight, dk_out, dv_out, dk)
     with mgpu.when(arith.andi(_equal(is_k, 0), _below(warp, q_warps + k_warps))):
@@ -236,8 +234,8 @@ def _backward_thread(
 
     # What other warps of the program wrote to global memory is there after the barrier.
     llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "bar.sync 0;", "~{memory}", has_side_effects=True)
-    first = _mul(program, config.num_warpgroups * _WARPGROUP // _WARP)
-    warps = [_add(first, i) for i in range(config.num_warpgroups * _WARPGROUP // _WARP)]
+    num_warps = _num_warps(config.num_warpgroups)
+    warps = [_add(_mul(program, num_warps), i) for i in range(num_warps)]
     for start in range(0, 2 * head_dim, config.num_warpgroups * _WARPGROUP):
         # One column of q's rows or of k's. Every row is loaded before the first addition.
         index = _add(mgpu.thread_idx(), start)
@@ -248,7 +246,8 @@ def _backward_thread(
             for other in warps:
                 row = partials.row(_min(other, q_warps + k_warps - 1), head_dim)
                 (value,) = _widen((row + column).load(1), partials.dtype)
-                counts = arith.andi(_equal(takes_k(other), of_k), _below(other, q_warps + k_warps))
+                takes_k, _ = _interleaved(other, q_warps, k_warps)
+                counts = arith.andi(_equal(takes_k, of_k), _below(other, q_warps + k_warps))
                 terms += _select(counts, [value], [_f32(0.0)])
             total = functools.reduce(arith.addf, terms)
             for which, array in ((0, gradients.q_weight), (1, gradients.k_weight)):
@@ -289,7 +288,7 @@ class _Rotation(NamedTuple):
 def _rotations(vectors: list[_Vector], layout: _Layout, lane: Value, dtype: jnp.dtype, table: _Table):
     """The rotations of the first vectors, in turn."""
     rotary_dim, rotations = table.options.rotary_dim, []
-    half, reach = rotary_dim // 2, layout.threads * layout.lanes
+    half, reach = rotary_dim // 2, layout.reach
     signs = _repeated(1 << (8 * dtype.itemsize - 1), layout.lanes, dtype)
     for vector in vectors:
         if vector.base >= rotary_dim:
@@ -342,7 +341,7 @@ def _row_sum(xs: list[Value], ys: list[Value], vectors: list[_Vector], layout: _
             total = mlir_math.fma(a, b, total)
         (sums[v.base],) = _select(v.exists, [total], [_f32(0.0)])
     step = next_power_of_2(layout.bases[-1] + 1) // 2
-    while step >= layout.threads * layout.lanes:
+    while step >= layout.reach:
         sums = {b: arith.addf(s, sums[b + step]) if b + step in sums else s for b, s in sums.items() if not b & step}
         step //= 2
     total, distance = sums[0], layout.threads // 2

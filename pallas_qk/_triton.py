@@ -173,11 +173,8 @@ def _forward_kernel(
             token, head, _ = rows(columns.shape[1])
             _store(out_ref, (token, head, columns), arithmetic.narrow(y), in_tile)
 
-    # Every period-th program is a k program, so that k rows are spread evenly among q rows (0.4 to 1.4 us of 139).
-    program, period = pl.program_id(0), (q_programs + k_programs) // k_programs
-    group = _div(program, period)
-    is_k = (_rem(program, period) == period - 1) & (group < k_programs)
-
+    program = pl.program_id(0)
+    is_k, group = interleaved(program, q_programs, k_programs)
     heads = heads_of(inputs.q, inputs.k, spec, options)
 
     @pl.when(is_k)
@@ -188,6 +185,16 @@ def _forward_kernel(
     def _():
         block = program - jnp.minimum(group, k_programs)
         norm_and_rope(block, spec.num_q_heads, heads.q, inputs.q_weight, outputs.q, heads.gate, outputs.gate)
+
+
+def interleaved(program, q_programs: int, k_programs: int):
+    """Whether a program takes k rows, and how many before it do, up to `k_programs`.
+
+    Every period-th does, so that k rows are spread evenly among q rows (0.4 to 1.4 us of 139, backward 3 of 182).
+    """
+    period = (q_programs + k_programs) // k_programs
+    group = _div(program, period)
+    return (_rem(program, period) == period - 1) & (group < k_programs), group
 
 
 def _rows(block, num_rows_per_program: int, num_tokens: int, num_heads: int, lanes: int):

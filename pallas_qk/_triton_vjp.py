@@ -30,10 +30,10 @@ from pallas_qk._triton import (
     _load,
     _plain_arithmetic,
     _ptx_arithmetic,
-    _rem,
     _rows,
     _store,
     heads_of,
+    interleaved,
     output,
     q_shape,
 )
@@ -199,12 +199,8 @@ def _backward_kernel(
             row = slot * _partial_rows(config) + _iota(c.shape, 0)
             _store(partials_ref, (row, c), _add_pairs_of_rows(dweight), e)
 
-    # Every period-th program is a k program: q rows and k rows side by side (3 us).
-    q_programs, k_programs = config.q_programs, config.k_programs
-    program, period = pl.program_id(0), (q_programs + k_programs) // k_programs
-    group = _div(program, period)
-    is_k = (_rem(program, period) == period - 1) & (group < k_programs)
-
+    program, q_programs, k_programs = pl.program_id(0), config.q_programs, config.k_programs
+    is_k, group = interleaved(program, q_programs, k_programs)
     read, written = (heads_of(q, k, spec, options) for q, k in ((inputs.q, inputs.k), (dq_ref, dk_ref)))
 
     @pl.when(is_k)

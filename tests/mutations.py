@@ -568,8 +568,8 @@ MUTATIONS = (
     Mutation(
         "mosaic backward: partial rows of warps that are not there",
         MOSAIC_VJP,
-        "counts = arith.andi(_equal(takes_k(other), of_k), _below(other, q_warps + k_warps))",
-        "counts = _equal(takes_k(other), of_k)",
+        "counts = arith.andi(_equal(takes_k, of_k), _below(other, q_warps + k_warps))",
+        "counts = _equal(takes_k, of_k)",
         GRADIENTS_OF_MOSAIC,
     ),
     Mutation(
