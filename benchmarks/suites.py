@@ -126,6 +126,12 @@ def parity_gpu() -> list[Case]:
     ]
     float32 = [
         Case(129, 5, 2, 80, 40, f32),
+        Case(37, 3, 1, 65, 6, f32),  # a pair of lanes lies in two threads
+        Case(129, 4, 2, 32, 16, f32),
+        Case(1025, 5, 2, 96, 96, f32, norm_beta=1.0),
+        Case(2048, 4, 2, 512, 128, f32),
+        Case(4096, 8, 2, 128, 64, f32),
+        Case(4096, 16, 2, 256, 64, f32),
         Case(4096, 16, 2, 256, 64, f32, mrope_section=INTERLEAVED, norm_beta=1.0),
     ]
     return small + large + float32

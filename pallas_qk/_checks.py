@@ -96,7 +96,7 @@ def check_norm_beta(norm_beta: float) -> float:
             f"norm_beta must be finite, got {norm_beta}. "
             "Pass 1.0 for weights stored minus one (Gemma, Qwen3.5), else 0.0."
         )
-    return float(norm_beta)
+    return float(norm_beta) + 0.0  # without a -0.0, whose sum with a weight of -0.0 would be another
 
 
 def _check_real(name: str, value: object) -> None:

@@ -79,6 +79,15 @@ def tree_order(num_lanes: int) -> list[int]:
     return [0, *range(5, 0, -1), *range(bits - 1, 5, -1)]
 
 
+def rotation_fuses_y2(options: Options, dtype) -> bool:
+    """Whether o2 = y2 * cos + y1 * sin rounds y1 * sin and fuses the other product; else it is the other way round.
+
+    So the compiler of the serving kernel decides (Triton 3.6 and 3.9). It shows with a float32 table: in 216 of 35.7 M
+    elements with mRoPE, and in every seventh rotated element of float32 activations.
+    """
+    return options.mrope_section is not None or str(dtype) == "float32"
+
+
 @dataclasses.dataclass(frozen=True)
 class TritonForward:
     """Launch configuration of the forward kernel on Pallas Triton.
@@ -168,12 +177,13 @@ class MosaicForward:
     A row has 32/rows_per_warp threads, or fewer where it is too short. `weights` says when they are loaded: "first",
     beside x, "after_gate", or v, which is stored before, or "after_sum", of the squares, for fewer registers. A row
     beside which nothing is copied takes "after_gate" as "first", with 31 registers (sm_90a, D = 256, "halves").
+    `k_first` says that programs of k rows come before all others instead of evenly among them.
     """
 
     layout: Layout
     rows_per_warp: int
-    num_warpgroups: int = 1
     weights: str = "first"
+    k_first: bool = False
 
 
 def mosaic_forward(spec: Spec, *, gate_copied: bool = True) -> MosaicForward:
@@ -187,15 +197,16 @@ def mosaic_forward(spec: Spec, *, gate_copied: bool = True) -> MosaicForward:
     is best for a single token (1.09 against 1.12 us). Chunks with two rows a warp lead in between (2.46 against 2.59 us
     at T = 256, 3.42 against 3.97 at T = 512; 1.38 against 1.47 at T = 16 with 32/2 heads), where a launch is one wave.
     Where no gate is copied they lead at T = 16384 too (the gate in place: 76.2 us against 80.6 with halves and weights
-    after the gate, 83.0 after the sum; copy 71.7).
+    after the gate, 83.0 after the sum; copy 71.7). k rows first fill up a last, short round of programs better (1.57
+    against 1.66 us at T = 64, 1.22 against 1.25 at T = 16) and cost where there are many (540.9 against 538.0 at 65536).
     """
     d, r, num_rows = spec.head_dim, spec.rotary_dim, spec.num_tokens * spec.num_q_heads
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(d)))
     if num_rows >= 512 and (num_rows < 32768 or not gate_copied) and d // chunk_lanes(d, r) <= 16:
-        return MosaicForward("chunks", 2 * rows_per_warp, weights="after_gate")
+        return MosaicForward("chunks", 2 * rows_per_warp, weights="after_gate", k_first=num_rows < 32768)
     layout = "halves" if has_halves(d, r) else "row"
     weights = "first" if num_rows < 64 else "after_gate" if num_rows < 32768 else "after_sum"
-    return MosaicForward(layout, rows_per_warp, weights=weights)
+    return MosaicForward(layout, rows_per_warp, weights=weights, k_first=weights == "after_gate")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,7 @@ from pallas_qk._config import (
     chunk_lanes,
     mosaic_forward,
     next_power_of_2,
+    rotation_fuses_y2,
     too_many_rows,
     tree_order,
 )
@@ -62,7 +63,7 @@ def forward(inputs: Inputs, *, options: Options, config: MosaicForward | None = 
     if config is None:
         config = mosaic_forward(spec, gate_copied=options.gate == "copied")
     layout = _layout(config, spec.head_dim, options.rotary_dim, inputs.q.dtype)
-    rows_per_program = config.num_warpgroups * _WARPGROUP // layout.threads
+    rows_per_program = _WARPGROUP // layout.threads
     q_programs = pl.cdiv(spec.num_tokens * spec.num_q_heads, rows_per_program)
     k_programs = pl.cdiv(spec.num_tokens * spec.num_kv_heads, rows_per_program)
     thread = functools.partial(
@@ -75,14 +76,7 @@ def forward(inputs: Inputs, *, options: Options, config: MosaicForward | None = 
         config=config,
         layout=layout,
     )
-    return _launch(
-        FORWARD_NAME,
-        thread,
-        inputs,
-        types,
-        num_programs=q_programs + k_programs,
-        num_warpgroups=config.num_warpgroups,
-    )
+    return _launch(FORWARD_NAME, thread, inputs, types, num_programs=q_programs + k_programs, num_warpgroups=1)
 
 
 def _launch(
@@ -219,7 +213,7 @@ def _forward_thread(
             # A store that might alias them comes first: neither it nor the loads before it can sink.
             weights = [v.load(weight) for v in vectors]
 
-        total = _tree_sum(xs, vectors, layout, head_dim)
+        total = _tree_sum(xs, vectors, layout, place, head_dim)
         if config.weights == "after_sum":
             # The sum's sign bit is 0 (PTX's NaN has none either), which the compiler can't know: the loads stay behind.
             sign = _shr(arith.bitcast(ir.IntegerType.get_signless(32), total), 31)
@@ -227,14 +221,13 @@ def _forward_thread(
         inv_rms = _inv_rms(total, head_dim, options.eps)
         words, ys = [], []
         for lanes, weight_words in zip(xs, weights, strict=True):
-            # Adding 0.0 stays: it makes a weight of -0.0 positive, as in the serving kernel.
-            ws = [arith.addf(w, _f32(options.norm_beta)) for w in _widen(weight_words, weight.dtype)]
+            ws = _effective_weights(weight_words, weight.dtype, options.norm_beta)
             y = [arith.mulf(arith.mulf(lane, inv_rms), w) for lane, w in zip(lanes, ws, strict=True)]
             words.append(_narrow(y, out.dtype))
             ys.append(_widen(words[-1], out.dtype))
         for rotation, loaded in zip(rotations, angles, strict=True):
             cos, sin = table.angles(table_rows, loaded, rotation.frequency)
-            for index, lanes in rotation.apply(ys, cos, sin, options.mrope_section is not None).items():
+            for index, lanes in rotation.apply(ys, cos, sin, rotation_fuses_y2(options, out.dtype)).items():
                 words[index] = _select(rotation.where, _narrow(lanes, out.dtype), words[index])
         own = len(layout.bases)  # what follows are partners that were only loaded
         for v, word in zip(vectors[:own], words[:own], strict=True):
@@ -242,11 +235,14 @@ def _forward_thread(
 
     q, k = _heads_of(inputs.q, inputs.k, spec, options)
     q_programs, k_programs = programs
-    is_k, group = _interleaved(program, q_programs, k_programs)
+    if config.k_first:
+        is_k, k_before = _below(program, k_programs), program
+    else:
+        is_k, k_before = _interleaved(program, q_programs, k_programs)
     with mgpu.when(is_k):
-        norm_and_rope(group, k, inputs.k_weight, outputs.k, outputs.v)
+        norm_and_rope(k_before, k, inputs.k_weight, outputs.k, outputs.v)
     with mgpu.when(_equal(is_k, 0)):
-        block = arith.subi(program, _min(group, k_programs))
+        block = arith.subi(program, _min(k_before, k_programs))
         norm_and_rope(block, q, inputs.q_weight, outputs.q, outputs.gate)
 
 
@@ -319,13 +315,15 @@ class _Rotation(NamedTuple):
     where: Value | None  # None: everywhere
     frequency: Value
 
-    def apply(self, ys: list[list[Value]], cos: list[Value], sin: list[Value], mrope: bool) -> dict[int, list[Value]]:
+    def apply(
+        self, ys: list[list[Value]], cos: list[Value], sin: list[Value], fuses_y2: bool
+    ) -> dict[int, list[Value]]:
         own, other = ys[self.own], ys[self.other]
         if self.is_first is None:
-            first, second = _rotate(own, other, cos, sin, mrope)
+            first, second = _rotate(own, other, cos, sin, fuses_y2)
             return {self.own: first, self.other: second}
         halves = _select(self.is_first, own, other), _select(self.is_first, other, own)
-        first, second = _rotate(*halves, cos, sin, mrope)
+        first, second = _rotate(*halves, cos, sin, fuses_y2)
         return {self.own: _select(self.is_first, first, second)}
 
 
@@ -376,27 +374,63 @@ def _scatter(place: Value, bits: tuple[int, ...]) -> Value:
     return column
 
 
-def _tree_sum(xs: list[list[Value]], vectors: list[_Vector], layout: _Layout, head_dim: int) -> Value:
+def _tree_sum(xs: list[list[Value]], vectors: list[_Vector], layout: _Layout, place: Value, head_dim: int) -> Value:
     """The sum of squares over the row, in the order of `tree_order`, in every thread of the row's group.
 
     Squares are never -0.0, so lanes that D lacks, which would add 0.0, are left out.
     """
-    squares, own = {}, len(layout.bases)
+    own, order = len(layout.bases), tree_order(next_power_of_2(head_dim))
+    lanes: dict[int, Value] = {}
     for v, x in zip(vectors[:own], xs[:own], strict=True):
-        for lane, value in enumerate(x):
-            (squares[v.base + lane],) = _select(v.exists, [arith.mulf(value, value)], [_f32(0.0)])
-    for bit in tree_order(next_power_of_2(head_dim)):
+        lanes |= {v.base + i: _select(v.exists, [value], [_f32(0.0)])[0] for i, value in enumerate(x)}
+    if order[0] == 0:
+        sums, order = _sums_of_pairs(lanes, layout, place), order[1:]
+    else:
+        sums = {lane: arith.mulf(x, x) for lane, x in lanes.items()}
+    for bit in order:
         step = 1 << bit
         if bit in layout.bits:
             distance = 1 << layout.bits.index(bit)
-            squares = {lane: arith.addf(s, mgpu.shfl_bfly(s, distance)) for lane, s in squares.items()}
+            sums = {lane: arith.addf(s, mgpu.shfl_bfly(s, distance)) for lane, s in sums.items()}
         else:
-            squares = {
-                lane: arith.addf(s, squares[lane + step]) if lane + step in squares else s
-                for lane, s in squares.items()
+            sums = {
+                lane: arith.addf(s, sums[lane + step]) if lane + step in sums else s
+                for lane, s in sums.items()
                 if not lane & step
             }
-    return squares[0]
+    return sums[0]
+
+
+def _sums_of_pairs(lanes: dict[int, Value], layout: _Layout, place: Value) -> dict[int, Value]:
+    """x0² + x1² of neighbouring lanes: one product, and the other fused onto it, as in the serving kernel.
+
+    Products of 16-bit lanes are exact above 2^-133, so the form shows in float32 alone, and in squares below that.
+    """
+    if 0 not in layout.bits:
+        return {lane: _sum_of_pair(x, lanes.get(lane + 1)) for lane, x in lanes.items() if not lane & 1}
+    distance = 1 << layout.bits.index(0)
+    is_second = _equal(_and(place, distance), distance)
+    sums = {}
+    for lane, x in lanes.items():
+        other = mgpu.shfl_bfly(x, distance)
+        sums[lane] = _sum_of_pair(arith.select(is_second, other, x), arith.select(is_second, x, other))
+    return sums
+
+
+def _sum_of_pair(first: Value, second: Value | None) -> Value:
+    return arith.mulf(first, first) if second is None else mlir_math.fma(first, first, arith.mulf(second, second))
+
+
+def _effective_weights(words: list[Value], dtype: jnp.dtype, norm_beta: float) -> list[Value]:
+    """The float32 lanes of `words` plus norm_beta.
+
+    Adding 0.0 stays, to two lanes an instruction: it makes a weight of -0.0 positive, as in the serving kernel.
+    """
+    if norm_beta or words[0].type.width < 8 * 2 * dtype.itemsize or dtype == jnp.float32:
+        return [arith.addf(lane, _f32(norm_beta)) for lane in _widen(words, dtype)]
+    name = {"bfloat16": "bf16x2", "float16": "f16x2"}[dtype.name]
+    code = f"{{ .reg .b32 zero; mov.b32 zero, 0; add.rn.{name} $0, $1, zero; }}"
+    return _widen([_ptx(code, "=r,r", word.type, word) for word in words], dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -476,13 +510,13 @@ def _inv_rms(sum_of_squares: Value, head_dim: int, eps: float) -> Value:
     return _ptx(code, "=f,f,f,f", sum_of_squares.type, sum_of_squares, _f32(head_dim), _f32(eps))
 
 
-def _rotate(first, second, cos, sin, mrope: bool) -> tuple[list[Value], list[Value]]:
-    """One product is rounded and the other fused, as in the serving kernel, which fuses another one with mRoPE."""
+def _rotate(first, second, cos, sin, fuses_y2: bool) -> tuple[list[Value], list[Value]]:
+    """One product of each sum is rounded and the other fused, as in the serving kernel."""
     lanes = list(zip(first, second, cos, sin, strict=True))
     return (
         [mlir_math.fma(a, c, arith.negf(arith.mulf(b, s))) for a, b, c, s in lanes],
         [
-            mlir_math.fma(b, c, arith.mulf(a, s)) if mrope else mlir_math.fma(a, s, arith.mulf(b, c))
+            mlir_math.fma(b, c, arith.mulf(a, s)) if fuses_y2 else mlir_math.fma(a, s, arith.mulf(b, c))
             for a, b, c, s in lanes
         ],
     )

@@ -22,6 +22,7 @@ from pallas_qk._config import (
     TritonForward,
     chunk_lanes,
     next_power_of_2,
+    rotation_fuses_y2,
     too_many_rows,
     tree_order,
     triton_forward,
@@ -50,7 +51,7 @@ def forward(
         config = triton_forward(spec, gate_copied=options.gate == "copied")
     q_programs = pl.cdiv(spec.num_tokens * spec.num_q_heads, config.rows_per_program)
     k_programs = pl.cdiv(spec.num_tokens * spec.num_kv_heads, config.rows_per_program)
-    mrope, dtype = options.mrope_section is not None, inputs.q.dtype
+    dtype = inputs.q.dtype
     kernel = functools.partial(
         _forward_kernel,
         q_programs=q_programs,
@@ -58,7 +59,7 @@ def forward(
         spec=spec,
         options=options,
         config=config,
-        arithmetic=_plain_arithmetic(dtype) if interpret else _ptx_arithmetic(dtype, mrope),
+        arithmetic=_plain_arithmetic(dtype) if interpret else _ptx_arithmetic(dtype, rotation_fuses_y2(options, dtype)),
     )
     (outputs,) = pl.pallas_call(
         kernel,
@@ -161,8 +162,8 @@ def _forward_kernel(
         weights = [_load(weight_ref, (c,), e) for c, e in zip(layout.columns, layout.exists, strict=True)]
 
         xs = [x.astype(jnp.float32) for x in xs]
-        squares = {offset: x * x for offset, x in zip(layout.offsets, xs, strict=False)}
-        inv_rms = lax.rsqrt(arithmetic.mean_plus_eps(_tree_sum(squares, layout.bits, head_dim), head_dim, options.eps))
+        total = _tree_sum(dict(zip(layout.offsets, xs, strict=False)), layout.bits, head_dim, arithmetic.fma)
+        inv_rms = lax.rsqrt(arithmetic.mean_plus_eps(total, head_dim, options.eps))
         weights = [arithmetic.effective_weight(w, options.norm_beta) for w in weights]
         ys = [x * inv_rms * w for x, w in zip(xs, weights, strict=True)]
         angles = [(cos.astype(jnp.float32), sin.astype(jnp.float32), inside) for cos, sin, inside in angles]
@@ -304,14 +305,27 @@ def _row(num_rows: int, head_dim: int, rotary_dim: int) -> _Layout:
 _LAYOUTS = {"chunks": _chunks, "halves": _halves, "row": _row}
 
 
-def _tree_sum(tiles: dict[int, jax.Array], bits: list[int], head_dim: int) -> jax.Array:
-    """(B, 1): the sum over the lanes of `tiles`, by the lane at their first place, in the order of `tree_order`.
+def _tree_sum(xs: dict[int, jax.Array], bits: list[int], head_dim: int, fma: Callable) -> jax.Array:
+    """(B, 1): the sum of squares over the lanes of tiles, by the lane at their first place, as `tree_order` says.
+
+    A neighbouring pair is one product and a fused multiply-add onto it, as in the serving kernel. Products of 16-bit
+    lanes are exact above 2^-133, so the form shows in float32 alone, and in squares below that.
 
     Squares are never -0.0, so lanes that D lacks, which would add 0.0, are left out.
     """
-    num_rows, bits = next(iter(tiles.values())).shape[0], list(bits)
-    tiles = {offset: tile.reshape(num_rows, *(2,) * len(bits)) for offset, tile in tiles.items()}
-    for bit in tree_order(next_power_of_2(head_dim)):
+    num_rows, bits, order = next(iter(xs.values())).shape[0], list(bits), tree_order(next_power_of_2(head_dim))
+    xs = {offset: x.reshape(num_rows, *(2,) * len(bits)) for offset, x in xs.items()}
+    if order[0] != 0:
+        tiles = {offset: x * x for offset, x in xs.items()}
+    else:
+        order = order[1:]
+        if 0 in bits:
+            assert bits.pop() == 0
+            pairs: dict[int, tuple[jax.Array, jax.Array | None]] = {offset: _pair(x) for offset, x in xs.items()}
+        else:
+            pairs = {offset: (x, xs.get(offset + 1)) for offset, x in xs.items() if not offset & 1}
+        tiles = {offset: a * a if b is None else fma(a, a, b * b) for offset, (a, b) in pairs.items()}
+    for bit in order:
         if bit in bits:
             axis = bits.index(bit)
             del bits[axis]
@@ -324,6 +338,17 @@ def _tree_sum(tiles: dict[int, jax.Array], bits: list[int], head_dim: int) -> ja
                 if not offset & step
             }
     return tiles[0][:, None]
+
+
+def _pair(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The two places of a tile's last axis.
+
+    A thread holds both, and what selects and adds them is gone from the compiled code: integers, for -0.0 + 0.0 is 0.0.
+    """
+    words = lax.bitcast_convert_type(x, jnp.int32)
+    places = (jnp.where(_iota(x.shape, x.ndim - 1) == place, words, 0) for place in (0, 1))
+    first, second = (lax.bitcast_convert_type(jnp.sum(words, axis=-1), jnp.float32) for words in places)
+    return first, second
 
 
 class _Arithmetic(NamedTuple):
@@ -357,7 +382,7 @@ def _plain_arithmetic(dtype) -> _Arithmetic:
     )
 
 
-def _ptx_arithmetic(dtype, mrope: bool) -> _Arithmetic:
+def _ptx_arithmetic(dtype, fuses_y2: bool = False) -> _Arithmetic:
     """The instructions that Triton emits for the serving kernel, which Pallas's lowering does not fuse by itself."""
 
     def effective_weight(weight, norm_beta):
@@ -385,8 +410,7 @@ def _ptx_arithmetic(dtype, mrope: bool) -> _Arithmetic:
 
     def rotate(y1, y2, cos, sin):
         y1, y2 = round_trip(y1), round_trip(y2)
-        # With mRoPE the compiler of the serving kernel fuses the other product (Triton 3.6 and 3.9): 216 of 35.7 M.
-        o2 = dot2(y2, cos, y1, sin) if mrope else dot2(y1, sin, y2, cos)
+        o2 = dot2(y2, cos, y1, sin) if fuses_y2 else dot2(y1, sin, y2, cos)
         return dot2(y1, cos, y2, sin, negate=True), o2
 
     def round_trip(y):

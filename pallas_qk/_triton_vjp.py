@@ -58,16 +58,15 @@ def backward(
     spec, types, dtype = spec_of(inputs, options), gradient_types(inputs, options), inputs.q.dtype
     if spec.num_tokens == 0:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
-    mrope = options.mrope_section is not None
     if config is None:
         wide = any(x.dtype == jnp.float32 for x in (inputs.q, inputs.q_weight, inputs.k_weight, inputs.cos_sin_cache))
-        config = triton_backward(spec, num_sms(), mrope=mrope, wide=wide)
+        config = triton_backward(spec, num_sms(), mrope=options.mrope_section is not None, wide=wide)
     kernel = functools.partial(
         _backward_kernel,
         spec=spec,
         options=options,
         config=config,
-        arithmetic=_plain_arithmetic(dtype) if interpret else _ptx_arithmetic(dtype, mrope),
+        arithmetic=_plain_arithmetic(dtype) if interpret else _ptx_arithmetic(dtype),
     )
     num_programs, partial_rows = config.q_programs + config.k_programs, _partial_rows(config)
     q_in_heads = inputs.q.reshape(q_shape(spec, options))

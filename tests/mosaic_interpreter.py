@@ -225,11 +225,22 @@ def _packed(dtype):
     return lambda high, low: _rounded(high, dtype).astype(np.uint32) << np.uint32(16) | _rounded(low, dtype)
 
 
+def _added_pairs(dtype):
+    def add(a, b):
+        sums = (a.view(dtype).astype(np.float32) + b.view(dtype).astype(np.float32)).astype(np.float32)
+        return _rounded(sums, dtype).view(np.uint32)
+
+    return lambda a, b: add(*(np.ascontiguousarray(x)[..., None] for x in np.broadcast_arrays(a, b)))[..., 0]
+
+
 _PTX = {
     "rcp.approx.ftz.f32": lambda x: _canonical(_flushed(1 / _flushed(x))),
     "rsqrt.approx.ftz.f32": lambda x: _canonical((1 / np.sqrt(_flushed(x).astype(np.float64))).astype(np.float32)),
     "fma.rn.f32": _fma,
+    "mov.b32": lambda x: x,
     "mov.b64": lambda x: x,
+    "add.rn.bf16x2": _added_pairs(ml_dtypes.bfloat16),
+    "add.rn.f16x2": _added_pairs(np.float16),
     "cvt.rn.bf16x2.f32": _packed(ml_dtypes.bfloat16),
     "cvt.rn.f16x2.f32": _packed(np.float16),
     "cvt.rn.bf16.f32": lambda x: _rounded(x, ml_dtypes.bfloat16),
@@ -244,7 +255,8 @@ def _ptx(code: str, args: list[np.ndarray]) -> np.ndarray:
         if name in ("", ".reg"):
             continue
         target, *sources = re.split(r",\s*", operands.strip())
-        registers[target] = _PTX[name](*(registers[source] for source in sources))
+        values = (np.uint32(source) if source.isdecimal() else registers[source] for source in sources)
+        registers[target] = _PTX[name](*values)
     return registers["$0"]
 
 

@@ -85,8 +85,8 @@ MUTATIONS = (
     Mutation(
         "triton: the bits of a lane in ascending order",
         TRITON,
-        "for bit in tree_order(next_power_of_2(head_dim)):",
-        "for bit in sorted(tree_order(next_power_of_2(head_dim))):",
+        "for bit in order:",
+        "for bit in sorted(order):",
         tests_of("tree", "test_each_layout_of_the_triton_kernel_sums_the_tree"),
     ),
     Mutation(
@@ -99,9 +99,38 @@ MUTATIONS = (
     Mutation(
         "mosaic: the bits of a lane in ascending order",
         MOSAIC,
-        "for bit in tree_order(next_power_of_2(head_dim)):",
-        "for bit in sorted(tree_order(next_power_of_2(head_dim))):",
+        "for bit in order:",
+        "for bit in sorted(order):",
         RECIPE,
+    ),
+    Mutation(
+        "mosaic: the other square of a pair fused",
+        MOSAIC,
+        "mlir_math.fma(first, first, arith.mulf(second, second))",
+        "mlir_math.fma(second, second, arith.mulf(first, first))",
+        RECIPE,
+    ),
+    Mutation(
+        "mosaic: two threads that share a pair fuse one square each",
+        MOSAIC,
+        "_sum_of_pair(arith.select(is_second, other, x), arith.select(is_second, x, other))",
+        "_sum_of_pair(x, other)",
+        RECIPE,
+    ),
+    Mutation(
+        "triton: the places of a pair swapped",
+        TRITON,
+        "== place, words, 0) for place in (0, 1))",
+        "== place, words, 0) for place in (1, 0))",
+        tests_of("parity", "test_agrees_on_a_gpu"),
+        PTX,
+    ),
+    Mutation(
+        "triton: a pair loses one of its places",
+        TRITON,
+        "== place, words, 0) for place in (0, 1))",
+        "== place, words, 0) for place in (0, 0))",
+        tests_of("tree", "test_each_layout_of_the_triton_kernel_sums_the_tree"),
     ),
     # The 16-bit round trip after the norm.
     Mutation(
@@ -179,14 +208,14 @@ MUTATIONS = (
     Mutation(
         "mosaic: the fused form without mRoPE",
         MOSAIC,
-        "mlir_math.fma(b, c, arith.mulf(a, s)) if mrope else",
+        "mlir_math.fma(b, c, arith.mulf(a, s)) if fuses_y2 else",
         "mlir_math.fma(b, c, arith.mulf(a, s)) if True else",
         RECIPE,
     ),
     Mutation(
         "mosaic: the fused form with mRoPE",
         MOSAIC,
-        "mlir_math.fma(b, c, arith.mulf(a, s)) if mrope else",
+        "mlir_math.fma(b, c, arith.mulf(a, s)) if fuses_y2 else",
         "mlir_math.fma(b, c, arith.mulf(a, s)) if False else",
         RECIPE,
     ),
@@ -201,7 +230,7 @@ MUTATIONS = (
     Mutation(
         "triton: the fused form with mRoPE",
         TRITON,
-        "o2 = dot2(y2, cos, y1, sin) if mrope else dot2(y1, sin, y2, cos)",
+        "o2 = dot2(y2, cos, y1, sin) if fuses_y2 else dot2(y1, sin, y2, cos)",
         "o2 = dot2(y1, sin, y2, cos)",
         tests_of("parity", "test_agrees_on_a_gpu"),
         PTX,
@@ -425,8 +454,8 @@ MUTATIONS = (
     Mutation(
         "mosaic: k with q's weight",
         MOSAIC,
-        "norm_and_rope(group, k, inputs.k_weight, outputs.k, outputs.v)",
-        "norm_and_rope(group, k, inputs.q_weight, outputs.k, outputs.v)",
+        "norm_and_rope(k_before, k, inputs.k_weight, outputs.k, outputs.v)",
+        "norm_and_rope(k_before, k, inputs.q_weight, outputs.k, outputs.v)",
         FORMS_OF_MOSAIC,
     ),
     Mutation(
@@ -467,8 +496,22 @@ MUTATIONS = (
     Mutation(
         "mosaic: no beta",
         MOSAIC,
-        "ws = [arith.addf(w, _f32(options.norm_beta)) for w in _widen(weight_words, weight.dtype)]",
-        "ws = [arith.addf(w, _f32(0.0)) for w in _widen(weight_words, weight.dtype)]",
+        "return [arith.addf(lane, _f32(norm_beta)) for lane in _widen(words, dtype)]",
+        "return [arith.addf(lane, _f32(0.0)) for lane in _widen(words, dtype)]",
+        RECIPE,
+    ),
+    Mutation(
+        "mosaic: a weight of -0.0 keeps its sign",
+        MOSAIC,
+        "return _widen([_ptx(code,",
+        "return _widen(words, dtype) or _widen([_ptx(code,",
+        tests_of("mosaic_gpu", "test_weights_of_minus_zero_give_zero"),
+    ),
+    Mutation(
+        "the fused form in float32",
+        CONFIG,
+        'return options.mrope_section is not None or str(dtype) == "float32"',
+        "return options.mrope_section is not None",
         RECIPE,
     ),
     # The backward.

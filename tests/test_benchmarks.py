@@ -479,9 +479,11 @@ REST, ROTATED = 200, 3  # columns of head 0, D = 256, R = 64
         ("xla_plain", CASE, 1, REST, 1, True),
         ("xla_plain", CASE, 1, REST, 2, False),
         ("xla_plain", CASE, 2, REST, 1, False),
-        ("triton", dataclasses.replace(CASE, dtype="float32"), 0, REST, 8, True),
-        ("triton", dataclasses.replace(CASE, dtype="float32"), 0, REST, 100, False),
-        ("triton", dataclasses.replace(CASE, dtype="float32"), 2, REST, 1, False),
+        ("triton", dataclasses.replace(CASE, dtype="float32"), 0, REST, 1, False),
+        ("triton", dataclasses.replace(CASE, dtype="float32", head_dim=32, rotary_dim=16), 0, 17, 8, True),
+        ("xla", dataclasses.replace(CASE, dtype="float32"), 0, REST, 8, True),
+        ("xla", dataclasses.replace(CASE, dtype="float32"), 0, REST, 100, False),
+        ("xla", dataclasses.replace(CASE, dtype="float32"), 2, REST, 1, False),
     ],
 )
 def test_agreement_keeps_to_the_promise(implementation, case, output, column, steps, kept):

@@ -23,17 +23,17 @@ from pallas_qk import _mosaic_gpu
 from tests.mosaic_interpreter import emitted, execute
 
 CONFIGS = [
-    MosaicForward(layout, rows_per_warp, num_warpgroups, weights)
-    for layout, rows_per_warp, num_warpgroups, weights in [
-        ("chunks", 1, 1, "first"),
-        ("chunks", 2, 1, "after_sum"),
-        ("chunks", 4, 2, "after_gate"),
-        ("halves", 1, 1, "first"),
-        ("halves", 1, 2, "after_sum"),
-        ("halves", 2, 1, "after_gate"),
-        ("halves", 4, 1, "first"),
-        ("row", 1, 1, "after_sum"),
-        ("row", 2, 1, "first"),
+    MosaicForward(layout, rows_per_warp, weights, k_first)
+    for layout, rows_per_warp, weights, k_first in [
+        ("chunks", 1, "first", False),
+        ("chunks", 2, "after_sum", True),
+        ("chunks", 4, "after_gate", False),
+        ("halves", 1, "first", True),
+        ("halves", 1, "after_sum", False),
+        ("halves", 2, "after_gate", True),
+        ("halves", 4, "first", False),
+        ("row", 1, "after_sum", True),
+        ("row", 2, "first", False),
     ]
 ]
 CASES = [
@@ -153,15 +153,18 @@ def recipe(case: Case, inputs: Inputs, order=tree_order) -> list[np.ndarray]:
     outputs = []
     for x, weight in ((q_gate[..., :d], q_weight), (k, k_weight)):
         dtype, x = x.dtype, x.astype(np.float32)
-        lanes = {lane: x[..., lane] ** 2 for lane in range(d)}
-        for step in (1 << bit for bit in order(next_power_of_2(d))):
+        bits_left, lanes = list(order(next_power_of_2(d))), {lane: x[..., lane] ** 2 for lane in range(d)}
+        if bits_left[0] == 0:  # a neighbouring pair is fused
+            bits_left = bits_left[1:]
+            lanes = {i: fma(x[..., i], x[..., i], lanes[i + 1]) if i + 1 < d else lanes[i] for i in range(0, d, 2)}
+        for step in (1 << bit for bit in bits_left):
             lanes = {i: a + lanes[i + step] if i + step in lanes else a for i, a in lanes.items() if not i & step}
         mean = fma(lanes[0], np.float32(1) / np.float32(d), np.float32(case.eps))
         inv_rms = (1 / np.sqrt(mean.astype(np.float64))).astype(np.float32)
         y = x * inv_rms[..., None] * (weight.astype(np.float32) + np.float32(case.norm_beta))
         y = y.astype(dtype).astype(np.float32)
         y1, y2, rest = y[..., :half], y[..., half : 2 * half], y[..., 2 * half :]
-        o2 = fma(y2, cos, y1 * sin) if section else fma(y1, sin, y2 * cos)
+        o2 = fma(y2, cos, y1 * sin) if section or dtype == np.float32 else fma(y1, sin, y2 * cos)
         o = [fma(y1, cos, -(y2 * sin)), o2, rest]
         outputs.append(np.concatenate(o, axis=-1).astype(dtype))
     return outputs
@@ -174,6 +177,8 @@ RECIPE_CASES = [
     Case(9, 3, 1, head_dim=80, rotary_dim=80, cache_dtype="float32", weight_dtype="float32"),
     Case(9, 3, 1, head_dim=96, rotary_dim=40, dtype="float32"),
     Case(9, 3, 1, head_dim=32, rotary_dim=32, dtype="float32"),
+    Case(9, 3, 1, head_dim=65, rotary_dim=6, dtype="float32"),  # a pair of lanes lies in two threads
+    Case(9, 3, 1, head_dim=80, rotary_dim=2, dtype="float32"),  # a thread has both, in vectors of one lane
     Case(5, 3, 1, head_dim=512, rotary_dim=128, dtype="float32"),
     Case(9, 4, 2, dtype="float32", mrope_section=(16, 8, 8)),
     Case(9, 3, 1, head_dim=80, rotary_dim=40, dtype="float16", cache_dtype="float32", mrope_section=(7, 7, 6)),
