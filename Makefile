@@ -18,7 +18,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/ready-$(subst $(comma),-,$(EXTRAS))
 endif
 
-.PHONY: demo test fuzz mutants sanitize lint format docs clean
+.PHONY: demo test fuzz mutants sanitize lint format docs dist clean
 
 demo: $(READY)
 	$(RUN) -m benchmarks demo
@@ -49,10 +49,13 @@ docs: $(READY)
 	$(RUN) -m sphinx -E -W --keep-going -n -q -c docs . docs/_build
 	cp docs/_build/README.html docs/_build/index.html
 
+dist: $(READY)
+	$(RUN) -m tests.release
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]" --constraint constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) docs/_build
+	rm -rf $(VENV) dist docs/_build
