@@ -53,7 +53,7 @@ def check_example_with(wheel: pathlib.Path, directory: pathlib.Path) -> None:
     venv.create(directory / "venv")
     python = directory / "venv" / "bin" / "python"
     pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
-    run(*pip, "install", "--quiet", "--constraint", ROOT / "constraints.txt", wheel)
+    run(*pip, "install", "--quiet", "--no-compile", "--constraint", ROOT / "constraints.txt", wheel)
     (code,) = python_blocks(README)
     (directory / "example.py").write_text(code)
     run(python, "-I", "example.py", cwd=directory)
