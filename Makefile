@@ -1,11 +1,11 @@
-# make demo, make test, make lint: each sets up .venv first.
+# make demo, make test, make lint, make docs: each sets up .venv first.
 # In an environment of your own, without network: make test PYTHON=python3 NO_INSTALL=1
 
 PYTHON ?= python3
 VENV ?= .venv
 # The CUDA wheels of JAX where there is an NVIDIA GPU; CUDA=cuda12 for drivers before 580, CUDA= for the CPU alone.
 CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),cuda13)
-EXTRAS ?= torch,transformers,dev$(if $(CUDA),$(comma)$(CUDA))
+EXTRAS ?= torch,transformers,dev,docs$(if $(CUDA),$(comma)$(CUDA))
 PYTEST_FLAGS ?= -n auto
 SECONDS ?= 60
 comma := ,
@@ -18,7 +18,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/ready-$(subst $(comma),-,$(EXTRAS))
 endif
 
-.PHONY: demo test fuzz mutants sanitize lint format clean
+.PHONY: demo test fuzz mutants sanitize lint format docs dist clean
 
 demo: $(READY)
 	$(RUN) -m benchmarks demo
@@ -44,10 +44,18 @@ format: $(READY)
 	$(RUN) -m ruff check --fix
 	$(RUN) -m ruff format
 
+# -E reads every page anew: a warning of an unchanged one would otherwise pass in the second run.
+docs: $(READY)
+	$(RUN) -m sphinx -E -W --keep-going -n -q -c docs . docs/_build
+	cp docs/_build/README.html docs/_build/index.html
+
+dist: $(READY)
+	$(RUN) -m tests.release
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]" --constraint constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) dist docs/_build

@@ -8,4 +8,4 @@ from pallas_qk._api import fused_qk_rmsnorm_rope_gate as fused_qk_rmsnorm_rope_g
 from pallas_qk._api import fused_qkv_rmsnorm_rope_gate as fused_qkv_rmsnorm_rope_gate
 from pallas_qk._implementations import IMPLEMENTATIONS as IMPLEMENTATIONS
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"

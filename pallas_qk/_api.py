@@ -34,10 +34,11 @@ def fused_qk_rmsnorm_rope_gate(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalises and rotates q and k per head and splits off the gate, in one pass over memory.
 
-    Per head, x is a row of D elements, w its weight and p its token's position::
+    Per head, x is a row of D elements, w its weight and p its token's position. RMSNorm in float32, rounded to x's
+    dtype, then the NeoX rotation of the first R elements::
 
-        y = round(x * rsqrt(mean(x²) + eps) * (w + norm_beta))        RMSNorm in float32, rounded to x's dtype
-        out[:R/2]  = y[:R/2] * cos[p] - y[R/2:R] * sin[p]             NeoX rotation of the first R elements
+        y = round(x * rsqrt(mean(x²) + eps) * (w + norm_beta))
+        out[:R/2]  = y[:R/2] * cos[p] - y[R/2:R] * sin[p]
         out[R/2:R] = y[:R/2] * sin[p] + y[R/2:R] * cos[p]
         out[R:]    = y[R:]
 
@@ -104,8 +105,9 @@ def fused_qk_rmsnorm_rope_gate(
       collective and the backward only the sum of the weights' gradients. A device holds whole heads: fewer kv heads
       than devices are left replicated over that axis.
 
-    Semantics from: `fused_qk_rmsnorm_rope_gate` of vLLM 0.33.0 (model_executor/layers/fused_qk_norm_rope.py), which
-      trusts positions and takes no float32 activations.
+    Semantics from:
+      The function of this name in vLLM 0.33.0 (model_executor/layers/fused_qk_norm_rope.py), which trusts positions and
+      takes no float32 activations.
 
     Example:
       >>> import jax.numpy as jnp
@@ -336,7 +338,7 @@ def default_implementation(
       platform: "cpu", "cuda", "rocm" or "tpu"; None means the default device's.
 
     Returns:
-      `(name, not_taken)`: the name, and for each other name the reason why it was not taken.
+      A named tuple of `name` and `not_taken`, which has for each other name the reason why it was not taken.
 
     Raises:
       ValueError: a size or the platform breaks a rule of `fused_qk_rmsnorm_rope_gate`.

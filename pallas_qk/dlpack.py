@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # What both frameworks read from a DLPack capsule; JAX and torch spell the names alike.
 _INTEGERS = ("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
+#: The names of the dtypes that can be exchanged.
 DTYPES = (*_INTEGERS, "float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 
 # Where XLA needs an array to start, in bytes: its CPU client refuses other views, its GPU executables other arguments.

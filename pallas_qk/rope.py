@@ -1,4 +1,4 @@
-"""Tables of cosines and sines from what Hugging Face configurations say about RoPE, and positions for mRoPE.
+"""Tables of cosines and sines from what Hugging Face configurations say about RoPE, and positions for mRoPE::
 
     inv_freq, attention_factor = rope.inv_frequencies(config["rope_parameters"], head_dim=256)
     cache = rope.cos_sin_cache(inv_freq, attention_factor, max_position=262144, dtype=jnp.bfloat16)
@@ -8,6 +8,8 @@ positions below 10^6 its angles of Qwen3.5 (rope_theta 1e7, rotary_dim 64) are o
 below 262144. Here frequencies and angles are float64 and each table element is rounded once: at every position below
 10^6 an angle is off by less than 1e-9, which no dtype of the table shows.
 """
+
+from __future__ import annotations
 
 import math
 import numbers
@@ -54,9 +56,12 @@ def inv_frequencies(
         its keys from before a change keep their old rotation.
       layer_type: which entry to read where `rope_parameters` holds one dict per layer type, such as Gemma 3's
         "full_attention" and "sliding_attention".
-      rope_theta, partial_rotary_factor, max_position_embeddings, original_max_position_embeddings: what older
-        configurations hold beside the dict; taken where the dict has none, and refused where it has another value.
-        Gemma 3's older form: `rope_scaling` with rope_theta, and None with rope_theta=rope_local_base_freq.
+      rope_theta: what older configurations hold beside the dict; taken where the dict has none, and refused where it
+        has another value. Gemma 3's older form: `rope_scaling` with rope_theta, and None with
+        rope_theta=rope_local_base_freq.
+      partial_rotary_factor: likewise.
+      max_position_embeddings: likewise.
+      original_max_position_embeddings: likewise.
 
     Returns:
       float64 of shape (R/2,) in radians per position, where R = int(head_dim * partial_rotary_factor) is the op's
@@ -66,13 +71,15 @@ def inv_frequencies(
       ValueError: a value is missing, out of range, or given twice with two values; the kind or layer type is unknown.
       TypeError: a value isn't of the kind that it should be.
 
-    Semantics from: transformers 5.23.0, `modeling_rope_utils.ROPE_INIT_FUNCTIONS`; the models' own default; alpha of
-    HunYuan's dynamic; short_mscale and long_mscale of PhiMoE's longrope. The formulas are evaluated in float64 instead
-    of float32.
+    Semantics from:
+      transformers 5.23.0, `modeling_rope_utils.ROPE_INIT_FUNCTIONS`; the models' own default; alpha of HunYuan's
+      dynamic; short_mscale and long_mscale of PhiMoE's longrope. The formulas are evaluated in float64 instead of
+      float32.
 
-    >>> inv_freq, attention_factor = inv_frequencies({"rope_theta": 1e4, "partial_rotary_factor": 0.25}, head_dim=32)
-    >>> print(inv_freq, attention_factor)
-    [1.    0.1   0.01  0.001] 1.0
+    Example:
+      >>> inv_freq, attention_factor = inv_frequencies({"rope_theta": 1e4, "partial_rotary_factor": 0.25}, head_dim=32)
+      >>> print(inv_freq, attention_factor)
+      [1.    0.1   0.01  0.001] 1.0
     """
     parameters = _pick_layer_type(rope_parameters, layer_type)
     beside = {
@@ -126,13 +133,16 @@ def cos_sin_cache(
       program: make it outside and pass it in.
 
     Raises:
-      ValueError: a shape or value breaks a rule above. TypeError: a dtype does.
+      ValueError: a shape or value breaks a rule above.
+      TypeError: a dtype does.
 
-    Numerics: angles, cosines and their product with the factor in float64 on the host, rounded to `dtype` once.
+    Numerics:
+      Angles, cosines and their product with the factor in float64 on the host, rounded to `dtype` once.
 
-    >>> print(np.asarray(cos_sin_cache(np.array([1.0, 0.5]), max_position=2)).round(3))
-    [[1.    1.    0.    0.   ]
-     [0.54  0.878 0.841 0.479]]
+    Example:
+      >>> print(np.asarray(cos_sin_cache(np.array([1.0, 0.5]), max_position=2)).round(3))
+      [[1.    1.    0.    0.   ]
+       [0.54  0.878 0.841 0.479]]
     """
     frequencies, factor = _check_frequencies(inv_freq, attention_factor)
     _check_integer("max_position", max_position, 1)
@@ -151,22 +161,27 @@ def cos_sin_rows(
     """The rows that `cos_sin_cache` has at some positions, computed under `jax.jit` without a table.
 
     Args:
-      positions: any shape (*lead,), any integer dtype, traced or not, from 0 to 2^32 - 1.
-      inv_freq, attention_factor, dtype: as `cos_sin_cache` takes them; not traced.
+      positions: (...), any integer dtype, traced or not, from 0 to 2^32 - 1.
+      inv_freq: as `cos_sin_cache` takes it; not traced.
+      attention_factor: likewise.
+      dtype: likewise.
 
     Returns:
-      (*lead, R), each row [cos | sin]; NaN where a position is outside 0 to 2^32 - 1.
+      (..., R), each row [cos | sin]; NaN where a position is outside 0 to 2^32 - 1.
 
     Raises:
-      ValueError: a shape or value breaks a rule above. TypeError: a dtype does.
+      ValueError: a shape or value breaks a rule above.
+      TypeError: a dtype does.
 
-    Numerics: the angle is a product of integers in 2^-64 turns, of which whole turns fall away exactly; its leading 32
-    bits, off by less than 6e-9 radians, go on. Then float32: at every position an element is within 2e-7 of the exact
-    one, times the factor (9e-8 measured on a CPU), so not always equal to the table's in the last bit.
+    Numerics:
+      The angle is a product of integers in 2^-64 turns, of which whole turns fall away exactly; its leading 32 bits,
+      off by less than 6e-9 radians, go on. Then float32: at every position an element is within 2e-7 of the exact one,
+      times the factor (9e-8 measured on a CPU), so not always equal to the table's in the last bit.
 
-    >>> print(np.asarray(cos_sin_rows([1, 10**9], np.array([1.0, 0.5]))).round(3))
-    [[ 0.54   0.878  0.841  0.479]
-     [ 0.838 -0.959  0.546 -0.285]]
+    Example:
+      >>> print(np.asarray(cos_sin_rows([1, 10**9], np.array([1.0, 0.5]))).round(3))
+      [[ 0.54   0.878  0.841  0.479]
+       [ 0.838 -0.959  0.546 -0.285]]
     """
     frequencies, factor = _check_frequencies(inv_freq, attention_factor)
     out_dtype = _check_dtype(dtype)
@@ -212,25 +227,27 @@ def mrope_positions(
       start: the first position; the `next_position` of what the KV cache holds already.
 
     Returns:
-      positions: int32 of shape (3, T), rows time, height and width. Text has three equal rows; a grid counts its
+      - `positions`, int32 of shape (3, T), rows time, height and width. Text has three equal rows; a grid counts its
         frames, rows and columns from the position where it starts, and what follows it continues max(h, w) later.
-      next_position: one more than the largest, where all three rows go on for the first generated token.
+      - `next_position`, one more than the largest, where all three rows go on for the first generated token.
         transformers' rope delta is next_position - T.
 
     A padded batch: pad each sequence and stack, `np.stack([np.pad(p, ((0, 0), (0, S - p.shape[1]))) for p in ...], 1)`
     is (3, B, S) padded on the right, and (S - p.shape[1], 0) pads on the left. 0 is what transformers gives padding.
 
     Raises:
-      ValueError: a length, a size or `start` is out of range. TypeError: a segment is neither an int nor three ints.
+      ValueError: a length, a size or `start` is out of range.
+      TypeError: a segment is neither an int nor three ints.
 
-    Semantics from: transformers 5.23.0, `get_rope_index` of Qwen3-VL and Qwen3.5. Qwen2.5-VL's time in seconds isn't
-    covered.
+    Semantics from:
+      transformers 5.23.0, `get_rope_index` of Qwen3-VL and Qwen3.5. Qwen2.5-VL's time in seconds isn't covered.
 
-    >>> positions, next_position = mrope_positions([2, (1, 2, 3), 1])
-    >>> print(positions, next_position)
-    [[0 1 2 2 2 2 2 2 5]
-     [0 1 2 2 2 3 3 3 5]
-     [0 1 2 3 4 2 3 4 5]] 6
+    Example:
+      >>> positions, next_position = mrope_positions([2, (1, 2, 3), 1])
+      >>> print(positions, next_position)
+      [[0 1 2 2 2 2 2 2 5]
+       [0 1 2 2 2 3 3 3 5]
+       [0 1 2 3 4 2 3 4 5]] 6
     """
     _check_integer("start", start, 0)
     parts = [np.zeros((3, 0), np.int64)]

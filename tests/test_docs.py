@@ -1,8 +1,9 @@
-"""The examples that users read are run: the README's and those of the public docstrings."""
+"""The examples that users read are run: the README's and those of the public docstrings. The API page is complete."""
 
 import doctest
 import pathlib
 import re
+import types
 
 import jax
 import pytest
@@ -19,10 +20,16 @@ def as_users_run_it():
 
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
+DOCS = README.parent / "docs"
+
+
+def python_blocks(page: pathlib.Path) -> list[str]:
+    """The Python code that a Markdown page shows, block by block."""
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def test_the_readmes_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (code,) = python_blocks(README)
     names: dict = {}
     exec(code, names)
     shapes = [names[name].shape for name in ("q", "k", "gate")]
@@ -31,7 +38,7 @@ def test_the_readmes_example_runs():
 
 def test_the_porting_guides_code_runs():
     """Its blocks build on each other and hold their own assertions."""
-    blocks = re.findall(r"```python\n(.*?)```", (README.parent / "docs" / "porting.md").read_text(), re.DOTALL)
+    blocks = python_blocks(DOCS / "porting.md")
     assert len(blocks) == 7
     names: dict = {}
     with jax.default_matmul_precision("highest"):
@@ -60,3 +67,25 @@ def test_every_public_name_has_a_docstring():
     assert set(names) >= {*FUNCTIONS, "IMPLEMENTATIONS", "dlpack"}
     for name in names:
         assert name == "IMPLEMENTATIONS" or getattr(pallas_qk, name).__doc__
+
+
+def public_names(module: types.ModuleType):
+    """A module's full name and those of its functions, classes, constants and public submodules."""
+    yield module.__name__
+    for name, value in vars(module).items():
+        if name.startswith("_") or name == "TYPE_CHECKING":
+            continue
+        if isinstance(value, types.ModuleType):
+            if value.__name__.startswith("pallas_qk."):
+                yield from public_names(value)
+        elif name.isupper() or str(getattr(value, "__module__", "")).startswith("pallas_qk."):
+            yield f"{module.__name__}.{name}"
+
+
+def test_the_api_page_lists_every_public_name():
+    listed, module = [], ""
+    for directive, name in re.findall(r"^\.\. (\w+):: (\S+)$", (DOCS / "api.rst").read_text(), re.MULTILINE):
+        if directive == "automodule":
+            module = name
+        listed.append(name if directive == "automodule" else f"{module}.{name}")
+    assert sorted(listed) == sorted(public_names(pallas_qk))
