@@ -85,9 +85,10 @@ def fused_qk_rmsnorm_rope_gate(
     Numerics:
       The norm is computed in float32, with the sum of squares in one fixed order, and rounded to the dtype of
       `q_gate` before the rotation, which is computed in float32 and rounded once more. A token's result depends
-      neither on the other tokens nor on whether the call is inside `jax.jit`. For float16 and bfloat16, "mosaic_gpu"
-      and "triton" give the bits of the Triton kernel that serving stacks run; "xla" on a GPU does for 16-bit tables
-      where D is a power of two, and otherwise differs by a unit or two in the last place in some 40 elements of 10^6.
+      neither on the other tokens nor on whether the call is inside `jax.jit`. "mosaic_gpu" and "triton" give the bits
+      of the Triton kernel that serving stacks run, for float32 where D is above 32. "xla" on a GPU does for 16-bit
+      activations and tables where D is a power of two; with other 16-bit activations it differs by a unit or two in the
+      last place in some 40 elements of 10^6. float32 lies within 2e-6 everywhere.
       A position outside [0, max_pos) gives NaN in the elements that read it and nowhere else; no address outside
       the table is formed.
 
