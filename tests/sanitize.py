@@ -31,6 +31,12 @@ CASES = (
     Case(3, 2, 1, head_dim=64, rotary_dim=6),
     Case(5, 2, 1, head_dim=128, rotary_dim=64, dtype="float32", norm_beta=1.0),
     Case(300, 16, 2),
+    # The other forms: what is copied beside a row, or nothing, and where it lies.
+    Case(37, 5, 2, gate="in_place"),
+    Case(7, 3, 1, gate=None),
+    Case(5, 3, 1, head_dim=80, rotary_dim=40, packed=True, gate="in_place"),
+    Case(37, 4, 2, packed=True),
+    Case(5, 2, 1, gathered=True),
 )
 
 
@@ -84,26 +90,24 @@ def run_tool(tool: str) -> bool:
 def run_kernels() -> None:
     """Forward and backward of every case, by both kernels."""
     import jax
+    import jax.numpy as jnp
 
-    import pallas_qk
+    from tests import forms
     from tests.cases import make_inputs
     from tests.gradients import make_cotangents
     from tests.test_choice import GPU_IMPLEMENTATIONS
 
     for case in CASES:
-        *floats, positions = make_inputs(case)
-        cotangents = make_cotangents(case)
+        arrays = forms.arguments(case, make_inputs(case))
+        floats = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
+        positions = arrays[len(floats) :]
+        cotangents = tuple(forms.outputs_of(case, make_cotangents(case)))
         for name in GPU_IMPLEMENTATIONS:
 
             @jax.jit
-            def both(floats, positions, cotangents, case=case, name=name):
-                def op(*floats):
-                    return pallas_qk.fused_qk_rmsnorm_rope_gate(
-                        *floats, positions, **case.static_arguments, implementation=name
-                    )
-
-                outputs, transpose = jax.vjp(op, *floats)
-                return outputs, transpose(cotangents)[:4]
+            def both(floats, positions, cotangents, op=forms.op(case, name)):
+                outputs, transpose = jax.vjp(lambda *floats: op(*floats, *positions), *floats)
+                return outputs, transpose(cotangents)[:-1]  # the table's gradient is XLA's
 
             jax.block_until_ready(both(floats, positions, cotangents))
     print(DONE)
