@@ -182,6 +182,8 @@ RECIPE_CASES = [
     Case(5, 3, 1, head_dim=512, rotary_dim=128, dtype="float32"),
     Case(9, 4, 2, dtype="float32", mrope_section=(16, 8, 8)),
     Case(9, 3, 1, head_dim=80, rotary_dim=40, dtype="float16", cache_dtype="float32", mrope_section=(7, 7, 6)),
+    # Which product the rotation fuses shows in some 2^-13 of the rotated float16 elements.
+    Case(300, 4, 2, rotary_dim=256, dtype="float16", cache_dtype="float32"),
     Case(6, weight_scale=1e-5, dtype="float16"),  # subnormal normalised values
     Case(6, scale=1e-20),
 ]
