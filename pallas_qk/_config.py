@@ -197,8 +197,9 @@ def mosaic_forward(spec: Spec, *, gate_copied: bool = True) -> MosaicForward:
     is best for a single token (1.09 against 1.12 us). Chunks with two rows a warp lead in between (2.46 against 2.59 us
     at T = 256, 3.42 against 3.97 at T = 512; 1.38 against 1.47 at T = 16 with 32/2 heads), where a launch is one wave.
     Where no gate is copied they lead at T = 16384 too (the gate in place: 76.2 us against 80.6 with halves and weights
-    after the gate, 83.0 after the sum; copy 71.7). k rows first fill up a last, short round of programs better (1.57
-    against 1.66 us at T = 64, 1.22 against 1.25 at T = 16) and cost where there are many (540.9 against 538.0 at 65536).
+    after the gate, 83.0 after the sum; copy 71.7). k rows first, the lightest, leave no program of q for a second turn
+    (1.57 against 1.66 us at T = 64, 1.22 against 1.25 at 16), and cost where turns are many (540.9 against 538.0 at
+    65536).
     """
     d, r, num_rows = spec.head_dim, spec.rotary_dim, spec.num_tokens * spec.num_q_heads
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(d)))

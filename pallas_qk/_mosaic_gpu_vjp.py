@@ -141,12 +141,12 @@ def _backward_thread(
     gradients, partials = written
     num_tokens, head_dim, dtype = spec.num_tokens, spec.head_dim, gradients.q.dtype
     table = _Table(inputs.cos_sin_cache, inputs.positions, max_position, num_tokens, options)
-    lane = _and(mgpu.thread_idx(), _WARP - 1)
-    place = _and(lane, layout.threads - 1)
+    lane_id = _and(mgpu.thread_idx(), _WARP - 1)
+    place = _and(lane_id, layout.threads - 1)
     column = _mul(place, layout.lanes)
     vectors = [_vector(column, base, layout.lanes, layout.reach, head_dim) for base in layout.bases]
     copied_vectors = _copied_vectors(layout, place, head_dim, dtype)
-    rotations = _rotations(vectors, layout, lane, dtype, table)
+    rotations = _rotations(vectors, layout, lane_id, dtype, table)
     rows_per_step = _WARP // layout.threads
     num_sums = len(vectors) * layout.lanes
 
@@ -157,7 +157,7 @@ def _backward_thread(
         def row_of(tile):
             if rows_per_step == 1:
                 return tile
-            return _add(_mul(tile, rows_per_step), _div(lane, layout.threads))
+            return _add(_mul(tile, rows_per_step), _div(lane_id, layout.threads))
 
         def positions_of(row):
             token = _div(_min(row, num_rows - 1), source.num_heads)
@@ -262,14 +262,14 @@ class _Rotation(NamedTuple):
     frequency: Value
     signs: Value  # bits to flip in a word of the partner: in the second half the signs
     sources: dict[int, Value]  # vectors that hold partners, and where they do
-    lane: Value | None  # of the warp, which holds the partner; None: this one
+    holder: Value | None  # the thread of the warp that holds the partner; None: this one
     masks: list[list[Value]]  # bits of each word of angles that mRoPE reads at its second and third position
 
     def partner(self, ds: list[list[Value]]) -> list[Value]:
         """The partner's words, negated in the second half."""
         words: list[Value] = []
         for index, where in self.sources.items():
-            held = ds[index] if self.lane is None else [_from_lane(word, self.lane) for word in ds[index]]
+            held = ds[index] if self.holder is None else [_from_lane(word, self.holder) for word in ds[index]]
             words = _select(where, held, words) if words else held
         return [arith.xori(word, self.signs) for word in words]
 
@@ -285,7 +285,7 @@ class _Rotation(NamedTuple):
         return _widen(cos, dtype), _widen(sin, dtype)
 
 
-def _rotations(vectors: list[_Vector], layout: _Layout, lane: Value, dtype: jnp.dtype, table: _Table):
+def _rotations(vectors: list[_Vector], layout: _Layout, lane_id: Value, dtype: jnp.dtype, table: _Table):
     """The rotations of the first vectors, in turn."""
     rotary_dim, rotations = table.options.rotary_dim, []
     half, reach = rotary_dim // 2, layout.reach
@@ -305,7 +305,7 @@ def _rotations(vectors: list[_Vector], layout: _Layout, lane: Value, dtype: jnp.
         sources = {index: _equal(_div(partner, reach), index) for index in sorted({p // reach for p in partners})}
         holder = None
         if any((p - f) % reach for p, f in zip(partners, rotated, strict=True)):
-            holder = _add(_and(lane, _WARP - layout.threads), _div(_rem(partner, reach), layout.lanes))
+            holder = _add(_and(lane_id, _WARP - layout.threads), _div(_rem(partner, reach), layout.lanes))
         masks = _mrope_masks(frequency, layout.lanes, table)
         rotations.append(_Rotation(where, frequency, flipped, sources, holder, masks))
     return rotations
@@ -359,14 +359,14 @@ def _sum_rows(partials: list[jax.Array], types: list[jax.ShapeDtypeStruct]) -> l
     warps = pl.cdiv(head_dim, threads * lanes)  # of an array
 
     def thread(program, sources, targets):
-        warp, lane = _warp(program, 1), _and(mgpu.thread_idx(), _WARP - 1)
+        warp, lane_id = _warp(program, 1), _and(mgpu.thread_idx(), _WARP - 1)
         for source, target in zip(sources, targets, strict=True):
             with mgpu.when(_below(warp, warps)):
-                column = _mul(_add(_mul(warp, threads), _rem(lane, threads)), lanes)
+                column = _mul(_add(_mul(warp, threads), _rem(lane_id, threads)), lanes)
                 column = _min(column, head_dim - lanes)
                 total = [_f32(0.0)] * lanes
                 for first in range(0, num_rows, _SUM_ROWS):
-                    row = _add(_div(lane, threads), first)
+                    row = _add(_div(lane_id, threads), first)
                     words = (source.row(_min(row, num_rows - 1), head_dim) + column).load(lanes)
                     term = _select(_below(row, num_rows), _widen(words, source.dtype), [_f32(0.0)] * lanes)
                     total = [arith.addf(a, b) for a, b in zip(total, term, strict=True)]
@@ -410,10 +410,10 @@ def _loop(begin: Value, stop: Value, step: int, carried: list[Value], body) -> l
     return list(loop.results)
 
 
-def _from_lane(word: Value, lane: Value) -> Value:
-    """The word that a lane of the warp holds."""
+def _from_lane(word: Value, lane_id: Value) -> Value:
+    """The word that a thread of the warp holds."""
     every, clamp = _constant(-1, 32), _constant(_WARP - 1, 32)
-    return _resized(nvvm.shfl_sync(every, _resized(word, 32), lane, clamp, nvvm.ShflKind.idx), word.type.width)
+    return _resized(nvvm.shfl_sync(every, _resized(word, 32), lane_id, clamp, nvvm.ShflKind.idx), word.type.width)
 
 
 def _pieces(lanes: list[Value], size: int) -> list[list[Value]]:
