@@ -102,10 +102,10 @@ def run_kernels() -> None:
         floats = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
         positions = arrays[len(floats) :]
         cotangents = tuple(forms.outputs_of(case, make_cotangents(case)))
-        for name in GPU_IMPLEMENTATIONS:
+        for op in (forms.op(case, name) for name in GPU_IMPLEMENTATIONS):
 
             @jax.jit
-            def both(floats, positions, cotangents, op=forms.op(case, name)):
+            def both(floats, positions, cotangents, op=op):
                 outputs, transpose = jax.vjp(lambda *floats: op(*floats, *positions), *floats)
                 return outputs, transpose(cotangents)[:-1]  # the table's gradient is XLA's
 
