@@ -36,7 +36,7 @@ SUITES = {
     "backward": Suite(("backward",), (64, 256, 1024, 4096, 16384, 65536)),
     "sizes": Suite(("forward",), (1, 256, 16384), size_heads()),
     "block": Suite(
-        ("gate_in_place", "block", "block_backward", "block_packed", "block_packed_backward"), (1, 64, 1024, 16384)
+        ("gate_in_place", "block", "block_backward", "block_packed", "block_packed_backward"), (64, 1024, 16384)
     ),
 }
 
