@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from benchmarks import record
 from benchmarks.record import Row
 
-MINIMUM_POINTS = 4  # of a head count: fewer make no curve
+MINIMUM_POINTS = 3  # of a head count: fewer make no curve
 
 
 class Style(NamedTuple):
@@ -51,34 +51,39 @@ class Picture(NamedTuple):
 
 
 def pictures(rows: Sequence[Row], run: str | None = None) -> list[Picture]:
-    """One for each GPU, operation, dtype, head and rotary dimension and cache, from `run` or the latest run with it."""
+    """One for each GPU, operation, dtype, head and rotary dimension and cache, of `run` or the latest run that fits."""
     rows = [row for row in (record.of_run(rows, run) if run else rows) if "cache" in row and "p50_us" in row]
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault((row["gpu"], row["op"], *record.config(row)), []).append(row)
     found = []
     for (gpu, op, dtype, head_dim, rotary_dim, cache), group in groups.items():
-        latest = max(row["run"] for row in group)
-        curves: dict[tuple[int, int], dict[str, list[Row]]] = {}
-        chosen = record.timed(row for row in group if row["run"] == latest)
-        for row in sorted(chosen, key=lambda row: row["num_tokens"]):
-            heads = (row["num_q_heads"], row["num_kv_heads"])
-            curves.setdefault(heads, {}).setdefault(row["implementation"], []).append(row)
-        curves = {
-            heads: by_name
-            for heads, by_name in sorted(curves.items())
-            if max(len(points) for points in by_name.values()) >= MINIMUM_POINTS
-        }
-        if not curves:
+        by_run = {run: _curves(group, run) for run in {row["run"] for row in group}}
+        latest = max((run for run, curves in by_run.items() if curves), default=None)
+        if latest is None:
             continue
         name = "-".join([record.gpu_slug(gpu), op, dtype, f"d{head_dim}", f"r{rotary_dim}", cache])
-        versions = chosen[0]["versions"]
+        versions = next(row["versions"] for row in group if row["run"] == latest)
         title = (
             f"{gpu}: {op.replace('_', ' ')}, {dtype}, head_dim {head_dim}, rotary_dim {rotary_dim}, {cache} L2\n"
             f"run {latest}, jax {versions['jax']}, triton {versions['triton']}, driver {versions['driver']}"
         )
-        found.append(Picture(name, title, curves))
+        found.append(Picture(name, title, by_run[latest]))
     return found
+
+
+def _curves(rows: Sequence[Row], run: str) -> dict[tuple[int, int], dict[str, list[Row]]]:
+    """The rows of a run by heads and implementation; head counts with too few points are left out."""
+    curves: dict[tuple[int, int], dict[str, list[Row]]] = {}
+    timed = record.timed(row for row in rows if row["run"] == run)
+    for row in sorted(timed, key=lambda row: row["num_tokens"]):
+        heads = (row["num_q_heads"], row["num_kv_heads"])
+        curves.setdefault(heads, {}).setdefault(row["implementation"], []).append(row)
+    return {
+        heads: by_name
+        for heads, by_name in sorted(curves.items())
+        if max(len(points) for points in by_name.values()) >= MINIMUM_POINTS
+    }
 
 
 def plot(rows: Sequence[Row], run: str | None, output: pathlib.Path) -> int:

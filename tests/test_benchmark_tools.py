@@ -537,7 +537,8 @@ def test_the_markdown_table_holds_each_implementation_and_the_best_share_of_the_
 
 def test_a_picture_takes_the_latest_run_of_its_operation():
     rows = a_run() + a_run("20260102T000000Z-def") + a_run(op="backward") + a_run(cache="cold")
-    rows += [timed_row("triton", t, 1.0, num_q_heads=8) for t in TOKENS[:3]]  # too few for a curve
+    rows += [timed_row("triton", t, 1.0, num_q_heads=8) for t in TOKENS[:2]]  # too few for a curve
+    rows += [timed_row("triton", t, 1.0, run="20260103T000000Z-ghi") for t in TOKENS[:2]]  # a later run without any
     found = {picture.name: picture for picture in plot.pictures(rows)}
     assert list(found) == [f"h200-{name}" for name in PICTURES]
     forward = found["h200-forward-bfloat16-d256-r64-hot"]
@@ -575,7 +576,7 @@ def test_plot_says_when_there_is_nothing_to_draw(tmp_path, capsys):
     path = tmp_path / "h200.jsonl"
     record.append(path, timed_row("triton", 1, 1.0))
     assert main(["plot", "--record", str(path), "--output", str(tmp_path)]) == 2
-    assert "needs 4 numbers of tokens" in capsys.readouterr().out
+    assert "needs 3 numbers of tokens" in capsys.readouterr().out
 
 
 def test_every_implementation_has_a_style_of_its_own():
