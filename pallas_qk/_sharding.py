@@ -202,9 +202,8 @@ def lower_untyped(ctx, function: Callable, *args):
         return mlir.lower_fun(function, multiple_results=True)(ctx.replace(avals_in=avals), *args)
 
 
-def compiler_partitioned(function: Callable, like) -> Callable:
-    """`function`, in plain XLA, with explicit mesh axes left to the compiler; its results are sharded as `like`."""
-    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, like)
+def compiler_partitioned(function: Callable, shardings) -> Callable:
+    """`function`, in plain XLA, with explicit mesh axes left to the compiler; its results have these shardings."""
     if not any(sharding.mesh.explicit_axes for sharding in jax.tree.leaves(shardings)):
         return function
     return jax.sharding.auto_axes(function, out_sharding=shardings)
@@ -362,10 +361,10 @@ def _num_parts(mesh: Mesh, axes: tuple[str, ...]) -> int:
 # vmap
 
 
-def batch(bind: Callable, names: Sequence[str], args, dims):
+def batch(bind: Callable, names: Sequence[str], axis, args, dims):
     """Batched activations become a leading axis of one call; batched weights or tables make a call for each.
 
-    `names` are the axes of each of the arguments.
+    `names` are the axes of each of the arguments; `axis` says how the mapped one is sharded, as JAX tells its rules.
     """
     if not _has_batched_leading_axes(names, dims):
         batched = [jnp.moveaxis(x, dim, 0) for x, dim in zip(args, dims, strict=True) if dim is not None]
@@ -376,15 +375,13 @@ def batch(bind: Callable, names: Sequence[str], args, dims):
 
         return lax.map(one, batched)
 
-    (size,) = {x.shape[dim] for x, dim in zip(args, dims, strict=True) if dim is not None}
-
     def to_front(names: str, x, dim):
         if "..." not in names.split():
             return x
         front = names.split().index("...")
         if dim is not None:
             return jnp.moveaxis(x, dim, front)
-        return jnp.broadcast_to(jnp.expand_dims(x, front), (*x.shape[:front], size, *x.shape[front:]))
+        return batching.broadcast(x, axis.size, front, axis.explicit_mesh_axis)
 
     return bind(*map(to_front, names, args, dims))
 
@@ -394,34 +391,36 @@ def _has_batched_leading_axes(names: Sequence[str], dims) -> bool:
     return all(dim is None or "..." in x.split() for x, dim in zip(names, dims, strict=True))
 
 
-def _forward_batch(args, dims, *, call: Call, tree, body):
+def _forward_batch(axis, args, dims, *, call: Call, tree, body):
     del body
 
     def bind(*args):
         return jax.tree.leaves(forward(call, *jax.tree.unflatten(tree, args)))
 
     names = jax.tree.leaves(axes(call.options, *jax.tree.unflatten(tree, args)))
-    outputs = batch(bind, names, args, dims)
+    outputs = batch(bind, names, axis, args, dims)
     return outputs, [0] * len(outputs)
 
 
-def _backward_batch(args, dims, *, call: Call, tree, body):
+def _backward_batch(axis, args, dims, *, call: Call, tree, body):
     del body
 
     def bind(*args):
         return jax.tree.leaves(backward(call, *jax.tree.unflatten(tree, args)))
 
     names = jax.tree.leaves(axes(call.options, *jax.tree.unflatten(tree, args)))
-    outputs = list(batch(bind, names, args, dims))
+    outputs = list(batch(bind, names, axis, args, dims))
     if _has_batched_leading_axes(names, dims):
         # The kernel sums over all tokens. Sums for each example are plain XLA, which drops them where nobody asks.
         def weights(*args):
             gradients = on_heads(_reference.backward, call, *jax.tree.unflatten(tree, args))
             return gradients.q_weight, gradients.k_weight
 
-        outputs[-2:] = compiler_partitioned(jax.vmap(weights, dims), tuple(outputs[-2:]))(*args)
+        activations = jax.typeof(outputs[0]).sharding  # the batch is their first axis
+        sharding = activations.update(spec=PartitionSpec(activations.spec[0], None))
+        outputs[-2:] = compiler_partitioned(jax.vmap(weights, dims), (sharding, sharding))(*args)
     return outputs, [0] * len(outputs)
 
 
-batching.primitive_batchers[forward_p] = _forward_batch
-batching.primitive_batchers[backward_p] = _backward_batch
+batching.fancy_primitive_batchers[forward_p] = _forward_batch
+batching.fancy_primitive_batchers[backward_p] = _backward_batch

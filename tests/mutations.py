@@ -639,8 +639,8 @@ MUTATIONS = (
     Mutation(
         "vmap: unbatched arrays not broadcast",
         SHARDING,
-        "(*x.shape[:front], size, *x.shape[front:])",
-        "(*x.shape[:front], 1, *x.shape[front:])",
+        "batching.broadcast(x, axis.size, front, axis.explicit_mesh_axis)",
+        "batching.broadcast(x, 1, front, axis.explicit_mesh_axis)",
         tests_of("vmap", "test_every_combination"),
     ),
     Mutation(

@@ -361,6 +361,7 @@ def test_further_derivatives(mode):
 
 @pytest.mark.parametrize("mode", TWO_MODES)
 def test_gradients_of_each_example(mode):
+    """A weight's are sharded like the batch: sums over the tokens of each example on its own devices, no gather."""
     inputs, cotangents, *_ = batch_on_one_device()
 
     def each(*args):
@@ -371,9 +372,56 @@ def test_gradients_of_each_example(mode):
     with mesh_of({"data": 4, "seq": 2}, mode) as on:
         layout = ("data", "seq", None)
         args = put(on, inputs, (layout, layout, (), (), (), ("data", "seq")))
-        got = jax.jit(each)(*args, *put(on, cotangents, [layout] * 3))
-    assert got[2].shape == (4, 16)
+        got, found = compiled(each, [*args, *put(on, cotangents, [layout] * 3)])
+    assert [re.sub(r"\{[\d,]*\}", "", x) for x in found] == ["all-reduce (f32[1,16], f32[1,16])"]
+    for x, spec in zip(got, (layout, layout, ("data",), ("data",)), strict=True):
+        assert x.sharding.is_equivalent_to(NamedSharding(on, P(*spec)), x.ndim), x.sharding
     assert_agree(got, want)
+
+
+PARTLY_MAPPED = {  # what is mapped, and whether the cotangents are
+    "q": ((0, None, None, None, None, None), None),
+    "positions": ((None, None, None, None, None, 0), None),
+    "cotangents": ((None,) * 6, 0),
+}
+
+
+@pytest.mark.parametrize("mapped", PARTLY_MAPPED)
+def test_what_is_not_mapped_follows_a_sharded_batch(mapped):
+    """With explicit axes results are sharded like the batch, whichever array brings it; weights may lie on no mesh."""
+    batch, batch_cotangents, *_ = batch_on_one_device()
+    one, one_cotangents, *_ = on_one_device()
+    axes, of_cotangents = PARTLY_MAPPED[mapped]
+    args = [x if axis is None else y for x, y, axis in zip(one, batch, axes, strict=True)]
+    args += one_cotangents if of_cotangents is None else batch_cotangents
+
+    def both(*args):
+        return *op(CASE)(*args[:6]), *gradients(op(CASE))(*args)
+
+    each = jax.vmap(both, (*axes, *[of_cotangents] * 3))
+    want = jax.jit(each)(*args)
+    with mesh_of({"data": 4, "seq": 2}, "explicit, set_mesh") as on:
+        specs = [() if axis is None else ("data",) for axis in (*axes, *[of_cotangents] * 3)]
+        args = put(on, args, specs)
+        args[2:4] = map(np.asarray, args[2:4])
+        got, found = compiled(each, args)
+    assert found == []
+    for x in got[3:] if mapped == "cotangents" else got:
+        assert x.sharding.is_equivalent_to(NamedSharding(on, P("data")), x.ndim), x.sharding
+    assert_agree(got, want)
+
+
+def test_further_derivatives_of_each_example():
+    inputs, *_ = batch_of(FLOAT32, 4)
+    each = jax.vmap(further_derivatives(op(FLOAT32)), (0, 0, None, None, None, 0))
+    want = jax.jit(each)(*inputs)
+    with mesh_of({"data": 4, "seq": 2}, "explicit, set_mesh") as on:
+        args = put(on, inputs, [("data",), ("data",), (), (), (), ("data",)])
+        got, found = compiled(each, args)
+    assert found == []
+    for a, b in zip(got, want, strict=True):
+        assert a.sharding.is_equivalent_to(NamedSharding(on, P("data")), a.ndim), a.sharding
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
 def test_shard_map_without_the_check():
