@@ -7,6 +7,7 @@ take the leaves of (Inputs,) or (Inputs, Outputs), so an array that a call does 
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -257,22 +258,20 @@ def _all_axes(direction: str, options: Options, operands) -> tuple[list[str], li
 def _sharding_rule(direction: str, options: Options, tree, num_lead: int) -> SdyShardingRule:
     """Leading axes and heads may be sharded, a packed axis may not: its parts don't end where shards do.
 
-    Lanes count with the heads, so that `_partition` sees where one is cut.
+    Lanes count with the heads, so that `_partition` sees where one is cut. Any other axis is one of its array alone:
+    what Shardy calls `need_replication_factors` it passes on from array to array as any other.
     """
     lead = [f"lead{i}" for i in range(num_lead)]
-    dims: dict[str, list] = {"...": lead, "q_gate": [CompoundFactor("q", "half")]}
+    shared: dict[str, list] = {"...": lead, "q": ["q"], "q_gate": [CompoundFactor("q", "half")], "k": ["k"]}
+    numbers = itertools.count()
 
     def mapping(names: str) -> ArrayMapping:
-        return ArrayMapping(*(dim for name in names.split() for dim in dims.get(name, [name])))
+        return ArrayMapping(*(dim for name in names.split() for dim in shared.get(name) or [f"whole{next(numbers)}"]))
 
     names = _all_axes(direction, options, jax.tree.unflatten(tree, range(tree.num_leaves)))
     operands, results = (tuple(map(mapping, arrays)) for arrays in names)
-    # Each factor once, in the order in which they come up: Shardy asks for that.
-    all_dims = (dim for array in (*operands, *results) for dim in array)
-    factors = dict.fromkeys(factor for dim in all_dims for factor in ([dim] if isinstance(dim, str) else dim))
-    whole = tuple(factor for factor in factors if factor not in (*lead, "q", "k"))
-    half: dict[str, Any] = {"half": 2} if "half" in factors else {}
-    return SdyShardingRule(operands, results, need_replication_factors=whole, **half)
+    half: dict[str, Any] = {"half": 2} if options.gate and not options.packed else {}
+    return SdyShardingRule(operands, results, **half)
 
 
 def _partition(direction: str, call: Call, tree, mesh: Mesh, operands, results):

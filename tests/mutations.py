@@ -637,6 +637,13 @@ MUTATIONS = (
         tests_of("vmap", "test_vmap_of_vmap"),
     ),
     Mutation(
+        "a sharded weight shards the other one",
+        SHARDING,
+        'shared.get(name) or [f"whole{next(numbers)}"]',
+        "shared.get(name) or [name]",
+        tests_of("sharding", "test_a_sharded_weight_is_gathered_alone"),
+    ),
+    Mutation(
         "vmap: unbatched arrays not broadcast",
         SHARDING,
         "batching.broadcast(x, axis.size, front, axis.explicit_mesh_axis)",

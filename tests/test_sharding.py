@@ -226,6 +226,26 @@ def test_tokens_that_do_not_divide():
     assert_agree(got, jax.jit(jax.grad(loss, argnums))(*inputs))
 
 
+def test_a_sharded_weight_is_gathered_alone():
+    """What holds for its lanes says nothing of the other weight's, nor of the gradients'."""
+    inputs, cotangents, outputs, grads = on_one_device()
+    on = mesh(data=8)
+    activation = ("data",)
+    args = put(on, inputs, (activation, activation, ("data",), (), (), activation))
+
+    def made(q_gate, k, q_weight, k_weight, *rest):
+        return op(CASE)(q_gate, k, q_weight, k_weight @ jnp.eye(16, dtype=k_weight.dtype), *rest)
+
+    got, found = compiled(made, args)
+    assert len(found) == 1 and found[0].startswith("all-gather")
+    assert_same(got, outputs)
+    args = put(on, inputs, (activation, activation, (), (), (), activation))
+    one_sharded = jax.jit(lambda *args: gradients(made)(*args)[2:], out_shardings=(NamedSharding(on, P("data")), None))
+    got, found = compiled(one_sharded, [*args, *put(on, cotangents, [activation] * 3)])
+    assert_only_weight_sums(found)
+    assert_agree(got, grads[2:])
+
+
 def test_two_kv_heads_shared_by_eight_devices():
     """As attention asks for them, each kv head with its four query heads: two parts of an axis of eight devices."""
     inputs, *_ = on_one_device()

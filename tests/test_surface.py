@@ -526,6 +526,24 @@ def test_what_comes_out_of_a_packed_array_may_be_sharded_by_heads(on_the_host):
     assert_same([np.asarray(x) for x in program(*args)], [np.asarray(x) for x in outputs])
 
 
+def test_the_gradient_of_a_packed_array_may_be_sharded_otherwise(on_the_host):
+    """Each device makes all of its tokens' and keeps its part: what is done with it does not shard the packed array."""
+    case = of_form({"packed": True}, WIDE)
+    args, cotangents, *_ = on_one_device(case)
+
+    def gradient(qkv, *rest):
+        return jax.vjp(lambda qkv: forms.op(case)(qkv, *rest[:4]), 2 * qkv)[1](rest[4:])[0]
+
+    want = jax.jit(gradient)(*args, *cotangents)
+    on = mesh(data=4, model=2)
+    arg_specs, result_specs = specs_of(case, ("data",), None, None)
+    args, cotangents = put(on, args, arg_specs), put(on, cotangents, result_specs)
+    sharded = jax.jit(gradient, out_shardings=NamedSharding(on, P("data", "model")))
+    got, found = compiled(sharded, [*args, *cotangents])
+    assert found == []
+    assert_agree([got], [want])
+
+
 PACKED_AXIS = (
     "qkv must hold its last axis whole on each device, got it over 2 devices: its parts don't end where shards do. "
     "Shard its leading axes, pass q_gate and k to fused_qk_rmsnorm_rope_gate, or call inside jax.shard_map with each "
