@@ -327,7 +327,7 @@ def default_implementation(
     """The implementation that `implementation=None` resolves to for these shapes, in each of the functions.
 
     Args:
-      num_tokens: the product of the leading axes, at least 0.
+      num_tokens: the product of the leading axes, on one device; at least 0.
       num_q_heads: query heads.
       num_kv_heads: key heads.
       head_dim: elements of a head.

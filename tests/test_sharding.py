@@ -21,7 +21,7 @@ from tests.cases import Case, make_inputs
 from tests.compare import compare_bits
 from tests.devices import collectives, mesh, put
 from tests.gradients import assert_agree, make_cotangents
-from tests.test_choice import GPU_IMPLEMENTATIONS, device
+from tests.test_choice import FIRST, GPU_IMPLEMENTATIONS, device
 
 CASE = Case(16, 8, 2, head_dim=16, rotary_dim=8, max_position=64)
 
@@ -552,6 +552,53 @@ def test_gpu_kernels_in_what_the_compiler_partitions(name, direction, sums):
     text = lowered_for_cuda(manual, *args)
     assert kernels(text, f"pallas_qk_{name}_{direction}") == 1
     assert collective_operations(text) == sums
+
+
+MANY = Case(2**28, 8, 1, head_dim=4, rotary_dim=4)  # 2^31 rows of q, over 8 devices 2^28 each
+TOO_MANY = "can't run this: it counts rows (token, head) in 32 bits, up to"
+
+
+def shapes_of(case, layouts):
+    shapes = jax.eval_shape(lambda: list(make_inputs(case)))
+    return [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(shapes, layouts, strict=True)]
+
+
+@pytest.mark.parametrize("name", GPU_IMPLEMENTATIONS)
+def test_rows_are_those_of_one_device(name):
+    """A name is refused for more rows than its kernel counts where one device would get them, and nowhere else."""
+    on = mesh(data=8)
+    layouts = [NamedSharding(on, P(*spec)) for spec in (("data",), ("data",), (), (), (), ("data",))]
+    lowered_for_cuda(op(MANY, name), *shapes_of(MANY, layouts))  # what the compiler partitions
+    with pytest.raises(NotImplementedError, match=f"^implementation='{name}' {re.escape(TOO_MANY)}"):
+        lowered_for_cuda(op(MANY, name), *shapes_of(MANY, [None] * 6))
+
+    def over_devices(case):
+        specs = [layout.spec for layout in layouts]
+        function = jax.shard_map(op(case, name), mesh=on, in_specs=tuple(specs), out_specs=P("data"))
+        return lowered_for_cuda(function, *shapes_of(case, layouts))
+
+    assert kernels(over_devices(MANY), f"pallas_qk_{name}_forward") == 1
+    with pytest.raises(NotImplementedError, match=f"^implementation='{name}' {re.escape(TOO_MANY)}"):
+        over_devices(dataclasses.replace(MANY, num_tokens=2**31))
+
+
+@pytest.mark.parametrize("name", [*GPU_IMPLEMENTATIONS, None])
+@pytest.mark.parametrize("num_tokens", [2**28, 2**31])
+def test_rows_of_one_device_of_those_that_the_compiler_partitions(name, num_tokens):
+    """Its choice too: None takes the kernel where each device's part is small enough for it."""
+    on, case = mesh(data=8), dataclasses.replace(MANY, num_tokens=num_tokens)
+    args = shapes_of(case, [NamedSharding(on, P(*spec)) for spec in (("data",), ("data",), (), (), (), ("data",))])
+    args[5] = jax.ShapeDtypeStruct((1, num_tokens), jnp.int32, sharding=NamedSharding(on, P(None, "data")))
+    call, tree = _sharding.Call(Options(case.rotary_dim, case.eps), name), jax.tree.structure((Inputs(*args),))
+    refined, one_device, results, operands = _sharding._partition("forward", call, tree, on, args, None)
+    in_specs, out_specs = tuple(x.spec for x in operands), [x.spec for x in results]
+    manual = jax.shard_map(one_device, mesh=refined, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    if name and num_tokens == 2**31:
+        with pytest.raises(NotImplementedError, match=f"^implementation='{name}' {re.escape(TOO_MANY)}"):
+            lowered_for_cuda(manual, *args)
+    else:
+        found = kernels(lowered_for_cuda(manual, *args), f"pallas_qk_{name or FIRST}_forward")
+        assert found == (num_tokens == 2**28)
 
 
 def test_the_list_of_collectives_sees_what_is_there():
