@@ -341,6 +341,7 @@ def default_implementation(
     Raises:
       ValueError: a size or the platform breaks a rule of `fused_qk_rmsnorm_rope_gate`.
       TypeError: a size is no integer, or the dtype is not one of float16, bfloat16 and float32.
+      RuntimeError: JAX finds none of the devices that JAX_PLATFORMS names, and the platform is left to it.
 
     Example:
       >>> import pallas_qk

@@ -86,7 +86,13 @@ def _first_supported(spec: Spec, target: Target) -> str:
 
 
 def _default_platform() -> str:
-    platform = jax.default_backend()
+    try:
+        platform = jax.default_backend()
+    except (AssertionError, RuntimeError) as error:  # the former says nothing
+        raise RuntimeError(
+            f"JAX must start to tell the default device's platform, got {error!r}. "
+            "Pass platform, or set JAX_PLATFORMS to what this machine has."
+        ) from error
     if platform == "gpu":
         return "cuda" if "cuda" in backend.backends() else "rocm"
     return platform
