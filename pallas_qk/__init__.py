@@ -5,6 +5,7 @@ from pallas_qk import rope as rope
 from pallas_qk._api import default_implementation as default_implementation
 from pallas_qk._api import fused_qk_rmsnorm_rope as fused_qk_rmsnorm_rope
 from pallas_qk._api import fused_qk_rmsnorm_rope_gate as fused_qk_rmsnorm_rope_gate
+from pallas_qk._api import fused_qkv_rmsnorm_rope as fused_qkv_rmsnorm_rope
 from pallas_qk._api import fused_qkv_rmsnorm_rope_gate as fused_qkv_rmsnorm_rope_gate
 from pallas_qk._implementations import IMPLEMENTATIONS as IMPLEMENTATIONS
 

@@ -245,6 +245,58 @@ def fused_qkv_rmsnorm_rope_gate(
     return outputs.q, outputs.k, outputs.v, outputs.gate
 
 
+def fused_qkv_rmsnorm_rope(
+    qkv: jax.Array,
+    q_weight: jax.Array,
+    k_weight: jax.Array,
+    cos_sin_cache: jax.Array,
+    positions: jax.Array | None,
+    eps: float,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    mrope_section: Sequence[int] | None = None,
+    norm_beta: float = 0.0,
+    *,
+    mrope_layout: str = "interleaved",
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`fused_qkv_rmsnorm_rope_gate` for q without gates, as Qwen3 and Gemma 3 have it.
+
+    Args:
+      qkv: (..., Hq*D + 2*Hkv*D): q of each query head, then k and then v of each key head.
+
+    The other arguments, errors, numerics and derivatives are those of `fused_qk_rmsnorm_rope_gate`, sharding is that of
+    `fused_qkv_rmsnorm_rope_gate`.
+
+    Returns:
+      q_out (..., Hq*D), k_out (..., Hkv*D) and v_out (..., Hkv*D), which is v as it is.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import pallas_qk
+      >>> qkv, ones = jnp.ones((5, (16 + 2 * 8) * 128)), jnp.ones(128)
+      >>> q_out, k_out, v_out = pallas_qk.fused_qkv_rmsnorm_rope(
+      ...     qkv, ones, ones, jnp.ones((1024, 128)), jnp.arange(5),
+      ...     1e-6, num_q_heads=16, num_kv_heads=8, head_dim=128, rotary_dim=128)
+      >>> q_out.shape, k_out.shape, v_out.shape
+      ((5, 2048), (5, 1024), (5, 1024))
+    """
+    outputs = _call(
+        "qkv",
+        Inputs(qkv, None, q_weight, k_weight, cos_sin_cache, positions),
+        None,
+        eps,
+        (num_q_heads, num_kv_heads, head_dim, rotary_dim),
+        mrope_section,
+        norm_beta,
+        mrope_layout,
+        implementation,
+    )
+    return outputs.q, outputs.k, outputs.v
+
+
 def _call(
     q_name: str,
     inputs: Inputs,
@@ -276,10 +328,13 @@ def _call(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rotary_dim=rotary_dim,
+        gates=gate is not None,
         mrope=options.mrope_section is not None,
     )
-    _checks.check_known_sharding(q_name, inputs.q, num_q_heads, split)
-    if inputs.k is not None:
+    if inputs.k is None:
+        _checks.check_packed_sharding(inputs.q, gates=gate is not None)
+    else:
+        _checks.check_known_sharding(q_name, inputs.q, num_q_heads, split)
         _checks.check_known_sharding("k", inputs.k, num_kv_heads, split)
     num_tokens = math.prod(inputs.q.shape[: -2 if split else -1])
     spec = Spec(num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim, str(inputs.q.dtype))
@@ -287,22 +342,16 @@ def _call(
     if inputs.positions is not None:
         positions = _checks.canonical_positions(inputs.positions, inputs.cos_sin_cache.shape[0])
         inputs = inputs._replace(positions=positions)
-    return _run(inputs, q_name=q_name, call=Call(options, implementation), split=split)
+    return _run(inputs, call=Call(options, implementation), split=split)
 
 
-_SCOPES = {
-    "q_gate": "fused_qk_rmsnorm_rope_gate",
-    "q": "fused_qk_rmsnorm_rope",
-    "qkv": "fused_qkv_rmsnorm_rope_gate",
-}
-
-
-@functools.partial(jax.jit, static_argnames=("q_name", "call", "split"))
-def _run(inputs: Inputs, *, q_name: str, call: Call, split: bool) -> Outputs:
+@functools.partial(jax.jit, static_argnames=("call", "split"))
+def _run(inputs: Inputs, *, call: Call, split: bool) -> Outputs:
     """Jitted here, so that an eager call gives the bits of a call inside `jax.jit`."""
     if call.options.mrope_section is None and inputs.positions is not None:
         inputs = inputs._replace(positions=inputs.positions[None])
-    with jax.named_scope(_SCOPES[q_name]):
+    names = "fused_qk", "v" if call.options.packed else "", "_rmsnorm_rope", "_gate" if call.options.gate else ""
+    with jax.named_scope("".join(names)):
         if not split:
             return _vjp.forward(call, inputs)
         inputs = inputs._replace(q=_flat(inputs.q), k=_flat(inputs.k))
@@ -330,7 +379,7 @@ def default_implementation(
     """The implementation that `implementation=None` resolves to for these shapes, in each of the functions.
 
     Args:
-      num_tokens: the product of the leading axes, at least 0.
+      num_tokens: the product of the leading axes, on one device; at least 0.
       num_q_heads: query heads.
       num_kv_heads: key heads.
       head_dim: elements of a head.
@@ -344,6 +393,7 @@ def default_implementation(
     Raises:
       ValueError: a size or the platform breaks a rule of `fused_qk_rmsnorm_rope_gate`.
       TypeError: a size is no integer, or the dtype is not one of float16, bfloat16 and float32.
+      RuntimeError: JAX finds none of the devices that JAX_PLATFORMS names, and the platform is left to it.
 
     Example:
       >>> import pallas_qk

@@ -156,10 +156,11 @@ def check_arrays(
     num_kv_heads: int,
     head_dim: int,
     rotary_dim: int,
+    gates: bool,
     mrope: bool,
 ) -> bool:
     """Whether heads have an axis of their own. `q_name` is "q_gate", "q" or "qkv", which holds k too."""
-    packed, width = q_name == "qkv", head_dim if q_name == "q" else 2 * head_dim
+    packed, width = q_name == "qkv", 2 * head_dim if gates else head_dim
     arrays = {q_name: inputs.q} | {name: x for name, x in inputs._asdict().items() if name != "q"}
     if packed:
         del arrays["k"]
@@ -188,7 +189,12 @@ def check_arrays(
 
     if packed:
         size = num_q_heads * width + 2 * num_kv_heads * head_dim
-        sizes = "num_q_heads * 2 * head_dim + 2 * num_kv_heads * head_dim, [q and gate of each head | k | v]"
+        sizes, parts, other = (
+            ("2 * head_dim", "q and gate of each head", "fused_qkv_rmsnorm_rope takes qkv without gates")
+            if gates
+            else ("head_dim", "q", "fused_qkv_rmsnorm_rope_gate takes qkv with gates")
+        )
+        sizes = f"num_q_heads * {sizes} + 2 * num_kv_heads * head_dim, [{parts} | k | v]; {other}"
         _check_trailing("qkv", inputs.q, [(size,)], sizes)
         lead, split = inputs.q.shape[:-1], False
     else:
@@ -268,17 +274,11 @@ def check_whole_heads(name: str, num_heads: int, num_shards: int) -> None:
 
 
 def check_known_sharding(name: str, x: jax.Array | np.ndarray, num_heads: int, split: bool) -> None:
-    """Refuses heads, or a packed axis, cut across devices where a sharding is known: of arrays, in explicit meshes.
+    """Refuses heads cut across devices where a sharding is known: of arrays, in explicit meshes.
 
     `split` says that heads have an axis of their own.
     """
     num_shards = _num_shards_of_last_axis(x)
-    if name == "qkv" and num_shards > 1:
-        raise ValueError(
-            f"qkv must hold its last axis whole on each device, got it over {num_shards} devices: its parts don't end "
-            "where shards do. Shard its leading axes, pass q_gate and k to fused_qk_rmsnorm_rope_gate, or call inside "
-            "jax.shard_map with each device's heads packed for it."
-        )
     if split and num_shards > 1:
         raise ValueError(
             f"{name} must hold whole heads on each device, got head_dim over {num_shards} devices. "
@@ -286,6 +286,17 @@ def check_known_sharding(name: str, x: jax.Array | np.ndarray, num_heads: int, s
         )
     if not split:
         check_whole_heads(name, num_heads, num_shards)
+
+
+def check_packed_sharding(qkv: jax.Array | np.ndarray, *, gates: bool) -> None:
+    """Refuses a packed axis cut across devices, likewise."""
+    if (num_shards := _num_shards_of_last_axis(qkv)) > 1:
+        instead = "q_gate and k to fused_qk_rmsnorm_rope_gate" if gates else "q and k to fused_qk_rmsnorm_rope"
+        raise ValueError(
+            f"qkv must hold its last axis whole on each device, got it over {num_shards} devices: its parts don't end "
+            f"where shards do. Shard its leading axes, pass {instead}, or call inside jax.shard_map with each device's "
+            "heads packed for it."
+        )
 
 
 def _num_shards_of_last_axis(x: jax.Array | np.ndarray) -> int:

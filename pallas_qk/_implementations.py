@@ -1,6 +1,7 @@
 """The implementations by name, and the choice among them by shapes, GPU generation and platform."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -85,15 +86,28 @@ def _first_supported(spec: Spec, target: Target) -> str:
 
 
 def _default_platform() -> str:
-    platform = jax.default_backend()
+    try:
+        platform = jax.default_backend()
+    except (AssertionError, RuntimeError) as error:  # the former says nothing
+        raise RuntimeError(
+            f"JAX must start to tell the default device's platform, got {error!r}. "
+            "Pass platform, or set JAX_PLATFORMS to what this machine has."
+        ) from error
     if platform == "gpu":
         return "cuda" if "cuda" in backend.backends() else "rocm"
     return platform
 
 
 def check_supported(spec: Spec, implementation: str | None) -> None:
-    """Refuses a name that can't run `spec` on the NVIDIA GPU that code is made for."""
-    if implementation and (reason := unsupported(implementation, spec, cuda_target())) is not None:
+    """Refuses a name that can't run `spec` on the NVIDIA GPU that code is made for, however few tokens it gets."""
+    if isinstance(spec.num_tokens, int):
+        spec = dataclasses.replace(spec, num_tokens=min(1, spec.num_tokens))
+    if implementation:
+        _refuse(implementation, unsupported(implementation, spec, cuda_target()))
+
+
+def _refuse(implementation: str, reason: str | None) -> None:
+    if reason is not None:
         raise NotImplementedError(
             f"implementation={implementation!r} can't run this: {reason}. Leave implementation out, or pass 'xla'."
         )
@@ -113,15 +127,16 @@ def backward(inputs: Inputs, cotangents: Outputs, *, options: Options, implement
 
 
 def _run(direction: str, operands, results, options: Options, implementation: str | None):
-    spec = spec_of(operands[0], options)
-    check_supported(spec, implementation)
-    name = implementation or _first_supported(spec, cuda_target())
+    spec, target = spec_of(operands[0], options), cuda_target()
+    name = implementation or _first_supported(spec, target)
     if name == "xla":
         return _function(name, direction)(*operands, options=options)
     leaves, tree = jax.tree.flatten(operands)
     types, result_tree = jax.tree.flatten(results)
     params = {"direction": direction, "tree": tree, "types": tuple(types), "options": options}
-    outputs = _kernel_p.bind(*leaves, **params, implementation=name, elsewhere_xla=implementation is None)
+    # Said where code is made: of a call over devices this sees the whole arrays too, which are no device's.
+    params |= {"implementation": name, "reason": unsupported(name, spec, target)}
+    outputs = _kernel_p.bind(*leaves, **params, elsewhere_xla=implementation is None)
     return jax.tree.unflatten(result_tree, outputs)
 
 
@@ -144,7 +159,8 @@ def _lower(ctx, leaves, name: str, direction: str, tree, options: Options):
     return mlir.lower_fun(function, multiple_results=True)(ctx, *leaves)
 
 
-def _on_cuda(ctx, *leaves, direction, tree, options, implementation, **_):
+def _on_cuda(ctx, *leaves, direction, tree, options, implementation, reason, **_):
+    _refuse(implementation, reason)
     with _a_gpu():
         return _lower(ctx, leaves, implementation, direction, tree, options)
 

@@ -7,6 +7,7 @@ take the leaves of (Inputs,) or (Inputs, Outputs), so an array that a call does 
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -202,9 +203,8 @@ def lower_untyped(ctx, function: Callable, *args):
         return mlir.lower_fun(function, multiple_results=True)(ctx.replace(avals_in=avals), *args)
 
 
-def compiler_partitioned(function: Callable, like) -> Callable:
-    """`function`, in plain XLA, with explicit mesh axes left to the compiler; its results are sharded as `like`."""
-    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, like)
+def compiler_partitioned(function: Callable, shardings) -> Callable:
+    """`function`, in plain XLA, with explicit mesh axes left to the compiler; its results have these shardings."""
     if not any(sharding.mesh.explicit_axes for sharding in jax.tree.leaves(shardings)):
         return function
     return jax.sharding.auto_axes(function, out_sharding=shardings)
@@ -258,22 +258,20 @@ def _all_axes(direction: str, options: Options, operands) -> tuple[list[str], li
 def _sharding_rule(direction: str, options: Options, tree, num_lead: int) -> SdyShardingRule:
     """Leading axes and heads may be sharded, a packed axis may not: its parts don't end where shards do.
 
-    Lanes count with the heads, so that `_partition` sees where one is cut.
+    Lanes count with the heads, so that `_partition` sees where one is cut. Any other axis is one of its array alone:
+    what Shardy calls `need_replication_factors` it passes on from array to array as any other.
     """
     lead = [f"lead{i}" for i in range(num_lead)]
-    dims: dict[str, list] = {"...": lead, "q_gate": [CompoundFactor("q", "half")]}
+    shared: dict[str, list] = {"...": lead, "q": ["q"], "q_gate": [CompoundFactor("q", "half")], "k": ["k"]}
+    numbers = itertools.count()
 
     def mapping(names: str) -> ArrayMapping:
-        return ArrayMapping(*(dim for name in names.split() for dim in dims.get(name, [name])))
+        return ArrayMapping(*(dim for name in names.split() for dim in shared.get(name) or [f"whole{next(numbers)}"]))
 
     names = _all_axes(direction, options, jax.tree.unflatten(tree, range(tree.num_leaves)))
     operands, results = (tuple(map(mapping, arrays)) for arrays in names)
-    # Each factor once, in the order in which they come up: Shardy asks for that.
-    all_dims = (dim for array in (*operands, *results) for dim in array)
-    factors = dict.fromkeys(factor for dim in all_dims for factor in ([dim] if isinstance(dim, str) else dim))
-    whole = tuple(factor for factor in factors if factor not in (*lead, "q", "k"))
-    half: dict[str, Any] = {"half": 2} if "half" in factors else {}
-    return SdyShardingRule(operands, results, need_replication_factors=whole, **half)
+    half: dict[str, Any] = {"half": 2} if options.gate and not options.packed else {}
+    return SdyShardingRule(operands, results, **half)
 
 
 def _partition(direction: str, call: Call, tree, mesh: Mesh, operands, results):
@@ -362,10 +360,10 @@ def _num_parts(mesh: Mesh, axes: tuple[str, ...]) -> int:
 # vmap
 
 
-def batch(bind: Callable, names: Sequence[str], args, dims):
+def batch(bind: Callable, names: Sequence[str], axis, args, dims):
     """Batched activations become a leading axis of one call; batched weights or tables make a call for each.
 
-    `names` are the axes of each of the arguments.
+    `names` are the axes of each of the arguments; `axis` says how the mapped one is sharded, as JAX tells its rules.
     """
     if not _has_batched_leading_axes(names, dims):
         batched = [jnp.moveaxis(x, dim, 0) for x, dim in zip(args, dims, strict=True) if dim is not None]
@@ -376,15 +374,13 @@ def batch(bind: Callable, names: Sequence[str], args, dims):
 
         return lax.map(one, batched)
 
-    (size,) = {x.shape[dim] for x, dim in zip(args, dims, strict=True) if dim is not None}
-
     def to_front(names: str, x, dim):
         if "..." not in names.split():
             return x
         front = names.split().index("...")
         if dim is not None:
             return jnp.moveaxis(x, dim, front)
-        return jnp.broadcast_to(jnp.expand_dims(x, front), (*x.shape[:front], size, *x.shape[front:]))
+        return batching.broadcast(x, axis.size, front, axis.explicit_mesh_axis)
 
     return bind(*map(to_front, names, args, dims))
 
@@ -394,34 +390,36 @@ def _has_batched_leading_axes(names: Sequence[str], dims) -> bool:
     return all(dim is None or "..." in x.split() for x, dim in zip(names, dims, strict=True))
 
 
-def _forward_batch(args, dims, *, call: Call, tree, body):
+def _forward_batch(axis, args, dims, *, call: Call, tree, body):
     del body
 
     def bind(*args):
         return jax.tree.leaves(forward(call, *jax.tree.unflatten(tree, args)))
 
     names = jax.tree.leaves(axes(call.options, *jax.tree.unflatten(tree, args)))
-    outputs = batch(bind, names, args, dims)
+    outputs = batch(bind, names, axis, args, dims)
     return outputs, [0] * len(outputs)
 
 
-def _backward_batch(args, dims, *, call: Call, tree, body):
+def _backward_batch(axis, args, dims, *, call: Call, tree, body):
     del body
 
     def bind(*args):
         return jax.tree.leaves(backward(call, *jax.tree.unflatten(tree, args)))
 
     names = jax.tree.leaves(axes(call.options, *jax.tree.unflatten(tree, args)))
-    outputs = list(batch(bind, names, args, dims))
+    outputs = list(batch(bind, names, axis, args, dims))
     if _has_batched_leading_axes(names, dims):
         # The kernel sums over all tokens. Sums for each example are plain XLA, which drops them where nobody asks.
         def weights(*args):
             gradients = on_heads(_reference.backward, call, *jax.tree.unflatten(tree, args))
             return gradients.q_weight, gradients.k_weight
 
-        outputs[-2:] = compiler_partitioned(jax.vmap(weights, dims), tuple(outputs[-2:]))(*args)
+        activations = jax.typeof(outputs[0]).sharding  # the batch is their first axis
+        sharding = activations.update(spec=PartitionSpec(activations.spec[0], None))
+        outputs[-2:] = compiler_partitioned(jax.vmap(weights, dims), (sharding, sharding))(*args)
     return outputs, [0] * len(outputs)
 
 
-batching.primitive_batchers[forward_p] = _forward_batch
-batching.primitive_batchers[backward_p] = _backward_batch
+batching.fancy_primitive_batchers[forward_p] = _forward_batch
+batching.fancy_primitive_batchers[backward_p] = _backward_batch

@@ -62,6 +62,9 @@ def num_sms() -> int:
 
 
 def local_gpus() -> list[jax.Device]:
-    """The NVIDIA GPUs of this process."""
-    client = backend.backends().get("cuda")
+    """The NVIDIA GPUs of this process; none where JAX can't start, which it says itself to what needs a device."""
+    try:
+        client = backend.backends().get("cuda")
+    except (AssertionError, RuntimeError):  # JAX_PLATFORMS=cuda without a GPU or without its plugin
+        return []
     return [] if client is None else client.local_devices()

@@ -96,7 +96,7 @@ def _table_gradient(call: Call, inputs: Inputs, cotangents: Outputs) -> jax.Arra
         return jax.vjp(of_table, inputs.cos_sin_cache)[1](cotangents)[0]
 
     inputs, cotangents = _in_float32(inputs), _in_float32(cotangents)
-    return _sharding.compiler_partitioned(gradient, inputs.cos_sin_cache)(inputs, cotangents)
+    return _sharding.compiler_partitioned(gradient, jax.typeof(inputs.cos_sin_cache).sharding)(inputs, cotangents)
 
 
 def _sum_to(gradient: jax.Array, aval) -> jax.Array:
@@ -122,12 +122,13 @@ def _further_derivative(function: Callable, tree, primals, tangents, outputs):
         return jax.tree.leaves(_derivative(function, operands, moving))
 
     operands = jax.tree.unflatten(tree, primals)
-    return _sharding.compiler_partitioned(derivative, outputs)(operands, _moving(tree, tangents))
+    shardings = [jax.typeof(x).sharding for x in outputs]
+    return _sharding.compiler_partitioned(derivative, shardings)(operands, _moving(tree, tangents))
 
 
-def _tangent_batch(args, dims, *, call: Call, tree):
+def _tangent_batch(axis, args, dims, *, call: Call, tree):
     names = jax.tree.leaves(_sharding.axes(call.options, *jax.tree.unflatten(tree, args)))
-    outputs = _sharding.batch(functools.partial(tangent_p.bind, call=call, tree=tree), names, args, dims)
+    outputs = _sharding.batch(functools.partial(tangent_p.bind, call=call, tree=tree), names, axis, args, dims)
     return outputs, [0] * len(outputs)
 
 
@@ -149,5 +150,5 @@ ad.primitive_jvps[forward_p] = _forward_jvp
 ad.primitive_jvps[tangent_p] = _tangent_jvp
 ad.primitive_jvps[backward_p] = _backward_jvp
 ad.primitive_transposes[tangent_p] = _tangent_transpose
-batching.primitive_batchers[tangent_p] = _tangent_batch
+batching.fancy_primitive_batchers[tangent_p] = _tangent_batch
 mlir.register_lowering(tangent_p, _tangent_lowering)

@@ -24,11 +24,7 @@ def op(case: Case, implementation: str | None = None, **static: Any) -> Callable
     static = case.static_arguments | {"mrope_layout": case.mrope_layout, "implementation": implementation} | static
     if case.gate == "in_place":
         static["copy_gate"] = False
-    function: Callable = pallas_qk.fused_qk_rmsnorm_rope_gate
-    if case.packed:
-        function = pallas_qk.fused_qkv_rmsnorm_rope_gate
-    elif case.gate is None:
-        function = pallas_qk.fused_qk_rmsnorm_rope
+    function = getattr(pallas_qk, f"fused_qk{'v' * case.packed}_rmsnorm_rope{'_gate' if case.gate else ''}")
     if case.gathered:  # the arrays that differ come first, then the weights and the table
         return lambda *args: function(*args, None, **static)
     return functools.partial(function, **static)

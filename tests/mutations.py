@@ -680,10 +680,17 @@ MUTATIONS = (
         tests_of("vmap", "test_vmap_of_vmap"),
     ),
     Mutation(
+        "a sharded weight shards the other one",
+        SHARDING,
+        'shared.get(name) or [f"whole{next(numbers)}"]',
+        "shared.get(name) or [name]",
+        tests_of("sharding", "test_a_sharded_weight_is_gathered_alone"),
+    ),
+    Mutation(
         "vmap: unbatched arrays not broadcast",
         SHARDING,
-        "(*x.shape[:front], size, *x.shape[front:])",
-        "(*x.shape[:front], 1, *x.shape[front:])",
+        "batching.broadcast(x, axis.size, front, axis.explicit_mesh_axis)",
+        "batching.broadcast(x, 1, front, axis.explicit_mesh_axis)",
         tests_of("vmap", "test_every_combination"),
     ),
     Mutation(

@@ -86,7 +86,7 @@ def cases(draw, sizes: Sizes) -> Case:
         mrope_section = draw(_sections(rotary_dim // 2))
         mrope_layout = draw(st.sampled_from(["interleaved", "sectioned"]))
     packed = draw(st.sampled_from([False, False, True]))
-    gates = ["copied", "in_place"] if packed else ["copied", "copied", "in_place", None]
+    gates = ["copied", "in_place", None] if packed else ["copied", "copied", "in_place", None]
     scale, weight_scale, eps = draw(_scales())
     return Case(
         num_tokens=min(most_tokens, draw(st.sampled_from(sizes.tokens))),

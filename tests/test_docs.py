@@ -39,7 +39,7 @@ def test_the_readmes_example_runs():
 def test_the_porting_guides_code_runs():
     """Its blocks build on each other and hold their own assertions."""
     blocks = python_blocks(DOCS / "porting.md")
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     names: dict = {}
     with jax.default_matmul_precision("highest"):
         for block in blocks:
@@ -50,6 +50,7 @@ FUNCTIONS = (
     "fused_qk_rmsnorm_rope_gate",
     "fused_qk_rmsnorm_rope",
     "fused_qkv_rmsnorm_rope_gate",
+    "fused_qkv_rmsnorm_rope",
     "default_implementation",
 )
 

@@ -232,10 +232,15 @@ def test_bad_call(exception, message, changes):
 OTHER_FUNCTIONS = {
     "fused_qk_rmsnorm_rope": ("q", 192),
     "fused_qkv_rmsnorm_rope_gate": ("qkv", 384 + 256),
+    "fused_qkv_rmsnorm_rope": ("qkv", 192 + 256),
 }
 QKV = (
-    "qkv must have shape (..., 640), got {}. Its sizes: "
-    "num_q_heads * 2 * head_dim + 2 * num_kv_heads * head_dim, [q and gate of each head | k | v]."
+    "qkv must have shape (..., 640), got {}. Its sizes: num_q_heads * 2 * head_dim + 2 * num_kv_heads * head_dim, "
+    "[q and gate of each head | k | v]; fused_qkv_rmsnorm_rope takes qkv without gates."
+)
+QKV_WITHOUT_GATES = (
+    "qkv must have shape (..., 448), got {}. Its sizes: num_q_heads * head_dim + 2 * num_kv_heads * head_dim, "
+    "[q | k | v]; fused_qkv_rmsnorm_rope_gate takes qkv with gates."
 )
 
 
@@ -272,6 +277,8 @@ QKV = (
             "Its sizes: the leading axes of qkv; three rows of positions need mrope_section.",
             {"qkv": (2, 2, 640)},
         ),
+        ("fused_qkv_rmsnorm_rope", ValueError, QKV_WITHOUT_GATES.format("(4, 640)"), {"qkv": (4, 640)}),
+        ("fused_qkv_rmsnorm_rope", TypeError, "qkv " + FLOATING.format("int8"), {"qkv": ((4, 448), "int8")}),
         (
             "fused_qkv_rmsnorm_rope_gate",
             TypeError,

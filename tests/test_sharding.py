@@ -21,7 +21,7 @@ from tests.cases import Case, make_inputs
 from tests.compare import compare_bits
 from tests.devices import collectives, mesh, put
 from tests.gradients import assert_agree, make_cotangents
-from tests.test_choice import GPU_IMPLEMENTATIONS, device
+from tests.test_choice import FIRST, GPU_IMPLEMENTATIONS, device
 
 CASE = Case(16, 8, 2, head_dim=16, rotary_dim=8, max_position=64)
 
@@ -226,6 +226,26 @@ def test_tokens_that_do_not_divide():
     assert_agree(got, jax.jit(jax.grad(loss, argnums))(*inputs))
 
 
+def test_a_sharded_weight_is_gathered_alone():
+    """What holds for its lanes says nothing of the other weight's, nor of the gradients'."""
+    inputs, cotangents, outputs, grads = on_one_device()
+    on = mesh(data=8)
+    activation = ("data",)
+    args = put(on, inputs, (activation, activation, ("data",), (), (), activation))
+
+    def made(q_gate, k, q_weight, k_weight, *rest):
+        return op(CASE)(q_gate, k, q_weight, k_weight @ jnp.eye(16, dtype=k_weight.dtype), *rest)
+
+    got, found = compiled(made, args)
+    assert len(found) == 1 and found[0].startswith("all-gather")
+    assert_same(got, outputs)
+    args = put(on, inputs, (activation, activation, (), (), (), activation))
+    one_sharded = jax.jit(lambda *args: gradients(made)(*args)[2:], out_shardings=(NamedSharding(on, P("data")), None))
+    got, found = compiled(one_sharded, [*args, *put(on, cotangents, [activation] * 3)])
+    assert_only_weight_sums(found)
+    assert_agree(got, grads[2:])
+
+
 def test_two_kv_heads_shared_by_eight_devices():
     """As attention asks for them, each kv head with its four query heads: two parts of an axis of eight devices."""
     inputs, *_ = on_one_device()
@@ -361,6 +381,7 @@ def test_further_derivatives(mode):
 
 @pytest.mark.parametrize("mode", TWO_MODES)
 def test_gradients_of_each_example(mode):
+    """A weight's are sharded like the batch: sums over the tokens of each example on its own devices, no gather."""
     inputs, cotangents, *_ = batch_on_one_device()
 
     def each(*args):
@@ -371,9 +392,56 @@ def test_gradients_of_each_example(mode):
     with mesh_of({"data": 4, "seq": 2}, mode) as on:
         layout = ("data", "seq", None)
         args = put(on, inputs, (layout, layout, (), (), (), ("data", "seq")))
-        got = jax.jit(each)(*args, *put(on, cotangents, [layout] * 3))
-    assert got[2].shape == (4, 16)
+        got, found = compiled(each, [*args, *put(on, cotangents, [layout] * 3)])
+    assert [re.sub(r"\{[\d,]*\}", "", x) for x in found] == ["all-reduce (f32[1,16], f32[1,16])"]
+    for x, spec in zip(got, (layout, layout, ("data",), ("data",)), strict=True):
+        assert x.sharding.is_equivalent_to(NamedSharding(on, P(*spec)), x.ndim), x.sharding
     assert_agree(got, want)
+
+
+PARTLY_MAPPED = {  # what is mapped, and whether the cotangents are
+    "q": ((0, None, None, None, None, None), None),
+    "positions": ((None, None, None, None, None, 0), None),
+    "cotangents": ((None,) * 6, 0),
+}
+
+
+@pytest.mark.parametrize("mapped", PARTLY_MAPPED)
+def test_what_is_not_mapped_follows_a_sharded_batch(mapped):
+    """With explicit axes results are sharded like the batch, whichever array brings it; weights may lie on no mesh."""
+    batch, batch_cotangents, *_ = batch_on_one_device()
+    one, one_cotangents, *_ = on_one_device()
+    axes, of_cotangents = PARTLY_MAPPED[mapped]
+    args = [x if axis is None else y for x, y, axis in zip(one, batch, axes, strict=True)]
+    args += one_cotangents if of_cotangents is None else batch_cotangents
+
+    def both(*args):
+        return *op(CASE)(*args[:6]), *gradients(op(CASE))(*args)
+
+    each = jax.vmap(both, (*axes, *[of_cotangents] * 3))
+    want = jax.jit(each)(*args)
+    with mesh_of({"data": 4, "seq": 2}, "explicit, set_mesh") as on:
+        specs = [() if axis is None else ("data",) for axis in (*axes, *[of_cotangents] * 3)]
+        args = put(on, args, specs)
+        args[2:4] = map(np.asarray, args[2:4])
+        got, found = compiled(each, args)
+    assert found == []
+    for x in got[3:] if mapped == "cotangents" else got:
+        assert x.sharding.is_equivalent_to(NamedSharding(on, P("data")), x.ndim), x.sharding
+    assert_agree(got, want)
+
+
+def test_further_derivatives_of_each_example():
+    inputs, *_ = batch_of(FLOAT32, 4)
+    each = jax.vmap(further_derivatives(op(FLOAT32)), (0, 0, None, None, None, 0))
+    want = jax.jit(each)(*inputs)
+    with mesh_of({"data": 4, "seq": 2}, "explicit, set_mesh") as on:
+        args = put(on, inputs, [("data",), ("data",), (), (), (), ("data",)])
+        got, found = compiled(each, args)
+    assert found == []
+    for a, b in zip(got, want, strict=True):
+        assert a.sharding.is_equivalent_to(NamedSharding(on, P("data")), a.ndim), a.sharding
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
 def test_shard_map_without_the_check():
@@ -484,6 +552,53 @@ def test_gpu_kernels_in_what_the_compiler_partitions(name, direction, sums):
     text = lowered_for_cuda(manual, *args)
     assert kernels(text, f"pallas_qk_{name}_{direction}") == 1
     assert collective_operations(text) == sums
+
+
+MANY = Case(2**28, 8, 1, head_dim=4, rotary_dim=4)  # 2^31 rows of q, over 8 devices 2^28 each
+TOO_MANY = "can't run this: it counts rows (token, head) in 32 bits, up to"
+
+
+def shapes_of(case, layouts):
+    shapes = jax.eval_shape(lambda: list(make_inputs(case)))
+    return [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(shapes, layouts, strict=True)]
+
+
+@pytest.mark.parametrize("name", GPU_IMPLEMENTATIONS)
+def test_rows_are_those_of_one_device(name):
+    """A name is refused for more rows than its kernel counts where one device would get them, and nowhere else."""
+    on = mesh(data=8)
+    layouts = [NamedSharding(on, P(*spec)) for spec in (("data",), ("data",), (), (), (), ("data",))]
+    lowered_for_cuda(op(MANY, name), *shapes_of(MANY, layouts))  # what the compiler partitions
+    with pytest.raises(NotImplementedError, match=f"^implementation='{name}' {re.escape(TOO_MANY)}"):
+        lowered_for_cuda(op(MANY, name), *shapes_of(MANY, [None] * 6))
+
+    def over_devices(case):
+        specs = [layout.spec for layout in layouts]
+        function = jax.shard_map(op(case, name), mesh=on, in_specs=tuple(specs), out_specs=P("data"))
+        return lowered_for_cuda(function, *shapes_of(case, layouts))
+
+    assert kernels(over_devices(MANY), f"pallas_qk_{name}_forward") == 1
+    with pytest.raises(NotImplementedError, match=f"^implementation='{name}' {re.escape(TOO_MANY)}"):
+        over_devices(dataclasses.replace(MANY, num_tokens=2**31))
+
+
+@pytest.mark.parametrize("name", [*GPU_IMPLEMENTATIONS, None])
+@pytest.mark.parametrize("num_tokens", [2**28, 2**31])
+def test_rows_of_one_device_of_those_that_the_compiler_partitions(name, num_tokens):
+    """Its choice too: None takes the kernel where each device's part is small enough for it."""
+    on, case = mesh(data=8), dataclasses.replace(MANY, num_tokens=num_tokens)
+    args = shapes_of(case, [NamedSharding(on, P(*spec)) for spec in (("data",), ("data",), (), (), (), ("data",))])
+    args[5] = jax.ShapeDtypeStruct((1, num_tokens), jnp.int32, sharding=NamedSharding(on, P(None, "data")))
+    call, tree = _sharding.Call(Options(case.rotary_dim, case.eps), name), jax.tree.structure((Inputs(*args),))
+    refined, one_device, results, operands = _sharding._partition("forward", call, tree, on, args, None)
+    in_specs, out_specs = tuple(x.spec for x in operands), [x.spec for x in results]
+    manual = jax.shard_map(one_device, mesh=refined, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    if name and num_tokens == 2**31:
+        with pytest.raises(NotImplementedError, match=f"^implementation='{name}' {re.escape(TOO_MANY)}"):
+            lowered_for_cuda(manual, *args)
+    else:
+        found = kernels(lowered_for_cuda(manual, *args), f"pallas_qk_{name or FIRST}_forward")
+        assert found == (num_tokens == 2**28)
 
 
 def test_the_list_of_collectives_sees_what_is_there():

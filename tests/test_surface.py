@@ -37,6 +37,7 @@ FORMS = {
     "no gate": {"gate": None},
     "packed": {"packed": True},
     "packed, in place": {"packed": True, "gate": "in_place"},
+    "packed, no gate": {"packed": True, "gate": None},
     **{
         f"rows, {name}": {"gathered": True, **changes}
         for name, changes in {
@@ -45,6 +46,7 @@ FORMS = {
             "no gate": {"gate": None},
             "packed": {"packed": True},
             "packed, in place": {"packed": True, "gate": "in_place"},
+            "packed, no gate": {"packed": True, "gate": None},
         }.items()
     },
 }
@@ -194,6 +196,7 @@ def shaped(case: Case, arrays, lead, split):
     [
         ((2, 3), False, {}),
         ((2, 3), False, {"gathered": True, "packed": True, "gate": "in_place"}),
+        ((2, 3), False, {"packed": True, "gate": None}),
         ((2, 3), True, {"mrope_section": (2, 1, 1)}),
         ((1, 2, 3), True, {"gate": "in_place"}),
         ((6,), True, {"gathered": True, "gate": None}),
@@ -238,7 +241,7 @@ def test_a_single_head_is_read_by_the_number_of_positions_axes(gathered):
 
 
 @pytest.mark.parametrize("transform", ["jvp", "grad of grad", "jvp of grad", "linear_transpose"])
-@pytest.mark.parametrize("name", ["in place", "packed, in place", "rows, no gate", "rows, packed"])
+@pytest.mark.parametrize("name", ["in place", "packed, in place", "packed, no gate", "rows, no gate", "rows, packed"])
 def test_every_mode_and_order(transform, name):
     """In float32, as functions of the contract's arrays and v, against the same derivatives of the plain form."""
     plain = dataclasses.replace(PLAIN, num_tokens=3, dtype="float32")
@@ -317,7 +320,7 @@ FLOAT32 = dataclasses.replace(PLAIN, dtype="float32")
 
 @pytest.mark.parametrize(
     "name, axis",
-    [("in place", 0), ("no gate", -1), ("packed", -1), ("rows, copied", 0), ("rows, packed, in place", -1)],
+    [("in place", 0), ("no gate", -1), ("packed, no gate", -1), ("rows, copied", 0), ("rows, packed, in place", -1)],
 )
 def test_vmap_over_activations_is_one_call(name, axis):
     case = of_form(FORMS[name], FLOAT32)
@@ -416,7 +419,7 @@ def specs_of(case: Case, tokens, q_heads, k_heads):
 
 
 @pytest.mark.parametrize("mode", ["auto", "explicit, set_mesh"])
-@pytest.mark.parametrize("name", ["in place", "rows, no gate", "packed, in place", "rows, packed"])
+@pytest.mark.parametrize("name", ["in place", "rows, no gate", "packed, in place", "packed, no gate", "rows, packed"])
 def test_sharded(on_the_host, name, mode):
     case = of_form(FORMS[name], WIDE)
     args, cotangents, outputs, gradients = on_one_device(case)
@@ -471,16 +474,14 @@ def shard_mapped(case, on):
 
 def repacked(case: Case, x):
     """A packed array as two devices hold it, each [q and gate | k | v] of its heads."""
-    d, ends = (
-        case.head_dim,
-        [2 * case.num_q_heads * case.head_dim, (2 * case.num_q_heads + case.num_kv_heads) * case.head_dim],
-    )
+    d, first_k = case.head_dim, (1 if case.gate is None else 2) * case.num_q_heads
+    ends = [first_k * d, (first_k + case.num_kv_heads) * d]
     parts = [part.reshape(x.shape[0], 2, -1) for part in jnp.split(x, ends, axis=-1)]
     assert parts[1].shape[-1] == case.num_kv_heads * d // 2
     return jnp.concatenate(parts, axis=-1).reshape(x.shape)
 
 
-@pytest.mark.parametrize("name", ["rows, in place", "packed", "rows, packed, in place"])
+@pytest.mark.parametrize("name", ["rows, in place", "packed", "packed, no gate", "rows, packed, in place"])
 def test_shard_map(on_the_host, name):
     """With the check of varying axes, and the table's gradient too."""
     case = of_form(FORMS[name], WIDE)
@@ -526,30 +527,50 @@ def test_what_comes_out_of_a_packed_array_may_be_sharded_by_heads(on_the_host):
     assert_same([np.asarray(x) for x in program(*args)], [np.asarray(x) for x in outputs])
 
 
+def test_the_gradient_of_a_packed_array_may_be_sharded_otherwise(on_the_host):
+    """Each device makes all of its tokens' and keeps its part: what is done with it does not shard the packed array."""
+    case = of_form({"packed": True}, WIDE)
+    args, cotangents, *_ = on_one_device(case)
+
+    def gradient(qkv, *rest):
+        return jax.vjp(lambda qkv: forms.op(case)(qkv, *rest[:4]), 2 * qkv)[1](rest[4:])[0]
+
+    want = jax.jit(gradient)(*args, *cotangents)
+    on = mesh(data=4, model=2)
+    arg_specs, result_specs = specs_of(case, ("data",), None, None)
+    args, cotangents = put(on, args, arg_specs), put(on, cotangents, result_specs)
+    sharded = jax.jit(gradient, out_shardings=NamedSharding(on, P("data", "model")))
+    got, found = compiled(sharded, [*args, *cotangents])
+    assert found == []
+    assert_agree([got], [want])
+
+
 PACKED_AXIS = (
     "qkv must hold its last axis whole on each device, got it over 2 devices: its parts don't end where shards do. "
-    "Shard its leading axes, pass q_gate and k to fused_qk_rmsnorm_rope_gate, or call inside jax.shard_map with each "
-    "device's heads packed for it."
+    "Shard its leading axes, pass {} to {}, or call inside jax.shard_map with each device's heads packed for it."
 )
 
 
+@pytest.mark.parametrize("gate", ["copied", None])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_sharded_packed_axis(on_the_host, mode):
+def test_a_sharded_packed_axis(on_the_host, mode, gate):
     """Refused where it is known; where the compiler chooses, gathered."""
-    case = of_form({"packed": True}, WIDE)
+    case = of_form({"packed": True, "gate": gate}, WIDE)
+    instead = ("q_gate and k", "fused_qk_rmsnorm_rope_gate") if gate else ("q and k", "fused_qk_rmsnorm_rope")
+    message = PACKED_AXIS.format(*instead)
     args, cotangents, outputs, gradients = on_one_device(case)
     with mesh_of({"data": 4, "model": 2}, mode) as on:
         args = put(on, args, [("data", "model"), (), (), (), ("data",)])
-        with pytest.raises(ValueError, match=f"^{re.escape(PACKED_AXIS)}"):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
             forms.op(case)(*args)
         if mode.startswith("explicit"):
-            with pytest.raises(ValueError, match=f"^{re.escape(PACKED_AXIS)}"):
+            with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
                 jax.jit(forms.op(case))(*args)
             return
         got, found = compiled(forms.op(case), args)
         assert found
         assert_same([np.asarray(x) for x in got], [np.asarray(x) for x in outputs])
-        cotangents = put(on, cotangents, [("data", "model")] * 4)
+        cotangents = put(on, cotangents, [("data", "model")] * len(outputs))
         got, _ = compiled(lambda *args: vjp(forms.op(case), args[:5], args[5:]), [*args, *cotangents])
         assert_agree(got, gradients)
 
@@ -570,7 +591,6 @@ def test_lanes_of_a_head_across_devices_are_refused(on_the_host):
 
 
 def test_the_forms_are_all_there():
-    gates = itertools.product(("copied", "in_place", None), (False, True), (False, True))
-    public = {(gate, packed, gathered) for gate, packed, gathered in gates if not (packed and gate is None)}
+    forms_there = itertools.product(("copied", "in_place", None), (False, True), (False, True))
     cases = [PLAIN, *map(of_form, FORMS.values())]
-    assert {(case.gate, case.packed, case.gathered) for case in cases} == public
+    assert {(case.gate, case.packed, case.gathered) for case in cases} == set(forms_there)

@@ -43,24 +43,26 @@ def call(implementation=None):
 """
 
 
+NO_PLUGIN = """
+import importlib.metadata, importlib.util, sys
+
+class NoPlugin:  # of whatever is installed here
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith(("jax_plugins", "jax_cuda")):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NoPlugin())
+found = importlib.metadata.entry_points
+importlib.metadata.entry_points = lambda **kw: () if kw.get("group") == "jax_plugins" else found(**kw)
+"""
+
+
 def test_without_a_gpu_plugin_the_op_runs_and_names_say_what_they_need():
     """JAX's own packages alone, as `pip install jax` leaves them."""
     printed = run_python(
-        """
-        import importlib.metadata, importlib.util, sys
-
-        class NoPlugin:  # of whatever is installed here
-            def find_spec(self, name, path=None, target=None):
-                if name.startswith(("jax_plugins", "jax_cuda")):
-                    raise ModuleNotFoundError(name)
-
-        sys.meta_path.insert(0, NoPlugin())
-        found = importlib.metadata.entry_points
-        importlib.metadata.entry_points = lambda **kw: () if kw.get("group") == "jax_plugins" else found(**kw)
-        """
-        + textwrap.indent(
-            CALL
-            + """
+        NO_PLUGIN
+        + CALL
+        + """
 print(call()[0].shape, pallas_qk.default_implementation(3, 2, 1, 16, 8, "float32").name)
 print(pallas_qk.default_implementation(3, 2, 1, 16, 8, "float32").not_taken["mosaic_gpu"])
 try:
@@ -68,13 +70,45 @@ try:
 except NotImplementedError as error:
     print(error)
 """,
-            " " * 8,
-        ),
         JAX_PLATFORMS="",
     )
     shape, reason, refusal = printed.splitlines()[:3]
     assert shape == "(3, 32) xla" and reason == "it needs an NVIDIA GPU, got platform cpu"
     assert refusal.startswith("implementation='triton' must run on an NVIDIA GPU, got platform cpu.")
+
+
+def test_where_jax_cannot_start_we_ask_for_no_device():
+    """Told to use a GPU that it hasn't: what needs no device works, and what does fails as any call of JAX's."""
+    printed = run_python(
+        NO_PLUGIN
+        + CALL
+        + """
+sizes = 3, 2, 1, 16, 8, "float32"
+print(pallas_qk.default_implementation(*sizes, platform="cuda").name)
+for name in (None, *pallas_qk.IMPLEMENTATIONS):
+    print(jax.eval_shape(lambda: call(name))[0].shape)
+try:
+    pallas_qk.default_implementation(*sizes)
+except RuntimeError as error:
+    print(error)
+
+def error_of(function):
+    try:
+        function()
+    except Exception as error:
+        return type(error), str(error)
+
+print(error_of(call) == error_of(lambda: jax.numpy.ones(3)) != None)
+""",
+        JAX_PLATFORMS="cuda",
+    )
+    name, *shapes, message, same = printed.splitlines()
+    assert name == FIRST and shapes == ["(3, 32)"] * 4 and same == "True"
+    assert re.fullmatch(
+        r"JAX must start to tell the default device's platform, got (AssertionError|RuntimeError)\(.*\)\. "
+        r"Pass platform, or set JAX_PLATFORMS to what this machine has\.",
+        message,
+    )
 
 
 OLD_GPUS = {
