@@ -24,6 +24,10 @@ class Comparison:
         return f"{text}; first: {self.first}" if self.first else text
 
 
+# Up to so many elements NumPy compares: JAX compiles the comparison for every shape, which takes longer.
+COMPARED_BY_NUMPY = 1 << 22
+
+
 def _bits(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
 
@@ -40,7 +44,12 @@ def compare_bits(name: str, got: jax.Array, want: jax.Array) -> Comparison:
     assert got.shape == want.shape and got.dtype == want.dtype, (name, got.shape, got.dtype, want.shape, want.dtype)
     if got.size == 0:
         return Comparison(0, 0)
-    rows = np.asarray(_count(got, want), np.int64)
+    if got.size > COMPARED_BY_NUMPY:
+        rows = np.asarray(_count(got, want), np.int64)
+    else:
+        got, want = np.asarray(got), np.asarray(want)
+        unsigned = f"u{got.itemsize}"
+        rows = (got.view(unsigned) != want.view(unsigned)).reshape(got.shape[0], -1).sum(axis=1)
     differing = int(rows.sum())
     if not differing:
         return Comparison(got.size, 0)

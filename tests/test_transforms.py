@@ -20,7 +20,7 @@ from tests.cases import Case, make_inputs
 from tests.compare import compare_bits, compare_outputs
 from tests.devices import mesh
 from tests.gradients import assert_agree, make_cotangents
-from tests.run import primitives
+from tests.run import primitives, quick_jit
 from tests.test_choice import GPU_IMPLEMENTATIONS, device
 
 CASE = Case(6, 4, 2, head_dim=16, rotary_dim=8, max_position=32)
@@ -90,11 +90,11 @@ def close(got, want):
 
 @functools.cache
 def unrolled_gradients():
-    return jax.jit(jax.grad(functools.partial(model, loop=unrolled), (0, 1, 2)))(*model_arguments())
+    return quick_jit(jax.grad(functools.partial(model, loop=unrolled), (0, 1, 2)))(*model_arguments())
 
 
 def test_scan_over_layers():
-    close(jax.jit(jax.grad(model, (0, 1, 2)))(*model_arguments()), unrolled_gradients())
+    close(quick_jit(jax.grad(model, (0, 1, 2)))(*model_arguments()), unrolled_gradients())
 
 
 POLICIES = jax.checkpoint_policies
@@ -111,7 +111,7 @@ REMAT = {  # the policy, and how many of our forward kernels a layer then has in
 def test_checkpoint(name):
     policy, forwards = REMAT[name]
     rematerialised = functools.partial(model, wrap=functools.partial(jax.checkpoint, policy=policy))
-    close(jax.jit(jax.grad(rematerialised, (0, 1, 2)))(*model_arguments()), unrolled_gradients())
+    close(quick_jit(jax.grad(rematerialised, (0, 1, 2)))(*model_arguments()), unrolled_gradients())
     for implementation in GPU_IMPLEMENTATIONS:
         loss = jax.grad(functools.partial(rematerialised, implementation=implementation))
         with device("NVIDIA H200"):
@@ -142,7 +142,7 @@ def test_ahead_of_time():
     assert compare_outputs(program(*inputs), op(CASE)(*inputs)).differing == 0
     shapes += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cotangents]
     got = jax.jit(gradients()).lower(*shapes).compile()(*inputs, *cotangents)
-    assert_agree(got, gradients()(*inputs, *cotangents))
+    assert_agree(got, quick_jit(gradients())(*inputs, *cotangents))
 
 
 def test_ahead_of_time_over_devices():
@@ -195,7 +195,7 @@ def test_x64_and_promotion(dtype, x64, promotion):
 
 def test_disable_jit_differentiates():
     inputs, cotangents = make_inputs(CASE), make_cotangents(CASE)
-    want = gradients()(*inputs, *cotangents)
+    want = quick_jit(gradients())(*inputs, *cotangents)
     with jax.disable_jit():
         assert_agree(gradients()(*inputs, *cotangents), want)
 
