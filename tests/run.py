@@ -20,13 +20,13 @@ def has_gpu() -> bool:
 
 
 def quick_jit(function):
-    """jax.jit that compiles for a CPU in a third of the time, to slower code that adds and rounds as the program says.
+    """jax.jit that compiles for a CPU in a third of the time, to slower code.
 
     For interpreted kernels, references, and results that are compared by a bound. What claims bits of plain XLA takes
     jax.jit: they must be those of optimised code.
     """
     options = {"xla_backend_optimization_level": 0}
-    if jax.__version_info__ < (0, 11):  # which takes the emitter's place with nothing that compiles as fast
+    if jax.__version_info__ < (0, 11):  # later ones have these emitters alone
         options["xla_cpu_use_fusion_emitters"] = False
     return jax.jit(function, compiler_options=None if has_gpu() else options)
 
