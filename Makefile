@@ -18,13 +18,19 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/ready-$(subst $(comma),-,$(EXTRAS))
 endif
 
-.PHONY: demo test fuzz mutants sanitize lint format docs dist clean
+.PHONY: demo test coverage fuzz mutants sanitize lint format docs dist clean
 
 demo: $(READY)
 	$(RUN) -m benchmarks demo
 
 test: $(READY)
 	$(RUN) -m pytest $(PYTEST_FLAGS)
+
+# The lines that the tests run, in .coverage.cpu or .coverage.gpu. Both together, side by side in one tree:
+# python -m coverage combine --keep .coverage.cpu .coverage.gpu && python -m coverage report
+coverage: export COVERAGE_FILE := .coverage.$(if $(CUDA),gpu,cpu)
+coverage: $(READY)
+	$(RUN) -m pytest $(PYTEST_FLAGS) --cov --cov-report=term
 
 fuzz: $(READY)
 	$(RUN) -m tests.fuzz --seconds $(SECONDS)

@@ -5,6 +5,7 @@ T num_tokens, Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,31 @@ def cos_sin_table(max_position: int, rotary_dim: int, dtype, theta: float = 1e7)
     """(max_position, R) rows of [cos | sin], computed in float64 and rounded once."""
     frequencies = theta ** (-np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim)
     angles = np.arange(max_position, dtype=np.float64)[:, None] * frequencies
-    return jnp.asarray(np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)).astype(dtype)
+    table = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    return jnp.asarray(table.astype(jnp.dtype(dtype)))
+
+
+# Up to so many elements random arrays come from NumPy: JAX compiles the draw for every shape, which takes longer.
+DRAWN_BY_NUMPY = 1 << 22
+
+
+def random_normal(shape: tuple[int, ...], dtype, seed: int) -> jax.Array:
+    """float32 normals rounded to `dtype`, on the default device."""
+    if math.prod(shape) > DRAWN_BY_NUMPY:
+        return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32).astype(jnp.dtype(dtype)))
+
+
+def _few_random_arrays(seed: int, case: Case):
+    rng = np.random.default_rng(seed)
+    dtype, weight_dtype = jnp.dtype(case.dtype), jnp.dtype(case.weight_dtype or case.dtype)
+    heads = 2 * case.num_q_heads, case.num_kv_heads
+    activations = [rng.standard_normal((case.num_tokens, h * case.head_dim), np.float32) for h in heads]
+    weights = case.weight_scale * (1 + 0.2 * rng.standard_normal((2, case.head_dim), np.float32)) - case.norm_beta
+    rows = (case.num_tokens,) if case.mrope_section is None else (3, case.num_tokens)
+    positions = rng.integers(0, case.max_position, rows, np.int32).astype(case.positions_dtype)
+    arrays = *((case.scale * x).astype(dtype) for x in activations), *weights.astype(weight_dtype), positions
+    return map(jnp.asarray, arrays)
 
 
 @functools.partial(jax.jit, static_argnames=("case",))
@@ -113,7 +138,10 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
 
     Positions are random, in random order and repeated; with mRoPE the three rows differ.
     """
-    q_gate, k, q_weight, k_weight, positions = _random_arrays(jax.random.key(seed), case)
+    if case.num_outputs <= DRAWN_BY_NUMPY:
+        q_gate, k, q_weight, k_weight, positions = _few_random_arrays(seed, case)
+    else:
+        q_gate, k, q_weight, k_weight, positions = _random_arrays(jax.random.key(seed), case)
     cache = cos_sin_table(case.max_position, case.rotary_dim, case.cache_dtype or case.dtype)
     return Inputs(q_gate, k, q_weight, k_weight, cache, positions)
 

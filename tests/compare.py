@@ -24,6 +24,10 @@ class Comparison:
         return f"{text}; first: {self.first}" if self.first else text
 
 
+# Up to so many elements NumPy compares: JAX compiles the comparison for every shape, which takes longer.
+COMPARED_BY_NUMPY = 1 << 22
+
+
 def _bits(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
 
@@ -35,12 +39,20 @@ def _count(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.sum(differs, axis=tuple(range(1, differs.ndim)), dtype=jnp.int32)
 
 
+def _differing_by_row(got: jax.Array, want: jax.Array) -> np.ndarray:
+    if got.size > COMPARED_BY_NUMPY:
+        return np.asarray(_count(got, want), np.int64)
+    a, b = np.asarray(got), np.asarray(want)
+    differs = a.view(f"u{a.itemsize}") != b.view(f"u{b.itemsize}")
+    return differs.reshape(a.shape[0], -1).sum(axis=1)
+
+
 def compare_bits(name: str, got: jax.Array, want: jax.Array) -> Comparison:
     """Compares two arrays of one shape and dtype as integers; NaNs are equal only with equal payloads."""
     assert got.shape == want.shape and got.dtype == want.dtype, (name, got.shape, got.dtype, want.shape, want.dtype)
     if got.size == 0:
         return Comparison(0, 0)
-    rows = np.asarray(_count(got, want), np.int64)
+    rows = _differing_by_row(got, want)
     differing = int(rows.sum())
     if not differing:
         return Comparison(got.size, 0)

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.cases import Case, Inputs
+from tests.cases import Case, Inputs, random_normal
 from tests.definition import axes
+from tests.run import quick_jit
 
 NAMES = ("q_gate", "k", "q_weight", "k_weight", "cos_sin_cache")
 
@@ -26,10 +27,9 @@ class Gradient(NamedTuple):
 
 def make_cotangents(case: Case, seed: int = 0) -> tuple[jax.Array, ...]:
     """Random cotangents of q_out, k_out and gate_out."""
-    keys = jax.random.split(jax.random.key(seed + 100), 3)
     heads = (case.num_q_heads, case.num_kv_heads, case.num_q_heads)
     shapes = [(case.num_tokens, h * case.head_dim) for h in heads]
-    return tuple(jax.random.normal(key, s, jnp.float32).astype(case.dtype) for key, s in zip(keys, shapes, strict=True))
+    return tuple(random_normal(shape, case.dtype, 3 * seed + 100 + i) for i, shape in enumerate(shapes))
 
 
 def float64_op(case: Case, positions):
@@ -66,7 +66,7 @@ def in_float64(function):
     @functools.wraps(function)
     def run(*args):
         with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
-            return jax.tree.map(np.asarray, jax.jit(function)(*jax.tree.map(jnp.asarray, args)))
+            return jax.tree.map(np.asarray, quick_jit(function)(*jax.tree.map(jnp.asarray, args)))
 
     return run
 

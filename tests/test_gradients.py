@@ -14,7 +14,7 @@ from pallas_qk import _implementations
 from tests.cases import SMALL_CASES, Case, make_inputs
 from tests.compare import compare_bits
 from tests.gradients import assert_defined, define_gradients, float64_inputs, float64_op, in_float64, make_cotangents
-from tests.run import has_gpu, primitives
+from tests.run import has_gpu, primitives, quick_jit
 
 DIFFERENTIABLE = (0, 1, 2, 3, 4)  # everything but positions
 TINY = Case(5, 3, 2, head_dim=16, rotary_dim=8, dtype="float32", max_position=32)
@@ -32,11 +32,11 @@ def op(case, implementation=None):
     )
 
 
-def gradients(case, inputs, cotangents, implementation=None):
+def gradients(case, inputs, cotangents, implementation=None, jit=quick_jit):
     """Of q_gate, k, both weights and the table."""
     *args, positions = inputs
 
-    @jax.jit
+    @jit
     def run(args, cotangents):
         return jax.vjp(lambda *args: op(case, implementation)(*args, positions), *args)[1](cotangents)
 
@@ -150,7 +150,7 @@ def test_every_mode_and_order(implementation, name, case):
     """
     inputs = make_inputs(case)
     function, args = of_floats(case, inputs, implementation)
-    got = jax.jit(TRANSFORMS[name](function))(*args)
+    got = quick_jit(TRANSFORMS[name](function))(*args)
     want = in_float64(TRANSFORMS[name](float64_op(case, inputs.positions)))(*float64_inputs(inputs))
     assert relative(got, want) < 2.0**-14
 
@@ -179,7 +179,7 @@ def test_weight_gradients_are_summed_in_float32_and_rounded_once(dtype):
     wide = dataclasses.replace(
         inputs, q_weight=inputs.q_weight.astype(jnp.float32), k_weight=inputs.k_weight.astype(jnp.float32)
     )
-    got, want = gradients(case, inputs, cotangents), gradients(case, wide, cotangents)
+    got, want = (gradients(case, x, cotangents, jit=jax.jit) for x in (inputs, wide))
     for narrow, exact in zip(got[2:4], want[2:4], strict=True):
         assert exact.dtype == jnp.float32
         assert compare_bits("weight", narrow[None], exact.astype(dtype)[None]).differing == 0
@@ -188,7 +188,7 @@ def test_weight_gradients_are_summed_in_float32_and_rounded_once(dtype):
 def test_ten_runs_give_the_same_bits(implementation):
     case = Case(1024 if has_gpu() else 64, 4, 2, mrope_section=(11, 11, 10))
     inputs, cotangents = make_inputs(case), make_cotangents(case)
-    run = jax.jit(functools.partial(gradients, case, implementation=implementation))
+    run = jax.jit(functools.partial(gradients, case, implementation=implementation, jit=jax.jit))
     first = run(list(inputs), cotangents)[:4]
     for _ in range(9):
         again = run(list(inputs), cotangents)[:4]
@@ -207,7 +207,7 @@ def test_no_tokens_give_zeros(implementation):
 def test_a_position_outside_the_table_spoils_its_token_and_the_weights(implementation):
     inputs, cotangents = make_inputs(TINY), make_cotangents(TINY)
     bad = dataclasses.replace(inputs, positions=inputs.positions.at[2].set(-1))
-    got, want = (gradients(TINY, x, cotangents, implementation) for x in (bad, inputs))
+    got, want = (gradients(TINY, x, cotangents, implementation, jax.jit) for x in (bad, inputs))
     others = np.array([0, 1, 3, 4])
     for a, b in zip(got[:2], want[:2], strict=True):
         assert compare_bits("others", a[others], b[others]).differing == 0

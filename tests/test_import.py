@@ -1,11 +1,13 @@
 """Importing the package stays light and touches nothing."""
 
+import functools
 import subprocess
 import sys
 
 import pytest
 
 
+@functools.cache
 def loaded_after(code: str) -> set[str]:
     """Modules that a fresh interpreter holds after running `code`."""
     script = f"{code}\nimport sys\nprint('\\n'.join(sys.modules))"

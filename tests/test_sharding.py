@@ -21,6 +21,7 @@ from tests.cases import Case, make_inputs
 from tests.compare import compare_bits
 from tests.devices import collectives, mesh, put
 from tests.gradients import assert_agree, make_cotangents
+from tests.run import quick_jit
 from tests.test_choice import FIRST, GPU_IMPLEMENTATIONS, device
 
 CASE = Case(16, 8, 2, head_dim=16, rotary_dim=8, max_position=64)
@@ -55,8 +56,8 @@ def batch_of(case, size):
     return [q_gate, k, *each[0][2:5], positions], cotangents, jax.vmap(op(case), (0, 0, None, None, None, 0))
 
 
-def compiled(function, args):
-    program = jax.jit(function).lower(*args).compile()
+def compiled(function, args, jit=jax.jit):
+    program = jit(function).lower(*args).compile()
     return program(*args), collectives(program.as_text())
 
 
@@ -86,7 +87,7 @@ def check(function, args, cotangents, specs, want, want_gradients, on, most=2):
     assert_same(got, want)
     for x, spec in zip(got, (q, k, q), strict=True):
         assert x.sharding.is_equivalent_to(NamedSharding(on, P(*spec)), x.ndim), x.sharding
-    got, found = compiled(gradients(function), [*args, *cotangents])
+    got, found = compiled(gradients(function), [*args, *cotangents], quick_jit)
     assert_only_weight_sums(found, most=most)
     assert_agree(got, want_gradients)
     for x, spec in zip(got, (q, k, (), ()), strict=True):
@@ -97,13 +98,13 @@ def check(function, args, cotangents, specs, want, want_gradients, on, most=2):
 def on_one_device(case=CASE):
     inputs, cotangents = list(make_inputs(case)), make_cotangents(case)
     outputs = jax.jit(op(case))(*inputs)
-    return inputs, cotangents, outputs, jax.jit(gradients(op(case)))(*inputs, *cotangents)
+    return inputs, cotangents, outputs, quick_jit(gradients(op(case)))(*inputs, *cotangents)
 
 
 @functools.cache
 def batch_on_one_device(case=CASE, size=4):
     inputs, cotangents, mapped = batch_of(case, size)
-    return inputs, cotangents, jax.jit(mapped)(*inputs), jax.jit(gradients(mapped))(*inputs, *cotangents), mapped
+    return inputs, cotangents, jax.jit(mapped)(*inputs), quick_jit(gradients(mapped))(*inputs, *cotangents), mapped
 
 
 FLAT = {  # mesh, then the axes of tokens, of q's heads and of k's
@@ -175,9 +176,9 @@ def test_mrope_and_float32():
     got, found = compiled(op(case), args)
     assert found == []
     assert_same(got, outputs)
-    got, found = compiled(gradients(op(case)), [*args, *put(on, cotangents, [("data", "model")] * 3)])
+    got, found = compiled(gradients(op(case)), [*args, *put(on, cotangents, [("data", "model")] * 3)], quick_jit)
     assert_only_weight_sums(found)
-    want = jax.jit(gradients(op(case)))(*inputs, *cotangents)
+    want = quick_jit(gradients(op(case)))(*inputs, *cotangents)
     assert_agree(got, want)
 
 
@@ -190,7 +191,7 @@ def test_positions_sharded_otherwise_still_give_the_right_result(tokens):
     args = put(on, inputs, layout)
     got, _ = compiled(op(CASE), args)
     assert_same(got, outputs)
-    got, _ = compiled(gradients(op(CASE)), [*args, *put(on, cotangents, [("data", "model")] * 3)])
+    got, _ = compiled(gradients(op(CASE)), [*args, *put(on, cotangents, [("data", "model")] * 3)], quick_jit)
     assert_agree(got, grads)
 
 
@@ -206,7 +207,7 @@ def test_q_and_k_that_share_an_axis_otherwise(q, k):
     args = put(on, inputs, (q, k, (), (), (), ()))
     got, _ = compiled(op(case), args)
     assert_same(got, outputs)
-    got, _ = compiled(gradients(op(case)), [*args, *put(on, cotangents, (q, k, q))])
+    got, _ = compiled(gradients(op(case)), [*args, *put(on, cotangents, (q, k, q))], quick_jit)
     assert_agree(got, grads)
 
 
@@ -222,8 +223,8 @@ def test_tokens_that_do_not_divide():
     sharded = NamedSharding(mesh(data=8), P("data"))
     constrain = functools.partial(lax.with_sharding_constraint, shardings=sharded)
     argnums = (0, 1, 2, 3)
-    got, _ = compiled(jax.grad(functools.partial(loss, constrain=constrain), argnums), inputs)
-    assert_agree(got, jax.jit(jax.grad(loss, argnums))(*inputs))
+    got, _ = compiled(jax.grad(functools.partial(loss, constrain=constrain), argnums), inputs, quick_jit)
+    assert_agree(got, quick_jit(jax.grad(loss, argnums))(*inputs))
 
 
 def test_a_sharded_weight_is_gathered_alone():
@@ -323,7 +324,7 @@ def test_shard_map(layout):
     got, found = compiled(function, inputs)
     assert found == []
     assert_same(got, outputs)
-    got, found = compiled(gradients(function), [*inputs, *cotangents])
+    got, found = compiled(gradients(function), [*inputs, *cotangents], quick_jit)
     assert_only_weight_sums(found)
     assert_agree(got, grads)
     assert_same(function(*inputs), outputs)  # eagerly
@@ -342,7 +343,7 @@ def test_gradients_inside_shard_map(layout):
         in_specs=(q, k, P(), P(), P(), tokens, q, k, q),
         out_specs=(q, k, P(), P()),
     )
-    got, found = compiled(inside, [*inputs, *cotangents])
+    got, found = compiled(inside, [*inputs, *cotangents], quick_jit)
     assert_only_weight_sums(found)
     assert_agree(got, grads)
 
@@ -370,11 +371,11 @@ def further_derivatives(function):
 @pytest.mark.parametrize("mode", [*TWO_MODES, "shard_map"])
 def test_further_derivatives(mode):
     inputs = list(make_inputs(FLOAT32))
-    want = jax.jit(further_derivatives(op(FLOAT32)))(*inputs)
+    want = quick_jit(further_derivatives(op(FLOAT32)))(*inputs)
     with mesh_of({"data": 4, "model": 2}, mode if mode in MODES else "auto") as on:
         args = put(on, inputs, (("data", "model"), ("data", "model"), (), (), (), ("data",)))
         function = op(FLOAT32) if mode in MODES else shard_mapped("tokens and heads", on)[1]
-        got = jax.jit(further_derivatives(function))(*args)
+        got = quick_jit(further_derivatives(function))(*args)
     for a, b in zip(got, want, strict=True):  # sums in another order, twice
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
@@ -388,11 +389,11 @@ def test_gradients_of_each_example(mode):
         axes = (0, 0, None, None, None, 0, 0, 0, 0)
         return jax.vmap(gradients(op(CASE)), axes)(*args)
 
-    want = jax.jit(each)(*inputs, *cotangents)
+    want = quick_jit(each)(*inputs, *cotangents)
     with mesh_of({"data": 4, "seq": 2}, mode) as on:
         layout = ("data", "seq", None)
         args = put(on, inputs, (layout, layout, (), (), (), ("data", "seq")))
-        got, found = compiled(each, [*args, *put(on, cotangents, [layout] * 3)])
+        got, found = compiled(each, [*args, *put(on, cotangents, [layout] * 3)], quick_jit)
     assert [re.sub(r"\{[\d,]*\}", "", x) for x in found] == ["all-reduce (f32[1,16], f32[1,16])"]
     for x, spec in zip(got, (layout, layout, ("data",), ("data",)), strict=True):
         assert x.sharding.is_equivalent_to(NamedSharding(on, P(*spec)), x.ndim), x.sharding
@@ -450,7 +451,7 @@ def test_shard_map_without_the_check():
     got, found = compiled(function, inputs)
     assert found == []
     assert_same(got, outputs)
-    got, _ = compiled(gradients(function), [*inputs, *cotangents])
+    got, _ = compiled(gradients(function), [*inputs, *cotangents], quick_jit)
     assert_agree(got[:2], grads[:2])
     for a, b in zip(got[2:], grads[2:], strict=True):  # shard_map sums what each device has rounded to bfloat16
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=2.0**-6 * np.abs(b).max())

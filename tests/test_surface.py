@@ -25,7 +25,7 @@ from tests.definition import define
 from tests.devices import collectives, mesh, put
 from tests.gradients import assert_agree, define_gradients, make_cotangents
 from tests.gradients import assert_defined as assert_gradients_defined
-from tests.run import has_gpu, primitives, run
+from tests.run import has_gpu, primitives, quick_jit, run
 from tests.test_choice import GPU_IMPLEMENTATIONS, device
 from tests.test_forward import assert_defined
 from tests.test_gradients import TRANSFORMS, op, relative, scalar
@@ -93,7 +93,7 @@ def contract(plain: Case, implementation: str):
     """Inputs, outputs, cotangents and gradients, (T, heads*D), of the plain form."""
     inputs, cotangents = inputs_of(plain), make_cotangents(plain)
     function = forms.op(plain, implementation)
-    gradients = jax.jit(functools.partial(vjp, function))(list(inputs), cotangents)
+    gradients = quick_jit(functools.partial(vjp, function))(list(inputs), cotangents)
     return inputs, jax.jit(function)(*inputs), cotangents, gradients
 
 
@@ -121,7 +121,7 @@ def test_a_form_has_the_numbers_of_the_contract(implementation, changes):
     inputs, outputs, cotangents, gradients = contract(forms.plain(case), implementation)
     args = forms.arguments(case, inputs)
     assert_same(forms.op(case, implementation)(*args), forms.outputs_of(case, outputs))
-    got = jax.jit(functools.partial(vjp, forms.op(case, implementation)))(args, cotangents_of(case, cotangents))
+    got = quick_jit(functools.partial(vjp, forms.op(case, implementation)))(args, cotangents_of(case, cotangents))
     for a, x in zip(got, args, strict=False):
         assert a.shape == x.shape and a.dtype == x.dtype
     assert_agree(got, gradients_of(case, inputs, gradients))
@@ -142,7 +142,7 @@ def test_float32_rows_beside_16_bit_activations():
     inputs, outputs, cotangents, gradients = contract(forms.plain(case), "xla")
     args = forms.arguments(case, inputs)
     assert_same(forms.op(case, "xla")(*args), outputs)
-    got = vjp(forms.op(case, "xla"), args, cotangents)
+    got = quick_jit(functools.partial(vjp, forms.op(case, "xla")))(args, cotangents)
     assert got[4].dtype == jnp.float32
     assert_agree(got, gradients_of(case, inputs, gradients))
 
@@ -161,7 +161,7 @@ def test_sectioned_mrope(implementation, section):
     inputs = make_inputs(case)
     assert_defined(run(implementation, case, inputs), case, inputs)
     cotangents = make_cotangents(case)
-    got = vjp(forms.op(case, implementation), list(inputs), cotangents)
+    got = quick_jit(functools.partial(vjp, forms.op(case, implementation)))(list(inputs), cotangents)
     assert_gradients_defined(got, define_gradients(case, inputs, cotangents), [x.dtype for x in list(inputs)[:5]])
 
 
@@ -218,7 +218,7 @@ def test_leading_axes_and_heads(implementation, lead, split, changes):
     got = forms.op(case, implementation)(*args)
     assert [x.shape for x in got] == [x.shape for x in outputs]
     assert_same(got, outputs)
-    got = jax.jit(functools.partial(vjp, forms.op(case, implementation)))(args, cotangents)
+    got = quick_jit(functools.partial(vjp, forms.op(case, implementation)))(args, cotangents)
     assert [x.shape for x in got] == [x.shape for x in args[: len(got)]]
     want = gradients_of(case, inputs, gradients)
     assert_agree([a.reshape(b.shape) for a, b in zip(got, want, strict=True)], want)
@@ -257,7 +257,7 @@ def test_every_mode_and_order(transform, name):
         return tuple(forms.outputs_of(case, op(plain, "xla")(*floats, inputs.positions), v))
 
     args = (*list(inputs)[:5], forms.values(case))
-    got, want = (jax.jit(TRANSFORMS[transform](f))(*args) for f in (arranged, contracted))
+    got, want = (quick_jit(TRANSFORMS[transform](f))(*args) for f in (arranged, contracted))
     assert relative(got, want) < 2.0**-16
 
 
@@ -334,8 +334,8 @@ def test_vmap_over_activations_is_one_call(name, axis):
     assert names.count("fused_qk_rmsnorm_rope_gate") == 1 and "scan" not in names
 
     cotangents = cotangents_of(case, make_cotangents(FLOAT32))
-    got = jax.jit(functools.partial(vjp, mapped))(args, [jnp.stack([x] * 3) for x in cotangents])
-    each = [jax.jit(functools.partial(vjp, function))(call, cotangents) for call in calls]
+    got = quick_jit(functools.partial(vjp, mapped))(args, [jnp.stack([x] * 3) for x in cotangents])
+    each = [quick_jit(functools.partial(vjp, function))(call, cotangents) for call in calls]
     for x, axis, columns in zip(got, axes, zip(*each, strict=True), strict=False):
         want = jnp.stack(columns).sum(0) if axis is None else jnp.stack(columns, axis)
         np.testing.assert_allclose(x, want, rtol=1e-5, atol=1e-5)
@@ -354,7 +354,7 @@ def test_vmap_of_gradients_with_rows(name, moved):
 
     mapped = jax.vmap(gradients, axes)
     assert ("scan" in primitives(mapped, *args)) == (moved == "k_weight")
-    got, want = jax.jit(mapped)(*args), [jax.jit(gradients)(*call) for call in calls]
+    got, want = quick_jit(mapped)(*args), [quick_jit(gradients)(*call) for call in calls]
     for x, columns in zip(got, zip(*want, strict=True), strict=True):
         np.testing.assert_allclose(x, jnp.stack(columns), rtol=1e-5, atol=1e-5)
 
@@ -392,7 +392,7 @@ def check(case, args, cotangents, specs, on, want, want_gradients, function=None
         floats, rest = inputs[:num_weighted], inputs[num_weighted:]
         return jax.vjp(lambda *floats: function(*floats, *rest), *floats)[1](tuple(cotangents))
 
-    got, found = compiled(gradients, [*args, *cotangents])
+    got, found = compiled(gradients, [*args, *cotangents], quick_jit)
     assert_only_weight_sums(found)
     assert_agree(got, want_gradients[:num_weighted])
     for x, spec in zip(got, arg_specs, strict=False):
@@ -458,7 +458,7 @@ def test_the_gradient_of_rows_is_sharded_as_they_are(on_the_host):
         with mesh_of({"data": 4, "model": 2}, mode) as on:
             arg_specs, result_specs = specs_of(case, ("data",), "model", "model")
             args, cotangents = put(on, args, arg_specs), put(on, cotangents, result_specs)
-            got, _ = compiled(lambda *args: vjp(forms.op(case), args[:5], args[5:])[4], [*args, *cotangents])
+            got, _ = compiled(lambda *args: vjp(forms.op(case), args[:5], args[5:])[4], [*args, *cotangents], quick_jit)
         assert got.sharding.is_equivalent_to(NamedSharding(on, P("data")), 2), got.sharding
         assert_agree([got], gradients[4:])
 
@@ -491,7 +491,7 @@ def test_shard_map(on_the_host, name):
     on = mesh(data=4, model=2)
     *specs, function = shard_mapped(case, on)
     check(case, args, cotangents, specs, on, outputs, gradients, function)
-    got = jax.jit(functools.partial(vjp, function))(args, cotangents)
+    got = quick_jit(functools.partial(vjp, function))(args, cotangents)
     assert_agree(got, gradients)
 
 
@@ -511,7 +511,7 @@ def test_rows_that_vary_alone(on_the_host):
         results = zip(*(forms.op(case)(*args[:4], call[4]) for call in calls), strict=True)
         return [jnp.concatenate(x) for x in results]
 
-    got, want = (jax.jit(jax.grad(loss(function)))(calls[0][:4]) for function in (mapped, looped))
+    got, want = (quick_jit(jax.grad(loss(function)))(calls[0][:4]) for function in (mapped, looped))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -571,7 +571,7 @@ def test_a_sharded_packed_axis(on_the_host, mode, gate):
         assert found
         assert_same([np.asarray(x) for x in got], [np.asarray(x) for x in outputs])
         cotangents = put(on, cotangents, [("data", "model")] * len(outputs))
-        got, _ = compiled(lambda *args: vjp(forms.op(case), args[:5], args[5:]), [*args, *cotangents])
+        got, _ = compiled(lambda *args: vjp(forms.op(case), args[:5], args[5:]), [*args, *cotangents], quick_jit)
         assert_agree(got, gradients)
 
 

@@ -19,7 +19,7 @@ from tests import forms
 from tests.cases import SMALL_CASES, Case, Inputs, make_inputs
 from tests.compare import compare_bits
 from tests.definition import mrope_axis
-from tests.run import has_gpu
+from tests.run import has_gpu, quick_jit
 
 NAMES = ("dq_gate", "dk", "dq_weight", "dk_weight")
 
@@ -93,7 +93,7 @@ def backward_of(case: Case, **settings):
 
 @functools.cache
 def kernels(case: Case, config: TritonBackward | None):
-    return jax.jit(backward_of(case, config=config, interpret=not has_gpu()))
+    return quick_jit(backward_of(case, config=config, interpret=not has_gpu()))
 
 
 def run(case: Case, inputs: Inputs, cotangents, config: TritonBackward | None = None) -> tuple[jax.Array, ...]:
@@ -197,7 +197,8 @@ def test_the_formulas_are_the_derivatives_of_the_op(case):
         return jnp.concatenate([y1 * cos - y2 * sin, y1 * sin + y2 * cos, y[..., 2 * half :]], axis=-1)
 
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
-        gradients = jax.vjp(norm_and_rope, jnp.asarray(x), jnp.asarray(weight))[1](jnp.asarray(dout))
+        vjp = quick_jit(lambda x, weight, dout: jax.vjp(norm_and_rope, x, weight)[1](dout))
+        gradients = vjp(*map(jnp.asarray, (x, weight, dout)))
     for got, want in zip(gradients, norm_and_rope_gradients(case, x, weight, cos, sin, dout), strict=True):
         assert got.dtype == np.float64
         np.testing.assert_allclose(np.asarray(got), want.exact, rtol=1e-12, atol=1e-14)

@@ -12,7 +12,7 @@ import pallas_qk
 from tests.cases import Case, Inputs, make_inputs
 from tests.compare import compare_bits
 from tests.gradients import make_cotangents
-from tests.run import primitives
+from tests.run import primitives, quick_jit
 from tests.test_choice import GPU_IMPLEMENTATIONS, device
 
 CASE = Case(3, 2, 1, head_dim=8, rotary_dim=4, max_position=16)
@@ -31,7 +31,7 @@ def op(case, implementation=None):
 @functools.cache
 def one_call(case):
     """`gradients` of plain XLA, compiled once."""
-    return jax.jit(gradients(case, "xla"))
+    return quick_jit(gradients(case, "xla"))
 
 
 def gradients(case, implementation=None):
@@ -52,9 +52,11 @@ def stacked(case, batched, axis=0):
             object.__setattr__(call, name, getattr(calls[0], name))
     for seed, call in enumerate(calls):
         if "cos_sin_cache" in batched:  # make_inputs gives every seed the same table
-            object.__setattr__(call, "cos_sin_cache", jnp.roll(call.cos_sin_cache, seed, axis=0))
+            object.__setattr__(call, "cos_sin_cache", jnp.asarray(np.roll(call.cos_sin_cache, seed, axis=0)))
     args = [
-        jnp.stack([getattr(call, name) for call in calls], axis) if name in batched else getattr(calls[0], name)
+        jnp.asarray(np.stack([getattr(call, name) for call in calls], axis))
+        if name in batched
+        else getattr(calls[0], name)
         for name in NAMES
     ]
     return args, [list(call) for call in calls], [axis if name in batched else None for name in NAMES]
@@ -63,7 +65,7 @@ def stacked(case, batched, axis=0):
 def assert_same(got, want):
     """`want` is a list of each call's outputs."""
     for name, batch, outputs in zip(("q_out", "k_out", "gate_out"), got, zip(*want, strict=True), strict=True):
-        comparison = compare_bits(name, batch, jnp.stack(outputs))
+        comparison = compare_bits(name, batch, np.stack(outputs))
         assert comparison.differing == 0, comparison
 
 
@@ -130,7 +132,7 @@ def test_vmap_of_grad(batched, cotangents_batched):
     cts = [make_cotangents(MROPE, seed if cotangents_batched else 0) for seed in range(SIZE)]
     stack = [jnp.stack(x) for x in zip(*cts, strict=True)] if cotangents_batched else list(cts[0])
     axes = axes + [0 if cotangents_batched else None] * 3
-    function = jax.jit(jax.vmap(gradients(MROPE, "xla"), axes))
+    function = quick_jit(jax.vmap(gradients(MROPE, "xla"), axes))
     got = function(*args, *stack)
     want = [one_call(MROPE)(*call, *ct) for call, ct in zip(calls, cts, strict=True)]
     for x, each in zip(got, zip(*want, strict=True), strict=True):
@@ -143,7 +145,7 @@ def test_grad_of_vmap(batched):
     args, calls, axes = stacked(MROPE, batched)
     cts = [make_cotangents(MROPE, seed) for seed in range(SIZE)]
 
-    @jax.jit
+    @quick_jit
     def got(args, cts):
         return jax.vjp(lambda *floats: jax.vmap(op(MROPE, "xla"), axes)(*floats, args[5]), *args[:5])[1](cts)
 
@@ -162,8 +164,9 @@ def test_vmap_of_forward_mode(batched):
         tangents = tuple(jnp.cos(3 * x) for x in args[:5])
         return jax.jvp(lambda *floats: op(MROPE, "xla")(*floats, args[5]), args[:5], tangents)[1]
 
-    got = jax.jit(jax.vmap(moved, axes))(*args)
-    for x, want in zip(got, zip(*(jax.jit(moved)(*call) for call in calls), strict=True), strict=True):
+    got = quick_jit(jax.vmap(moved, axes))(*args)
+    one = quick_jit(moved)
+    for x, want in zip(got, zip(*(one(*call) for call in calls), strict=True), strict=True):
         np.testing.assert_allclose(x, jnp.stack(want), rtol=1e-5, atol=1e-5)
 
 
