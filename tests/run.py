@@ -37,8 +37,7 @@ def run(implementation: str, case: Case, inputs: Inputs, **config) -> tuple[jax.
     The public function, or the kernel executed by its interpreter without a GPU. `config` goes to the kernel's own
     `forward` and takes that path on a GPU too.
     """
-    is_public = not (case.packed and case.gate is None)
-    if implementation == "xla" or (has_gpu() and is_public and not config):
+    if implementation == "xla" or (has_gpu() and not config):
         return forms.op(case, implementation)(*forms.arguments(case, inputs))
     operands = forms.split_heads(case, forms.inputs_of(case, inputs))
     outputs = _kernel("forward", implementation, forms.options(case), case.num_tokens == 0, **config)(operands)

@@ -36,6 +36,7 @@ CASES = (
     Case(7, 3, 1, gate=None),
     Case(5, 3, 1, head_dim=80, rotary_dim=40, packed=True, gate="in_place"),
     Case(37, 4, 2, packed=True),
+    Case(7, 3, 1, packed=True, gate=None),
     Case(5, 2, 1, gathered=True),
 )
 
