@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import jax
 
-from pallas_qk import _checks, _implementations, _vjp
+from pallas_qk import _checks, _implementations
 from pallas_qk._config import Options, Spec
 from pallas_qk._implementations import IMPLEMENTATIONS, Choice
-from pallas_qk._operands import Inputs, Outputs
-from pallas_qk._sharding import Call
+from pallas_qk._operands import Call, Inputs, Outputs
 
 
 def fused_qk_rmsnorm_rope_gate(
@@ -348,6 +347,8 @@ def _call(
 @functools.partial(jax.jit, static_argnames=("call", "split"))
 def _run(inputs: Inputs, *, call: Call, split: bool) -> Outputs:
     """Jitted here, so that an eager call gives the bits of a call inside `jax.jit`."""
+    from pallas_qk import _vjp  # late: to define primitives it imports jax.extend, and so Pallas (17 ms)
+
     if call.options.mrope_section is None and inputs.positions is not None:
         inputs = inputs._replace(positions=inputs.positions[None])
     names = "fused_qk", "v" if call.options.packed else "", "_rmsnorm_rope", "_gate" if call.options.gate else ""

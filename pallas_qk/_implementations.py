@@ -1,6 +1,5 @@
 """The implementations by name, and the choice among them by shapes, GPU generation and platform."""
 
-import contextlib
 import dataclasses
 import functools
 import importlib
@@ -10,15 +9,10 @@ from types import ModuleType
 from typing import NamedTuple
 
 import jax
-from jax.extend import backend
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
-from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_qk import _reference
-from pallas_qk._config import Options, Spec, Target
-from pallas_qk._operands import Gradients, Inputs, Outputs, gradient_types, output_types, spec_of
-from pallas_qk._target import abstract_gpu, cuda_target, local_gpus
+from pallas_qk._config import Spec, Target
+from pallas_qk._target import cuda_target
 
 IMPLEMENTATIONS = ("mosaic_gpu", "triton", "xla")
 
@@ -52,7 +46,7 @@ def backward_module(name: str) -> ModuleType:
     return _reference if name == "xla" else importlib.import_module(_GPU_BACKWARD_MODULES[name])
 
 
-def _function(name: str, direction: str) -> Callable:
+def function(name: str, direction: str) -> Callable:
     return module(name).forward if direction == "forward" else backward_module(name).backward
 
 
@@ -76,12 +70,12 @@ def choose(spec: Spec, platform: str | None = None) -> Choice:
     if platform != "cuda":
         return Choice("xla", dict.fromkeys(_GPU_MODULES, f"it needs an NVIDIA GPU, got platform {platform}"))
     target = cuda_target()
-    taken = _first_supported(spec, target)
+    taken = first_supported(spec, target)
     reasons = {name: unsupported(name, spec, target) for name in IMPLEMENTATIONS if name != taken}
     return Choice(taken, {name: reason or f"{taken!r} runs this and comes first" for name, reason in reasons.items()})
 
 
-def _first_supported(spec: Spec, target: Target) -> str:
+def first_supported(spec: Spec, target: Target) -> str:
     return next(name for name in _PREFERENCE if unsupported(name, spec, target) is None)  # "xla" runs everything
 
 
@@ -94,6 +88,8 @@ def _default_platform() -> str:
             "Pass platform, or set JAX_PLATFORMS to what this machine has."
         ) from error
     if platform == "gpu":
+        from jax.extend import backend
+
         return "cuda" if "cuda" in backend.backends() else "rocm"
     return platform
 
@@ -103,94 +99,11 @@ def check_supported(spec: Spec, implementation: str | None) -> None:
     if isinstance(spec.num_tokens, int):
         spec = dataclasses.replace(spec, num_tokens=min(1, spec.num_tokens))
     if implementation:
-        _refuse(implementation, unsupported(implementation, spec, cuda_target()))
+        refuse(implementation, unsupported(implementation, spec, cuda_target()))
 
 
-def _refuse(implementation: str, reason: str | None) -> None:
+def refuse(implementation: str, reason: str | None) -> None:
     if reason is not None:
         raise NotImplementedError(
             f"implementation={implementation!r} can't run this: {reason}. Leave implementation out, or pass 'xla'."
         )
-
-
-def forward(inputs: Inputs, *, options: Options, implementation: str | None) -> Outputs:
-    """The contract of `_reference.forward` by the implementation asked for, or by the fastest that runs.
-
-    The platform is chosen at lowering: a model traced on a CPU host and lowered for CUDA holds the GPU kernel.
-    """
-    return _run("forward", (inputs,), output_types(inputs, options), options, implementation)
-
-
-def backward(inputs: Inputs, cotangents: Outputs, *, options: Options, implementation: str | None) -> Gradients:
-    """The contract of `_reference.backward`, likewise."""
-    return _run("backward", (inputs, cotangents), gradient_types(inputs, options), options, implementation)
-
-
-def _run(direction: str, operands, results, options: Options, implementation: str | None):
-    spec, target = spec_of(operands[0], options), cuda_target()
-    name = implementation or _first_supported(spec, target)
-    if name == "xla":
-        return _function(name, direction)(*operands, options=options)
-    leaves, tree = jax.tree.flatten(operands)
-    types, result_tree = jax.tree.flatten(results)
-    params = {"direction": direction, "tree": tree, "types": tuple(types), "options": options}
-    # Said where code is made: of a call over devices this sees the whole arrays too, which are no device's.
-    params |= {"implementation": name, "reason": unsupported(name, spec, target)}
-    outputs = _kernel_p.bind(*leaves, **params, elsewhere_xla=implementation is None)
-    return jax.tree.unflatten(result_tree, outputs)
-
-
-# One primitive with a lowering a platform. lax.platform_dependent would do but for a lowering for several platforms at
-# once, where Pallas lowers its call for each of them and refuses the CPU.
-_kernel_p = Primitive("pallas_qk_kernel")
-_kernel_p.multiple_results = True
-
-
-@_kernel_p.def_abstract_eval
-def _abstract_eval(*args, types, **params):
-    del args, params
-    return [jax.core.ShapedArray(x.shape, x.dtype) for x in types]
-
-
-def _lower(ctx, leaves, name: str, direction: str, tree, options: Options):
-    def function(*leaves):
-        return jax.tree.leaves(_function(name, direction)(*jax.tree.unflatten(tree, leaves), options=options))
-
-    return mlir.lower_fun(function, multiple_results=True)(ctx, *leaves)
-
-
-def _on_cuda(ctx, *leaves, direction, tree, options, implementation, reason, **_):
-    _refuse(implementation, reason)
-    with _a_gpu():
-        return _lower(ctx, leaves, implementation, direction, tree, options)
-
-
-@contextlib.contextmanager
-def _a_gpu():
-    """Where Pallas lowers for CUDA: with the GPU that the caller names, else a local one, else a Hopper.
-
-    Pallas asks the abstract mesh, which may name a CPU, and the default device, which may be one.
-    """
-    if abstract_gpu() is not None:
-        yield
-        return
-    gpu = next(iter(local_gpus()), None)
-    kind, num_cores = ("NVIDIA H100", 132) if gpu is None else (gpu.device_kind, gpu.core_count)
-    device = AbstractDevice(device_kind=kind, num_cores=num_cores, platform="cuda")
-    default_device = contextlib.nullcontext() if gpu is None else jax.default_device(gpu)
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)), default_device:
-        yield
-
-
-def _elsewhere(ctx, *leaves, direction, tree, options, implementation, elsewhere_xla, **_):
-    if elsewhere_xla:
-        return _lower(ctx, leaves, "xla", direction, tree, options)
-    platforms = [p for p in ctx.platforms or ctx.module_context.platforms if p != "cuda"]
-    raise NotImplementedError(
-        f"implementation={implementation!r} must run on an NVIDIA GPU, got platform {', '.join(platforms)}. "
-        "Leave implementation out, or pass 'xla'."
-    )
-
-
-mlir.register_lowering(_kernel_p, _on_cuda, platform="cuda")
-mlir.register_lowering(_kernel_p, _elsewhere)

@@ -41,6 +41,13 @@ class Gradients(NamedTuple):
     k_weight: Any  # (D,)
 
 
+class Call(NamedTuple):
+    """What one call fixes besides its arrays."""
+
+    options: Options
+    implementation: str | None
+
+
 def spec_of(inputs: Inputs, options: Options) -> Spec:
     """The sizes of a call of arrays in the shapes above."""
     num_q_heads, num_kv_heads = options.packed or (inputs.q.shape[1], inputs.k.shape[1])

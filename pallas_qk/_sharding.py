@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +21,9 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
 from jax.sharding import AbstractMesh, ManualAxisType, Mesh, NamedSharding, PartitionSpec
 
-from pallas_qk import _checks, _implementations, _reference
+from pallas_qk import _checks, _kernel, _reference
 from pallas_qk._config import Options
-from pallas_qk._operands import Gradients, Inputs, Outputs, gradient_types
-
-
-class Call(NamedTuple):
-    """What one call fixes besides its arrays."""
-
-    options: Options
-    implementation: str | None
+from pallas_qk._operands import Call, Gradients, Inputs, Outputs, gradient_types
 
 
 def forward(call: Call, inputs: Inputs) -> Outputs:
@@ -112,13 +105,13 @@ def on_heads(function: Callable, call: Call, *operands, flatten: bool = False):
 
 def _local(direction: str, call: Call, tree, *leaves: jax.Array) -> list[jax.Array]:
     """The op on one device's arrays."""
-    run: Callable = _forward if direction == "forward" else _implementations.backward
+    run: Callable = _forward if direction == "forward" else _kernel.backward
     function = functools.partial(run, implementation=call.implementation)
     return jax.tree.leaves(on_heads(function, call, *jax.tree.unflatten(tree, leaves), flatten=True))
 
 
 def _forward(inputs: Inputs, *, options: Options, implementation: str | None) -> Outputs:
-    outputs = _implementations.forward(inputs, options=options, implementation=implementation)
+    outputs = _kernel.forward(inputs, options=options, implementation=implementation)
     if options.gate == "in_place":  # a slice, which XLA fuses into what reads it
         return outputs._replace(gate=_reference.parts(inputs, options).gate)
     return outputs

@@ -1,7 +1,6 @@
 """The NVIDIA GPU to make code for: the abstract mesh's device, else the local ones, else a Hopper."""
 
 import jax
-from jax.extend import backend
 from jax.sharding import AbstractDevice
 
 from pallas_qk._config import Target
@@ -63,6 +62,8 @@ def num_sms() -> int:
 
 def local_gpus() -> list[jax.Device]:
     """The NVIDIA GPUs of this process; none where JAX can't start, which it says itself to what needs a device."""
+    from jax.extend import backend  # late: it takes as long to import as the rest of the package
+
     try:
         client = backend.backends().get("cuda")
     except (AssertionError, RuntimeError):  # JAX_PLATFORMS=cuda without a GPU or without its plugin

@@ -14,8 +14,8 @@ from jax import lax
 from jax.interpreters import ad, batching, mlir
 
 from pallas_qk import _reference, _sharding
-from pallas_qk._operands import Inputs, Outputs
-from pallas_qk._sharding import Call, backward_p, forward_p
+from pallas_qk._operands import Call, Inputs, Outputs
+from pallas_qk._sharding import backward_p, forward_p
 
 forward = _sharding.forward  # the differentiable op
 

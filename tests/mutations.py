@@ -42,7 +42,7 @@ def tests_of(file: str, *names: str) -> tuple[str, ...]:
 
 REFERENCE, TRITON, TRITON_VJP = "pallas_qk/_reference.py", "pallas_qk/_triton.py", "pallas_qk/_triton_vjp.py"
 MOSAIC, MOSAIC_VJP, CONFIG = "pallas_qk/_mosaic_gpu.py", "pallas_qk/_mosaic_gpu_vjp.py", "pallas_qk/_config.py"
-SHARDING, VJP, CHECKS, CHOICE = (f"pallas_qk/_{name}.py" for name in ("sharding", "vjp", "checks", "implementations"))
+SHARDING, VJP, CHECKS, KERNEL = (f"pallas_qk/_{name}.py" for name in ("sharding", "vjp", "checks", "kernel"))
 
 FORMS_OF_XLA = tests_of("properties", "test_forward_keeps_to_its_definition[xla-6]")
 FORMS_OF_MOSAIC = tests_of("properties", "test_forward_keeps_to_its_definition[mosaic_gpu-25]")
@@ -703,7 +703,7 @@ MUTATIONS = (
     # The choice, and what is refused.
     Mutation(
         "choice: a name falls back in silence",
-        CHOICE,
+        KERNEL,
         "elsewhere_xla=implementation is None",
         "elsewhere_xla=True",
         tests_of("choice", "test_a_gpu_name_on_another_platform_says_so"),

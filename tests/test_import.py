@@ -15,7 +15,9 @@ def loaded_after(code: str) -> set[str]:
     return set(result.stdout.split())
 
 
-@pytest.mark.parametrize("name", ["torch", "triton", "jax.experimental.pallas", "jax.experimental.mosaic"])
+@pytest.mark.parametrize(
+    "name", ["torch", "triton", "jax.extend", "jax.experimental.pallas", "jax.experimental.mosaic"]
+)
 def test_import_leaves_out_what_is_used_later(name):
     assert name not in loaded_after("import pallas_qk")
 
