@@ -107,6 +107,8 @@ def parity_gpu() -> list[Case]:
         Case(2, 16, 2, 256, 64, mrope_section=INTERLEAVED),
         Case(37, 16, 2, 256, 64, f16, scale=1e4),
         Case(127, 8, 2, 256, 64, f16, weight_scale=1e-5),
+        Case(65, 12, 1, 8, 4, f16),
+        Case(4095, 5, 2, 64, 2, f16, cache_dtype=f32, mrope_section=(0, 1, 0)),
         Case(129, 3, 1, 512, 128, norm_beta=1.0),
     ]
     large = [

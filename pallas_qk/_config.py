@@ -83,9 +83,10 @@ def rotation_fuses_y2(options: Options, dtype) -> bool:
     """Whether o2 = y2 * cos + y1 * sin rounds y1 * sin and fuses the other product; else it is the other way round.
 
     So the compiler of the serving kernel decides (Triton 3.6 and 3.9). It shows with a float32 table: in 216 of 35.7 M
-    elements with mRoPE, and in every seventh rotated element of float32 activations.
+    elements with mRoPE, and in every seventh rotated element of float32 activations. Of a single frequency the compiler
+    knows that it reads the first row of positions.
     """
-    return options.mrope_section is not None or str(dtype) == "float32"
+    return (options.mrope_section is not None and options.rotary_dim > 2) or str(dtype) == "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +206,7 @@ def mosaic_forward(spec: Spec, *, gate_copied: bool = True) -> MosaicForward:
     d, r, num_rows = spec.head_dim, spec.rotary_dim, spec.num_tokens * spec.num_q_heads
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(d)))
     if num_rows >= 512 and (num_rows < 16384 or not gate_copied) and d // chunk_lanes(d, r) <= 16:
-        return MosaicForward("chunks", 2 * rows_per_warp, weights="after_gate", k_first=num_rows < 65536)
+        return MosaicForward("chunks", min(32, 2 * rows_per_warp), weights="after_gate", k_first=num_rows < 65536)
     layout = "halves" if has_halves(d, r) else "row"
     weights = "first" if num_rows < 64 else "after_gate" if num_rows < 65536 else "after_sum"
     return MosaicForward(layout, rows_per_warp, weights=weights, k_first=weights == "after_gate")

@@ -347,7 +347,9 @@ def _pair(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     words = lax.bitcast_convert_type(x, jnp.int32)
     places = (jnp.where(_iota(x.shape, x.ndim - 1) == place, words, 0) for place in (0, 1))
-    first, second = (lax.bitcast_convert_type(jnp.sum(words, axis=-1), jnp.float32) for words in places)
+    first, second = (
+        lax.bitcast_convert_type(jnp.sum(words, axis=-1, dtype=jnp.int32), jnp.float32) for words in places
+    )
     return first, second
 
 

@@ -508,10 +508,31 @@ MUTATIONS = (
         tests_of("mosaic_gpu", "test_weights_of_minus_zero_give_zero"),
     ),
     Mutation(
+        "mosaic: more rows than threads in a warp",
+        CONFIG,
+        "min(32, 2 * rows_per_warp), weights",
+        "2 * rows_per_warp, weights",
+        tests_of("mosaic_gpu", "test_equals_the_definition[T65-H12.1-D8-R4-bfloat16]"),
+    ),
+    Mutation(
+        "triton: words summed in 64 bits under x64",
+        TRITON,
+        "jnp.sum(words, axis=-1, dtype=jnp.int32)",
+        "jnp.sum(words, axis=-1)",
+        tests_of("positions", "test_positions_outside_give_nan[triton-int64]"),
+    ),
+    Mutation(
+        "the fused form of a single frequency with mRoPE",
+        CONFIG,
+        "(options.mrope_section is not None and options.rotary_dim > 2)",
+        "options.mrope_section is not None",
+        RECIPE,
+    ),
+    Mutation(
         "the fused form in float32",
         CONFIG,
-        'return options.mrope_section is not None or str(dtype) == "float32"',
-        "return options.mrope_section is not None",
+        'options.rotary_dim > 2) or str(dtype) == "float32"',
+        "options.rotary_dim > 2)",
         RECIPE,
     ),
     # The backward.

@@ -43,6 +43,7 @@ CASES = [
     for dtype in ("bfloat16", "float16", "float32")
     if 2 <= rotary_dim <= head_dim and rotary_dim % 2 == 0 and (head_dim in (80, 256) or dtype != "float16")
 ] + [
+    Case(65, 12, 1, head_dim=8, rotary_dim=4),  # rows enough for chunks, and a row for every thread
     # Sections that end inside a thread's vector of frequencies.
     Case(5, 3, 2, mrope_section=(18, 7, 7)),
     Case(5, 3, 2, head_dim=96, rotary_dim=96, mrope_section=(37, 3, 8), dtype="float16"),
@@ -164,7 +165,8 @@ def recipe(case: Case, inputs: Inputs, order=tree_order) -> list[np.ndarray]:
         y = x * inv_rms[..., None] * (weight.astype(np.float32) + np.float32(case.norm_beta))
         y = y.astype(dtype).astype(np.float32)
         y1, y2, rest = y[..., :half], y[..., half : 2 * half], y[..., 2 * half :]
-        o2 = fma(y2, cos, y1 * sin) if section or dtype == np.float32 else fma(y1, sin, y2 * cos)
+        fuses_y2 = (section and half > 1) or dtype == np.float32
+        o2 = fma(y2, cos, y1 * sin) if fuses_y2 else fma(y1, sin, y2 * cos)
         o = [fma(y1, cos, -(y2 * sin)), o2, rest]
         outputs.append(np.concatenate(o, axis=-1).astype(dtype))
     return outputs
@@ -184,6 +186,7 @@ RECIPE_CASES = [
     Case(9, 3, 1, head_dim=80, rotary_dim=40, dtype="float16", cache_dtype="float32", mrope_section=(7, 7, 6)),
     # Which product the rotation fuses shows in some 2^-13 of the rotated float16 elements.
     Case(300, 4, 2, rotary_dim=256, dtype="float16", cache_dtype="float32"),
+    Case(9000, 2, 1, rotary_dim=2, head_dim=16, dtype="float16", cache_dtype="float32", mrope_section=(0, 1, 0)),
     Case(6, weight_scale=1e-5, dtype="float16"),  # subnormal normalised values
     Case(6, scale=1e-20),
 ]
