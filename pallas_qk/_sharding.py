@@ -383,6 +383,18 @@ def _has_batched_leading_axes(names: Sequence[str], dims) -> bool:
     return all(dim is None or "..." in x.split() for x, dim in zip(names, dims, strict=True))
 
 
+def register_batching(p: Primitive, rule: Callable) -> None:
+    """Maps a primitive by `rule` where any of its arguments is mapped; JAX asks even where none is."""
+
+    def batched(axis, args, dims, **params):
+        if any(dim is not None for dim in dims):
+            return rule(axis, args, dims, **params)
+        outputs = p.bind(*args, **params)
+        return outputs, [None] * len(outputs)
+
+    batching.fancy_primitive_batchers[p] = batched
+
+
 def _forward_batch(axis, args, dims, *, call: Call, tree, body):
     del body
 
@@ -414,5 +426,5 @@ def _backward_batch(axis, args, dims, *, call: Call, tree, body):
     return outputs, [0] * len(outputs)
 
 
-batching.fancy_primitive_batchers[forward_p] = _forward_batch
-batching.fancy_primitive_batchers[backward_p] = _backward_batch
+register_batching(forward_p, _forward_batch)
+register_batching(backward_p, _backward_batch)

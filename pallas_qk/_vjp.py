@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, mlir
 
 from pallas_qk import _reference, _sharding
 from pallas_qk._operands import Call, Inputs, Outputs
@@ -150,5 +150,5 @@ ad.primitive_jvps[forward_p] = _forward_jvp
 ad.primitive_jvps[tangent_p] = _tangent_jvp
 ad.primitive_jvps[backward_p] = _backward_jvp
 ad.primitive_transposes[tangent_p] = _tangent_transpose
-batching.fancy_primitive_batchers[tangent_p] = _tangent_batch
+_sharding.register_batching(tangent_p, _tangent_batch)
 mlir.register_lowering(tangent_p, _tangent_lowering)

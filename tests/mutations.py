@@ -694,6 +694,13 @@ MUTATIONS = (
         tests_of("sharding", "test_a_head_cut_across_devices_is_refused"),
     ),
     Mutation(
+        "vmap: results mapped where no argument is",
+        SHARDING,
+        "if any(dim is not None for dim in dims):",
+        "if True:",
+        tests_of("gradients", "test_every_mode_and_order[xla-T5-H3.2-D16-R8-float32-max_position=32-jacfwd]"),
+    ),
+    Mutation(
         "vmap: the batch in front of mRoPE's rows",
         SHARDING,
         'front = names.split().index("...")',
