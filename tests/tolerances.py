@@ -49,7 +49,16 @@ def max_differing_fraction(case: Case, platform: str = "gpu") -> float:
 def max_differing(case: Case, num_elements: int, platform: str = "gpu") -> int:
     """The count for `max_differing_fraction`: the flips are rare events, so four deviations and four more."""
     expected = max_differing_fraction(case, platform) * num_elements
-    return min(num_elements, math.floor(expected + 4 * math.sqrt(expected) + 4)) if expected else 0
+    return min(num_elements, _with_deviations(expected)) if expected else 0
+
+
+def max_flips(case: Case, num_elements: int, units: float) -> int:
+    """The count of 16-bit elements that may differ where the float32 values before rounding lie `units` apart."""
+    return _with_deviations(units * 2.0 ** (jnp.finfo(case.dtype).nmant + 1 - 24) * num_elements)
+
+
+def _with_deviations(expected: float) -> int:
+    return math.floor(expected + 4 * math.sqrt(expected) + 4)
 
 
 def max_pair_ulps(case: Case, platform: str = "gpu", *, round_trip: bool = True) -> float:
