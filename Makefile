@@ -64,4 +64,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist docs/_build
+	rm -rf $(VENV) .venv-newest .coverage* dist docs/_build

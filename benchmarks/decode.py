@@ -138,7 +138,7 @@ class Recorded(NamedTuple):
     thunks: int
     in_graphs: int
     graphs: int
-    op: str  # "recorded", "not recorded", or why it can't be said
+    op_in_graph: str  # "recorded", "not recorded", or why it can't be said
 
 
 _THUNK = re.compile(r"^(\s*)\d+:\s*(k\w+)\s*(.*)$")

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 
 from pallas_qk import _checks, _implementations
 from pallas_qk._config import Options, Spec
@@ -87,7 +88,7 @@ def fused_qk_rmsnorm_rope_gate(
       neither on the other tokens nor on whether the call is inside `jax.jit`. "mosaic_gpu" and "triton" give the bits
       of the Triton kernel that serving stacks run, for float32 where D is above 32. "xla" on a GPU does for 16-bit
       activations and tables where D is a power of two; with other 16-bit activations it differs by a unit or two in the
-      last place in some 40 elements of 10^6. float32 lies within 2e-6 everywhere.
+      last place in some 40 elements of 10^6. float32 lies within 2e-6 everywhere up to D = 2048.
       A position outside [0, max_pos) gives NaN in the elements that read it and nowhere else; no address outside
       the table is formed.
 
@@ -349,6 +350,8 @@ def _run(inputs: Inputs, *, call: Call, split: bool) -> Outputs:
     """Jitted here, so that an eager call gives the bits of a call inside `jax.jit`."""
     from pallas_qk import _vjp  # late: to define primitives it imports jax.extend, and so Pallas (17 ms)
 
+    if inputs.positions is not None and jnp.iinfo(inputs.positions.dtype).bits < 8:
+        inputs = inputs._replace(positions=inputs.positions.astype(jnp.int32))  # several lie in one byte
     if call.options.mrope_section is None and inputs.positions is not None:
         inputs = inputs._replace(positions=inputs.positions[None])
     names = "fused_qk", "v" if call.options.packed else "", "_rmsnorm_rope", "_gate" if call.options.gate else ""

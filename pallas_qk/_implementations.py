@@ -58,7 +58,7 @@ def _missing_module(name: str) -> str | None:
 def unsupported(name: str, spec: Spec, target: Target) -> str | None:
     """Why an implementation can't run `spec` on an NVIDIA GPU; None if it can."""
     if name != "xla" and not isinstance(spec.num_tokens, int):
-        return f"its grid needs a number of tokens known when tracing, got {spec.num_tokens}"
+        return f"it needs sizes that are known when tracing, got {spec.num_tokens}"
     if (missing := _missing_module(name)) is not None:
         return f"it needs the module {missing}, got a Python environment without it"
     return module(name).unsupported(spec, target)

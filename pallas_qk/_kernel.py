@@ -1,6 +1,7 @@
 """The op on one device's arrays by the implementation that is chosen, as a primitive with a lowering a platform."""
 
 import contextlib
+import dataclasses
 
 import jax
 from jax.extend.core import Primitive
@@ -28,6 +29,9 @@ def backward(inputs: Inputs, cotangents: Outputs, *, options: Options, implement
 
 def _run(direction: str, operands, results, options: Options, implementation: str | None):
     spec, target = spec_of(operands[0], options), cuda_target()
+    # Of a table too: whatever is left open takes the place of the number of tokens.
+    still_open = [size for x in jax.tree.leaves(operands) for size in x.shape if not isinstance(size, int)]
+    spec = dataclasses.replace(spec, num_tokens=still_open[0]) if still_open else spec
     name = implementation or _implementations.first_supported(spec, target)
     if name == "xla":
         return _implementations.function(name, direction)(*operands, options=options)

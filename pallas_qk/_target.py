@@ -5,12 +5,13 @@ from jax.sharding import AbstractDevice
 
 from pallas_qk._config import Target
 
-_HOPPER, _HOPPER_SMS = (9, 0), 132
+_AMPERE, _HOPPER, _HOPPER_SMS = (8, 0), (9, 0), 132  # Ampere's code runs on what the table doesn't name
 # For lowering without the GPU at hand: an abstract device carries a kind and no compute capability.
 _CAPABILITY_OF_KIND = {
     "V100": (7, 0),
     "T4": (7, 5),
     "A100": (8, 0),
+    "A800": (8, 0),
     "A30": (8, 0),
     "A10": (8, 6),
     "A10G": (8, 6),
@@ -20,6 +21,8 @@ _CAPABILITY_OF_KIND = {
     "L40S": (8, 9),
     "H100": (9, 0),
     "H200": (9, 0),
+    "H800": (9, 0),
+    "H20": (9, 0),
     "GH200": (9, 0),
     "B200": (10, 0),
     "GB200": (10, 0),
@@ -43,7 +46,7 @@ def cuda_target() -> Target:
             if local.device_kind == device.device_kind:
                 return Target(_capability(local))
         words = device.device_kind.replace("-", " ").split()
-        return Target(next((_CAPABILITY_OF_KIND[word] for word in words if word in _CAPABILITY_OF_KIND), _HOPPER))
+        return Target(next((_CAPABILITY_OF_KIND[word] for word in words if word in _CAPABILITY_OF_KIND), _AMPERE))
     return Target(min(map(_capability, local_gpus()), default=_HOPPER))
 
 

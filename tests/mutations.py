@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parent.parent
-_LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "results", "dist", "shared")
+_LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "results", "dist")
 
 
 class Mutation(NamedTuple):

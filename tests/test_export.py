@@ -172,8 +172,24 @@ def test_any_number_of_tokens(name):
 @pytest.mark.parametrize("name", GPU_IMPLEMENTATIONS)
 def test_gpu_kernels_refuse_an_open_number_of_tokens(name):
     message = (
-        f"implementation={name!r} can't run this: its grid needs a number of tokens known when tracing, got tokens. "
+        f"implementation={name!r} can't run this: it needs sizes that are known when tracing, got tokens. "
         "Leave implementation out, or pass 'xla'."
     )
     with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
         export.export(jax.jit(op(name)), platforms=["cuda"])(*open_inputs())
+
+
+@pytest.mark.parametrize("name", [*GPU_IMPLEMENTATIONS, None])
+def test_a_table_of_any_length(name):
+    """A kernel compares positions with the number of rows, so with None plain XLA takes the call."""
+    inputs = make_inputs(CASE)
+    (rows,) = export.symbolic_shape("rows")
+    table = jax.ShapeDtypeStruct((rows, CASE.rotary_dim), inputs.cos_sin_cache.dtype)
+    args = [table if x is inputs.cos_sin_cache else x for x in inputs]
+    if name is not None:
+        with pytest.raises(NotImplementedError, match="it needs sizes that are known when tracing, got rows"):
+            export.export(jax.jit(op(name)), platforms=["cuda"])(*args)
+        return
+    exported = round_trip(export.export(jax.jit(op()), platforms=["cpu", "cuda"])(*args))
+    assert kernels(exported) == []
+    assert compare_outputs(exported.call(*inputs), op()(*inputs)).differing == 0

@@ -254,3 +254,18 @@ def test_modules_share_one_backward():
     want = list(inspect.signature(modules[-1].backward).parameters)
     for module in modules:
         assert list(inspect.signature(module.backward).parameters)[: len(want)] == want
+
+
+def test_tangents_of_many_rows_are_those_of_few():
+    """From 4096 rows on the CPU's compiler of JAX 0.12 fuses reductions otherwise."""
+    case = Case(1024, 4, 1, 64, 16, dtype="float32", max_position=64)
+    q_gate, *rest, positions = make_inputs(case)
+    op = functools.partial(pallas_qk.fused_qk_rmsnorm_rope_gate, **case.static_arguments, implementation="xla")
+
+    @jax.jit
+    def tangents(q_gate, k, positions, moving):
+        return jax.jvp(lambda q_gate: op(q_gate, k, *rest[1:], positions)[0], (q_gate,), (moving,))[1]
+
+    args = (q_gate, rest[0], positions, jnp.cos(q_gate))
+    want = jnp.concatenate([tangents(*(x[i : i + 512] for x in args)) for i in range(0, case.num_tokens, 512)])
+    np.testing.assert_allclose(tangents(*args), want, rtol=0, atol=2e-6 * float(jnp.abs(want).max()))
