@@ -15,7 +15,7 @@ from pallas_qk._target import abstract_gpu, cuda_target, local_gpus
 
 
 def forward(inputs: Inputs, *, options: Options, implementation: str | None) -> Outputs:
-    """The contract of `_reference.forward` by the implementation asked for, or by the fastest that runs.
+    """The contract of `_reference.forward` by the implementation asked for, or by the first that runs.
 
     The platform is chosen at lowering: a model traced on a CPU host and lowered for CUDA holds the GPU kernel.
     """
