@@ -553,8 +553,8 @@ MUTATIONS = (
     Mutation(
         "xla backward: 1/rms once too few",
         REFERENCE,
-        "dx = g - x32 * (inv_rms * inv_rms * jnp.mean(g * x32, axis=-1, keepdims=True))",
-        "dx = g - x32 * (inv_rms * jnp.mean(g * x32, axis=-1, keepdims=True))",
+        "dx = g - x32 * (inv_rms * inv_rms * jnp.mean(g * x32, axis=-1)[..., None])",
+        "dx = g - x32 * (inv_rms * jnp.mean(g * x32, axis=-1)[..., None])",
         GRADIENTS_OF_XLA,
     ),
     Mutation(

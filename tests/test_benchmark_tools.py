@@ -379,7 +379,7 @@ THUNKS = {
 def test_thunks_tell_what_a_command_buffer_holds():
     assert decode.parse_thunks(THUNKS["triton"], "triton") == (4, 2, 1, "recorded")
     assert decode.parse_thunks(THUNKS["mosaic_gpu"], "mosaic_gpu") == (3, 2, 1, "not recorded")
-    assert decode.parse_thunks(THUNKS["mosaic_gpu"], "triton").op == "not found"
+    assert decode.parse_thunks(THUNKS["mosaic_gpu"], "triton").op_in_graph == "not found"
     assert decode.parse_thunks(THUNKS["mosaic_gpu"], "xla") == (3, 2, 1, "fused by XLA")
 
 
@@ -388,7 +388,7 @@ def test_the_dump_after_the_passes_counts_and_none_is_said(tmp_path):
     (tmp_path / "module_0001.jit_step.thunk_sequence.txt").write_text("001: kKernel [a] kernel=fusion\n")
     assert decode.recorded_in(str(tmp_path), "triton") == (1, 0, 0, "not found")
     (tmp_path / "module_0001.jit_step.thunk_sequence_after_thunk_passes.txt").write_text(THUNKS["triton"])
-    assert decode.recorded_in(str(tmp_path), "triton").op == "recorded"
+    assert decode.recorded_in(str(tmp_path), "triton").op_in_graph == "recorded"
 
 
 LAYER = decode.Layer(2, 1, 64, 32, context=8, dtype="float32", width_per_q_head=16)
