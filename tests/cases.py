@@ -85,10 +85,14 @@ class Inputs:
 
 def cos_sin_table(max_position: int, rotary_dim: int, dtype, theta: float = 1e7) -> jax.Array:
     """(max_position, R) rows of [cos | sin], computed in float64 and rounded once."""
+    return jnp.asarray(_numpy_table(max_position, rotary_dim, dtype, theta))
+
+
+def _numpy_table(max_position: int, rotary_dim: int, dtype, theta: float = 1e7) -> np.ndarray:
     frequencies = theta ** (-np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim)
     angles = np.arange(max_position, dtype=np.float64)[:, None] * frequencies
     table = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    return jnp.asarray(table.astype(jnp.dtype(dtype)))
+    return table.astype(jnp.dtype(dtype))
 
 
 # Up to so many elements random arrays come from NumPy: JAX compiles the draw for every shape, which takes longer.
@@ -102,35 +106,43 @@ def random_normal(shape: tuple[int, ...], dtype, seed: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32).astype(jnp.dtype(dtype)))
 
 
-def _few_random_arrays(seed: int, case: Case):
+def numpy_inputs(case: Case, seed: int = 0) -> Inputs:
+    """`make_inputs` of a small case as NumPy arrays, which keep 64-bit positions whatever JAX is set to."""
     rng = np.random.default_rng(seed)
-    dtype, weight_dtype = jnp.dtype(case.dtype), jnp.dtype(case.weight_dtype or case.dtype)
     heads = 2 * case.num_q_heads, case.num_kv_heads
-    activations = [rng.standard_normal((case.num_tokens, h * case.head_dim), np.float32) for h in heads]
-    weights = case.weight_scale * (1 + 0.2 * rng.standard_normal((2, case.head_dim), np.float32)) - case.norm_beta
-    rows = (case.num_tokens,) if case.mrope_section is None else (3, case.num_tokens)
-    positions = rng.integers(0, case.max_position, rows, np.int32).astype(case.positions_dtype)
-    arrays = *((case.scale * x).astype(dtype) for x in activations), *weights.astype(weight_dtype), positions
-    return map(jnp.asarray, arrays)
+    q_gate, k = (rng.standard_normal((case.num_tokens, h * case.head_dim), np.float32) for h in heads)
+    weights = rng.standard_normal((2, case.head_dim), np.float32)
+    positions = rng.integers(0, case.max_position, _positions_shape(case), np.int32)
+    return _scaled(case, q_gate, k, weights, _numpy_table(*_table_of(case)), positions)
 
 
 @functools.partial(jax.jit, static_argnames=("case",))
 def _random_arrays(key: jax.Array, case: Case):
-    dtype, weight_dtype = jnp.dtype(case.dtype), jnp.dtype(case.weight_dtype or case.dtype)
     keys = jax.random.split(key, 5)
-    q_gate = case.scale * jax.random.normal(
-        keys[0], (case.num_tokens, case.num_q_heads * 2 * case.head_dim), jnp.float32
+    heads = 2 * case.num_q_heads, case.num_kv_heads
+    q_gate, k = (
+        jax.random.normal(key, (case.num_tokens, h * case.head_dim), jnp.float32)
+        for key, h in zip(keys[:2], heads, strict=True)
     )
-    k = case.scale * jax.random.normal(keys[1], (case.num_tokens, case.num_kv_heads * case.head_dim), jnp.float32)
-    weights = case.weight_scale * (1 + 0.2 * jax.random.normal(keys[2], (2, case.head_dim), jnp.float32))
-    rows = (case.num_tokens,) if case.mrope_section is None else (3, case.num_tokens)
-    positions = jax.random.randint(keys[3], rows, 0, case.max_position, jnp.int32)
-    return (
-        q_gate.astype(dtype),
-        k.astype(dtype),
-        *(weights - case.norm_beta).astype(weight_dtype),
-        positions.astype(case.positions_dtype),
-    )
+    weights = jax.random.normal(keys[2], (2, case.head_dim), jnp.float32)
+    positions = jax.random.randint(keys[3], _positions_shape(case), 0, case.max_position, jnp.int32)
+    return list(_scaled(case, q_gate, k, weights, None, positions))
+
+
+def _scaled(case: Case, q_gate, k, weights, cache, positions) -> Inputs:
+    """The inputs from standard normals and positions, of NumPy or of JAX."""
+    dtype, weight_dtype = jnp.dtype(case.dtype), jnp.dtype(case.weight_dtype or case.dtype)
+    q_gate, k = ((case.scale * x).astype(dtype) for x in (q_gate, k))
+    q_weight, k_weight = (case.weight_scale * (1 + 0.2 * weights) - case.norm_beta).astype(weight_dtype)
+    return Inputs(q_gate, k, q_weight, k_weight, cache, positions.astype(case.positions_dtype))
+
+
+def _positions_shape(case: Case) -> tuple[int, ...]:
+    return (case.num_tokens,) if case.mrope_section is None else (3, case.num_tokens)
+
+
+def _table_of(case: Case) -> tuple[int, int, str]:
+    return case.max_position, case.rotary_dim, case.cache_dtype or case.dtype
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
@@ -139,11 +151,9 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     Positions are random, in random order and repeated; with mRoPE the three rows differ.
     """
     if case.num_outputs <= DRAWN_BY_NUMPY:
-        q_gate, k, q_weight, k_weight, positions = _few_random_arrays(seed, case)
-    else:
-        q_gate, k, q_weight, k_weight, positions = _random_arrays(jax.random.key(seed), case)
-    cache = cos_sin_table(case.max_position, case.rotary_dim, case.cache_dtype or case.dtype)
-    return Inputs(q_gate, k, q_weight, k_weight, cache, positions)
+        return Inputs(*map(jnp.asarray, numpy_inputs(case, seed)))
+    q_gate, k, q_weight, k_weight, _, positions = _random_arrays(jax.random.key(seed), case)
+    return Inputs(q_gate, k, q_weight, k_weight, cos_sin_table(*_table_of(case)), positions)
 
 
 def minimum_bytes(case: Case, op: str = "forward") -> int:

@@ -24,7 +24,6 @@ if jax.__version_info__ < (0, 11):
     pytest.importorskip("absl", reason="Mosaic GPU of jax 0.10 imports absl, which jax does not depend on")
 
 from tests import mosaic_interpreter
-from tests.test_mosaic_gpu import make_inputs
 
 KERNELS = ("mosaic_gpu", "triton")
 
@@ -57,7 +56,7 @@ def cotangents(case: Case) -> tuple[list[jax.Array], jax.Array]:
 
 @functools.cache
 def in_plain_form(implementation: str, case: Case):
-    inputs = make_inputs(case)
+    inputs = cases.numpy_inputs(case)
     outputs = run(implementation, case, inputs)
     return inputs, outputs, run_backward(implementation, case, inputs, cotangents(case)[0])
 
@@ -78,7 +77,7 @@ def assert_same_bits(got, want):
 def test_weight_gradients_rounded_by_the_kernel(implementation, num_tokens):
     """To each weight's own dtype, once, in the kernel: the float32 sums, rounded."""
     case = Case(num_tokens, 4, 2, head_dim=64, rotary_dim=16)
-    inputs = make_inputs(case)
+    inputs = cases.numpy_inputs(case)
     inputs = dataclasses.replace(inputs, k_weight=inputs.k_weight.astype(jnp.float32))
     given, _ = cotangents(case)
     exact, rounded = (run_backward(implementation, case, inputs, given, round_dweights=r) for r in (False, True))
@@ -117,7 +116,7 @@ def test_other_triton_layouts_of_a_packed_array():
 def test_sectioned_mrope_reads_each_section_s_row(implementation, section):
     """Bits as with the frequencies of each token put together before: products of 16-bit values are exact."""
     case = dataclasses.replace(PLAIN, mrope_section=section, mrope_layout="sectioned")
-    inputs = make_inputs(case)
+    inputs = cases.numpy_inputs(case)
     axes = np.repeat(np.arange(3), section)
     cos, sin = (inputs.cos_sin_cache[inputs.positions[axes].T, first + np.arange(8)] for first in (0, 8))
     row_of_each = np.concatenate([cos, sin], axis=-1), np.arange(case.num_tokens)
@@ -203,7 +202,7 @@ def test_a_packed_array_past_2_31_elements(direction):
     """The last tokens have the bits that they have alone."""
     case = Case(65_600, 60, 4, packed=True, gathered=True, max_position=2)
     last = dataclasses.replace(case, num_tokens=2)
-    args = [forms.split_heads(last, forms.inputs_of(last, make_inputs(last)))]
+    args = [forms.split_heads(last, forms.inputs_of(last, cases.numpy_inputs(last)))]
     assert case.num_tokens * args[0].q.shape[1] > 2**31
     config = {}
     if direction == "backward":

@@ -12,7 +12,7 @@ import pytest
 from pallas_qk import _operands, _reference
 from pallas_qk._config import MosaicForward, Spec, Target, next_power_of_2, tree_order
 from tests import forms
-from tests.cases import SMALL_CASES, Case, Inputs
+from tests.cases import SMALL_CASES, Case, Inputs, numpy_inputs
 from tests.compare import compare_outputs
 from tests.definition import define, mrope_axis
 
@@ -48,28 +48,6 @@ CASES = [
     Case(5, 3, 2, mrope_section=(18, 7, 7)),
     Case(5, 3, 2, head_dim=96, rotary_dim=96, mrope_section=(37, 3, 8), dtype="float16"),
 ]
-
-
-def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """The inputs of `tests.cases.make_inputs` in NumPy alone: no compilation for each of many shapes."""
-    rng = np.random.default_rng(seed)
-    weight_dtype, cache_dtype = case.weight_dtype or case.dtype, case.cache_dtype or case.dtype
-
-    def normal(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape, np.float32)
-
-    frequencies = 1e7 ** (-np.arange(0, case.rotary_dim, 2) / case.rotary_dim)
-    angles = np.arange(case.max_position)[:, None] * frequencies
-    cache = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
-    weights = case.weight_scale * (1 + 0.2 * normal(2, case.head_dim)) - case.norm_beta
-    rows = (case.num_tokens,) if case.mrope_section is None else (3, case.num_tokens)
-    return Inputs(
-        (case.scale * normal(case.num_tokens, case.num_q_heads * 2 * case.head_dim)).astype(jnp.dtype(case.dtype)),
-        (case.scale * normal(case.num_tokens, case.num_kv_heads * case.head_dim)).astype(jnp.dtype(case.dtype)),
-        *weights.astype(jnp.dtype(weight_dtype)),
-        cache.astype(np.float32).astype(jnp.dtype(cache_dtype)),
-        rng.integers(0, case.max_position, rows).astype(case.positions_dtype),
-    )
 
 
 def forward_of(case: Case, config: MosaicForward | None = None):
@@ -129,7 +107,7 @@ def test_unsupported_says_why():
 
 @pytest.mark.parametrize("case", [*SMALL_CASES, *CASES], ids=lambda case: case.id)
 def test_equals_the_definition(case):
-    inputs = make_inputs(case, seed=1)
+    inputs = numpy_inputs(case, seed=1)
     got, want = executed(case, inputs), define(case, inputs)
     for array, exact, bound in ((got[0], want.q_out, want.q_bound), (got[1], want.k_out, want.k_bound)):
         error = np.abs(array.reshape(exact.shape).astype(np.float64) - exact)
@@ -194,13 +172,13 @@ RECIPE_CASES = [
 
 @pytest.mark.parametrize("case", RECIPE_CASES, ids=lambda case: case.id)
 def test_every_rounding_is_the_recipe_s(case):
-    inputs = make_inputs(case, seed=2)
+    inputs = numpy_inputs(case, seed=2)
     assert_same_bits(executed(case, inputs)[:2], recipe(case, inputs))
 
 
 def test_another_order_of_the_sum_shows():
     case = RECIPE_CASES[1]
-    inputs = make_inputs(case, seed=2)
+    inputs = numpy_inputs(case, seed=2)
     ascending = recipe(case, inputs, order=lambda lanes: range(lanes.bit_length() - 1))
     assert (ascending[0] != executed(case, inputs)[0]).any()
 
@@ -216,14 +194,14 @@ def test_another_order_of_the_sum_shows():
     ids=lambda case: case.id,
 )
 def test_every_configuration_gives_the_same_bits(case, config):
-    inputs = make_inputs(case)
+    inputs = numpy_inputs(case)
     assert_same_bits(executed(case, inputs, config), executed(case, inputs))
 
 
 @pytest.mark.parametrize("num_tokens, num_q_heads, num_kv_heads", [(1, 1, 1), (1, 5, 1), (2, 1, 7), (37, 2, 3)])
 def test_a_token_alone_gives_the_bits_it_gives_in_a_batch(num_tokens, num_q_heads, num_kv_heads):
     case = Case(num_tokens, num_q_heads, num_kv_heads, mrope_section=(11, 11, 10))
-    inputs = make_inputs(case)
+    inputs = numpy_inputs(case)
     together = executed(case, inputs)
     for token in {0, num_tokens - 1}:
         rows = slice(token, token + 1)
@@ -236,7 +214,7 @@ def test_a_token_alone_gives_the_bits_it_gives_in_a_batch(num_tokens, num_q_head
 
 def test_no_tokens_need_no_kernel():
     case = Case(0, dtype="float16")
-    args = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in canonical(case, make_inputs(case))]
+    args = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in canonical(case, numpy_inputs(case))]
     lowered = jax.jit(forward_of(case)).trace(*args).lower(lowering_platforms=("cuda",))
     assert "custom_call" not in lowered.as_text()
     assert [out.shape for out in lowered.out_info] == [(0, 16, 256), (0, 2, 256), (0, 16, 256)]
@@ -247,7 +225,7 @@ def test_no_tokens_need_no_kernel():
 def test_a_position_outside_the_table_gives_nan_in_its_lanes(dtype, max_position):
     case = Case(8, 2, 1, mrope_section=(11, 11, 10), max_position=max_position)
     with jax.enable_x64(True):
-        inputs = make_inputs(case)
+        inputs = numpy_inputs(case)
         info = np.iinfo(dtype)
         good = inputs.positions.astype(np.int64) % min(max_position, info.max + 1)
         positions = good.astype(dtype)
@@ -272,7 +250,7 @@ def test_a_position_outside_the_table_gives_nan_in_its_lanes(dtype, max_position
 
 def test_gates_keep_nan_payloads_and_rows_their_nans():
     case = Case(4, 2, 1)
-    inputs = make_inputs(case)
+    inputs = numpy_inputs(case)
     q_gate, *rest = canonical(case, inputs)
     q_gate = q_gate.copy()
     q_gate.view(np.uint16)[1, 1, 256:260] = 0x7F81, 0xFFC5, 0xFF80, 0x7FFF
@@ -287,7 +265,7 @@ def test_gates_keep_nan_payloads_and_rows_their_nans():
 @pytest.mark.parametrize("norm_beta", [0.0, -1.0])
 def test_weights_of_minus_zero_give_zero(norm_beta):
     case = Case(3, 1, 1, norm_beta=norm_beta)
-    inputs = make_inputs(case)
+    inputs = numpy_inputs(case)
     weight = np.full_like(inputs.q_weight, -0.0 if norm_beta == 0 else 1.0)
     inputs = dataclasses.replace(inputs, q_weight=weight, q_gate=np.abs(inputs.q_gate))
     q_out = executed(case, inputs)[0]
@@ -298,7 +276,7 @@ def test_offsets_past_2_31_elements():
     case = Case(131_080, 32, 1)
     assert case.num_tokens * 32 * 512 > 2**31
     last = dataclasses.replace(case, num_tokens=2)
-    inputs = make_inputs(last)
+    inputs = numpy_inputs(last)
     q_gate, k, *rest, positions = canonical(last, inputs)
     # Untouched pages of zeros cost no memory.
     args = [np.zeros((case.num_tokens, *a.shape[1:]), a.dtype) for a in (q_gate, k)]
@@ -337,7 +315,7 @@ def test_what_is_emitted(case):
 
 def test_lowers_under_vmap_and_export():
     case = Case(3, 2, 1)
-    args = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in canonical(case, make_inputs(case))]
+    args = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in canonical(case, numpy_inputs(case))]
     exported = jax.export.export(jax.jit(forward_of(case)), platforms=["cuda"])(*args)
     assert "mosaic_gpu" in exported.mlir_module()
     batched = [jax.ShapeDtypeStruct((2, *a.shape), a.dtype) for a in args[:2]]
@@ -351,6 +329,6 @@ def test_lowers_under_vmap_and_export():
 @pytest.mark.parametrize("num_tokens", [1, 37, 1024])
 def test_every_configuration_gives_the_same_bits_on_a_gpu(gpu, config, num_tokens):
     case = Case(num_tokens, 6, 1, mrope_section=(11, 11, 10))
-    args = [jnp.asarray(a) for a in canonical(case, make_inputs(case))]
+    args = [jnp.asarray(a) for a in canonical(case, numpy_inputs(case))]
     got, want = (jax.jit(forward_of(case, c))(*args) for c in (config, None))
     assert compare_outputs(got, want).differing == 0

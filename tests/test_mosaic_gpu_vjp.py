@@ -14,7 +14,7 @@ import pytest
 from pallas_qk import _operands, _reference, _target
 from pallas_qk._config import MosaicBackward, Spec, mosaic_backward
 from tests import forms
-from tests.cases import SMALL_CASES, Case
+from tests.cases import SMALL_CASES, Case, numpy_inputs
 from tests.definition import mrope_axis
 from tests.run import quick_jit
 
@@ -23,7 +23,7 @@ if jax.__version_info__ < (0, 11):
 
 from pallas_qk import _mosaic_gpu_vjp
 from tests.mosaic_interpreter import emitted, execute
-from tests.test_mosaic_gpu import CASES, assert_same_bits, bits, canonical, make_inputs
+from tests.test_mosaic_gpu import CASES, assert_same_bits, bits, canonical
 
 CONFIGS = [
     MosaicBackward(rows_per_warp, num_warpgroups, q_warps, k_warps)
@@ -69,7 +69,7 @@ def executed(case: Case, args: list[np.ndarray], config: MosaicBackward | None =
 
 
 def arguments(case: Case, seed: int = 0) -> list[np.ndarray]:
-    return [*canonical(case, make_inputs(case, seed)), *make_cotangents(case, seed)]
+    return [*canonical(case, numpy_inputs(case, seed)), *make_cotangents(case, seed)]
 
 
 class Bounded(NamedTuple):
