@@ -35,6 +35,7 @@ from pallas_qk._mosaic_gpu import (
     _constant,
     _copied_vectors,
     _div,
+    _effective_weights,
     _equal,
     _f32,
     _Heads,
@@ -163,9 +164,7 @@ def _backward_thread(
             token = _div(_min(row, num_rows - 1), source.num_heads)
             return [table.position(token, axis) for axis in table.axes]
 
-        weights = [
-            arith.addf(w, _f32(options.norm_beta)) for v in vectors for w in _widen(v.load(weight), weight.dtype)
-        ]
+        weights = [w for v in vectors for w in _effective_weights(v.load(weight), weight.dtype, options.norm_beta)]
 
         def step(tile, carried):
             sums, ahead = carried[:num_sums], carried[num_sums:]
