@@ -365,7 +365,9 @@ def batch(bind: Callable, names: Sequence[str], axis, args, dims):
             xs = iter(xs)
             return bind(*(x if dim is None else next(xs) for x, dim in zip(args, dims, strict=True)))
 
-        return lax.map(one, batched)
+        # A loop over a sharded axis needs all of it on each device: the compiler gathers it, of explicit axes we do.
+        results = lax.map(one, [_with_first_axis_over(None, x) for x in batched])
+        return [_with_first_axis_over(axis.explicit_mesh_axis, x) for x in results]
 
     def to_front(names: str, x, dim):
         if "..." not in names.split():
@@ -376,6 +378,13 @@ def batch(bind: Callable, names: Sequence[str], axis, args, dims):
         return batching.broadcast(x, axis.size, front, axis.explicit_mesh_axis)
 
     return bind(*map(to_front, names, args, dims))
+
+
+def _with_first_axis_over(mesh_axis, x: jax.Array) -> jax.Array:
+    """x with its first axis sharded over this explicit axis of its mesh, or, with None, over no explicit axis."""
+    sharding = jax.typeof(x).sharding
+    first, *others = sharding.spec
+    return x if first == mesh_axis else jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(mesh_axis, *others)))
 
 
 def _has_batched_leading_axes(names: Sequence[str], dims) -> bool:

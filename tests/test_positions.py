@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_qk
 from tests.cases import Case, make_inputs
 from tests.compare import compare_bits, compare_outputs
 from tests.definition import mrope_axis
@@ -64,6 +65,21 @@ def test_first_and_last_position_are_inside(implementation, dtype):
         want = run(implementation, CASE, dataclasses.replace(inputs, positions=positions.astype(jnp.int32)))
         assert not np.isnan(np.asarray(got[0], np.float32)).any()
         assert compare_outputs(got, want).differing == 0
+
+
+@pytest.mark.parametrize("dtype", ["int2", "int4", "uint4"])
+def test_positions_of_less_than_a_byte(dtype):
+    """No kernel reads them: the public function widens them first."""
+    limits = jnp.iinfo(dtype)
+    narrow = jnp.array([0, 1, limits.max, limits.min, 0, 1, limits.max, limits.min]).astype(dtype)
+    arrays = dataclasses.asdict(make_inputs(CASE))
+
+    def run(positions):
+        return pallas_qk.fused_qk_rmsnorm_rope_gate(**arrays | {"positions": positions}, **CASE.static_arguments)
+
+    got, want = run(narrow), run(narrow.astype(jnp.int32))
+    assert compare_outputs(got, want).differing == 0
+    assert np.isnan(np.asarray(got[0][3], np.float32)).any() == (limits.min < 0)
 
 
 def test_a_table_larger_than_the_positions_type(implementation):
