@@ -254,7 +254,7 @@ def _backward_thread(
                     (array.row(program, head_dim) + column).store(_narrow([total], array.dtype))
 
 
-class _Rotation(NamedTuple):
+class _InverseRotation(NamedTuple):
     """The inverse rotation of one of a thread's vectors, whose RoPE partner a thread of the same group holds."""
 
     where: Value | None  # None: everywhere
@@ -306,7 +306,7 @@ def _rotations(vectors: list[_Vector], layout: _Layout, lane_id: Value, dtype: j
         if any((p - f) % reach for p, f in zip(partners, rotated, strict=True)):
             holder = _add(_and(lane_id, _WARP - layout.threads), _div(_rem(partner, reach), layout.lanes))
         masks = _mrope_masks(frequency, layout.lanes, table)
-        rotations.append(_Rotation(where, frequency, flipped, sources, holder, masks))
+        rotations.append(_InverseRotation(where, frequency, flipped, sources, holder, masks))
     return rotations
 
 
