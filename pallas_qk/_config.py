@@ -208,8 +208,9 @@ def mosaic_forward(spec: Spec, *, gate_copied: bool = True) -> MosaicForward:
     if num_rows >= 512 and (num_rows < 16384 or not gate_copied) and d // chunk_lanes(d, r) <= 16:
         return MosaicForward("chunks", min(32, 2 * rows_per_warp), weights="after_gate", k_first=num_rows < 65536)
     layout = "halves" if has_halves(d, r) else "row"
-    weights = "first" if num_rows < 64 else "after_gate" if num_rows < 65536 else "after_sum"
-    return MosaicForward(layout, rows_per_warp, weights=weights, k_first=weights == "after_gate")
+    after_sum = num_rows >= 65536 and r < d
+    weights = "first" if num_rows < 64 else "after_sum" if after_sum else "after_gate"
+    return MosaicForward(layout, rows_per_warp, weights=weights, k_first=64 <= num_rows < 65536)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,6 +55,7 @@ BITS_OF_TRITON = tests_of(
     "parity",
     "test_agrees_on_a_gpu[triton-T4096-H16.2-D256-R64-float32]",
     "test_agrees_on_a_gpu[triton-T127-H24.4-D128-R128-bfloat16]",
+    "test_agrees_on_a_gpu[triton-T1025-H5.2-D96-R96-float32-norm_beta=1.0]",
 )
 PTX = "inline assembly, which only a GPU runs"
 
