@@ -144,7 +144,7 @@ def check_implementation(implementation: str | None, known: tuple[str, ...]) -> 
     if implementation is not None and implementation not in known:
         names = ", ".join(repr(name) for name in known)
         raise ValueError(
-            f"implementation must be None or one of {names}, got {implementation!r}. None picks the fastest that runs."
+            f"implementation must be None or one of {names}, got {implementation!r}. None picks the first that runs."
         )
 
 

@@ -95,7 +95,7 @@ BAD_CALLS = [
     bad(ValueError, SECTION.format("(9, -1, 0)"), mrope_section=(9, -1, 0), positions=(3, 4)),
     bad(
         ValueError,
-        "implementation must be None or one of {names}, got 'cuda'. None picks the fastest that runs.",
+        "implementation must be None or one of {names}, got 'cuda'. None picks the first that runs.",
         implementation="cuda",
     ),
     bad(
