@@ -439,9 +439,7 @@ def test_mapped_weights_or_a_mapped_table_over_a_sharded_batch(mapped):
     several = [jnp.stack([x + size / 8 for size in range(4)]) for x in one[2:5]]
     batched = {"weights": (2, 3), "table": (4,), "everything": range(6)}[mapped]
     axes = [0 if i in batched else None for i in range(6)]
-    args = [
-        x if axis is None else y for x, y, axis in zip(one, [*batch[:2], *several, batch[5]], axes, strict=True)
-    ]
+    args = [x if axis is None else y for x, y, axis in zip(one, [*batch[:2], *several, batch[5]], axes, strict=True)]
     cotangents = on_one_device()[1]
 
     def both(*args):
