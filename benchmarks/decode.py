@@ -235,12 +235,11 @@ def cost(program: Step, parameters: dict[str, jax.Array], state: State, steps: i
 
 
 class Profiled(NamedTuple):
-    """Of one step: the device's time, its kernels, those of a CUDA graph, and the host's launches of each kind."""
+    """Of one step: the device's time, its kernels, those of a CUDA graph, and the launches of graphs by the host."""
 
     device_us: float
     kernels: float
     kernels_in_graphs: float
-    kernel_launches: float
     graph_launches: float
 
 
@@ -255,13 +254,11 @@ def profiled(program: Step, parameters: dict[str, jax.Array], state: State) -> P
     state = jax.block_until_ready(program(parameters, state))
     with tempfile.TemporaryDirectory(prefix="pallas_qk_trace_") as directory:
         trace = tracing.record_trace(run, pathlib.Path(directory))
-    graph_launches = trace.launches.get("cuGraphLaunch", 0)
     counts = (
         sum(kernel.duration_ns for kernel in trace.kernels) / 1e3,
         len(trace.kernels),
         sum(kernel.in_graph for kernel in trace.kernels),
-        sum(trace.launches.values()) - graph_launches,
-        graph_launches,
+        trace.graph_launches,
     )
     return Profiled(*(count / PROFILED_STEPS for count in counts))
 
@@ -321,8 +318,7 @@ def run(
     print(f"\nOne decode step of a gated attention layer; {recorded.gpu}, run {recorded.run}")
     print(f"{table.aligned(rows)}\n{_TIMED_NOTES}", flush=True)
 
-    rows = [["heads", "T", "implementation", "program", "device us", "overhead us", "kernels", "in graphs"]]
-    rows[0] += ["kernel launches", "graph launches"]
+    rows = [["heads", "T", "implementation", "program", "device us", "overhead us", "kernels", "in graphs", "launches"]]
     for step_program in progress(ready, "profile", lambda item: " ".join([*item.label, item.name])):
         profile = profiled(step_program.program, step_program.parameters, step_program.state)
         recorded.append("decode_step", step_program.fields("decode_step_profile") | _rounded(profile))
@@ -337,7 +333,8 @@ def run(
 _TIMED_NOTES = """dispatch: until the call returns; latency: until its result is there; period: of steps in a row.
 thunks: operations of the program; in graphs: those of them that command buffers hold; the op: whether its kernel is one
 of these, from XLA's dump."""
-_PROFILED_NOTES = """Of one step. device: the sum of its kernels; overhead: the period above less that."""
+_PROFILED_NOTES = """Of one step. device: the sum of its kernels; overhead: the period above less that;
+in graphs: kernels that CUDA graphs hold; launches: of these graphs."""
 
 
 def _rounded(numbers: Cost | Profiled) -> dict[str, float]:

@@ -9,7 +9,6 @@ import pathlib
 import re
 import statistics
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +22,6 @@ from benchmarks.timing import MeasurementError, wait, xplane_path
 from tests.cases import Case, make_inputs
 
 WARMUP_CALLS = 3
-_LAUNCH = re.compile(r"cu(LaunchKernel|LaunchCooperativeKernel|GraphLaunch)\w*")
 _OP_NAME = re.compile(r'%?([\w.\-]+) = .*metadata=\{[^}]*op_name="([^"]*)"')
 
 
@@ -41,10 +39,13 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What a profile holds: kernels in order of their start, and the driver's launches by name."""
+    """What a profile holds: kernels in order of their start, and how often the host launched a CUDA graph.
+
+    A kernel outside a graph is a launch of its own; the host's events name those by the kernel.
+    """
 
     kernels: tuple[Kernel, ...]
-    launches: Mapping[str, int]
+    graph_launches: int
 
 
 def record_trace(run: Callable[[], None], directory: pathlib.Path) -> Trace:
@@ -60,13 +61,13 @@ def read(path: str) -> Trace:
     """The kernels of every GPU in an .xplane.pb file; without a GPU the operations of the host's compiled programs."""
     on_gpu: list[Kernel] = []
     on_host: list[Kernel] = []
-    launches: Counter[str] = Counter()
+    graph_launches = 0
     for plane in ProfileData.from_file(path).planes:
         for line in plane.lines:
             stream = plane.name.startswith("/device:GPU") and line.name.startswith("Stream")
             for event in line.events:
-                if launch := _LAUNCH.match(event.name):
-                    launches[f"cu{launch[1]}"] += 1
+                if event.name.startswith("cuGraphLaunch"):
+                    graph_launches += 1
                 elif stream:
                     on_gpu.append(_kernel(event, _stats(event)))
                 elif not plane.name.startswith("/device:") and (stats := _stats(event)).get("hlo_op"):
@@ -74,7 +75,7 @@ def read(path: str) -> Trace:
     kernels = on_gpu or on_host
     if not kernels:
         raise MeasurementError(f"the profile must hold kernels, got none in {path}. JAX must find CUPTI.")
-    return Trace(tuple(sorted(kernels, key=lambda kernel: kernel.start_ns)), dict(launches))
+    return Trace(tuple(sorted(kernels, key=lambda kernel: kernel.start_ns)), graph_launches)
 
 
 def _stats(event) -> dict[str, Any]:
@@ -171,8 +172,11 @@ def profile(cases: Sequence[Case], names: Sequence[str], repeats: int, output: p
     trace = record_trace(run, output)
     total_us = sum(kernel.duration_ns for kernel in trace.kernels) / 1e3
     say(table.aligned(summary(trace.kernels, scope_of), left=3))
-    launches = ", ".join(f"{count} {name}" for name, count in sorted(trace.launches.items())) or "none seen"
-    say(f"\n{len(trace.kernels)} kernels, {total_us:.1f} us; launches by the host: {launches}.")
+    alone = sum(not kernel.in_graph for kernel in trace.kernels)
+    say(
+        f"\n{len(trace.kernels)} kernels, {total_us:.1f} us; {alone} of them launched alone, the others by "
+        f"{trace.graph_launches} launches of CUDA graphs."
+    )
     folder = pathlib.Path(xplane_path(str(output))).parent
     say(
         f"Perfetto (https://ui.perfetto.dev): open {folder / 'perfetto_trace.json.gz'}\n"
