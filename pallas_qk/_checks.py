@@ -16,6 +16,7 @@ from pallas_qk._operands import Inputs
 ACTIVATION_DTYPES = ("float16", "bfloat16", "float32")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 MROPE_LAYOUTS = ("interleaved", "sectioned")
+_LARGEST = float(np.finfo(np.float32).max)  # the op computes in float32
 
 
 @functools.cache
@@ -71,7 +72,7 @@ def check_activation_dtype(name: str, dtype) -> str:
 
 
 def check_platform(platform: str | None) -> None:
-    if platform is not None and platform not in PLATFORMS:
+    if platform is not None and not _is_one_of(PLATFORMS, platform):
         names = ", ".join(repr(name) for name in PLATFORMS)
         raise ValueError(
             f"platform must be None or one of {names}, got {platform!r}. None means the default device's platform."
@@ -81,9 +82,9 @@ def check_platform(platform: str | None) -> None:
 def check_eps(eps: float) -> float:
     """`eps` as a Python float."""
     _check_real("eps", eps)
-    if not math.isfinite(eps) or eps < 0:
+    if not 0 <= eps <= _LARGEST:
         raise ValueError(
-            f"eps must be finite and at least 0, got {eps}. Model configs call it rms_norm_eps and the like."
+            f"eps must be a finite float32 of at least 0, got {eps}. Model configs call it rms_norm_eps and the like."
         )
     return float(eps)
 
@@ -91,9 +92,9 @@ def check_eps(eps: float) -> float:
 def check_norm_beta(norm_beta: float) -> float:
     """`norm_beta` as a Python float."""
     _check_real("norm_beta", norm_beta)
-    if not math.isfinite(norm_beta):
+    if not abs(norm_beta) <= _LARGEST:
         raise ValueError(
-            f"norm_beta must be finite, got {norm_beta}. "
+            f"norm_beta must be a finite float32, got {norm_beta}. "
             "Pass 1.0 for weights stored minus one (Gemma, Qwen3.5), else 0.0."
         )
     return float(norm_beta) + 0.0  # without a -0.0, whose sum with a weight of -0.0 would be another
@@ -122,7 +123,7 @@ def check_mrope_section(mrope_section, rotary_dim: int) -> tuple[int, int, int] 
 
 
 def check_mrope_layout(mrope_layout: str) -> str:
-    if mrope_layout not in MROPE_LAYOUTS:
+    if not _is_one_of(MROPE_LAYOUTS, mrope_layout):
         names = " or ".join(map(repr, MROPE_LAYOUTS))
         raise ValueError(
             f"mrope_layout must be {names}, got {mrope_layout!r}. "
@@ -141,7 +142,7 @@ def check_copy_gate(copy_gate: bool) -> bool:
 
 
 def check_implementation(implementation: str | None, known: tuple[str, ...]) -> None:
-    if implementation is not None and implementation not in known:
+    if implementation is not None and not _is_one_of(known, implementation):
         names = ", ".join(repr(name) for name in known)
         raise ValueError(
             f"implementation must be None or one of {names}, got {implementation!r}. None picks the first that runs."
@@ -175,6 +176,9 @@ def check_arrays(
         if not isinstance(array, jax.Array | np.ndarray):
             convert = "pallas_qk.dlpack.from_torch" if type(array).__module__.startswith("torch") else "jnp.asarray"
             raise TypeError(f"{name} must be a JAX or NumPy array, got {_describe(array)}. Convert it with {convert}.")
+        if not array.dtype.isnative:
+            got = array.dtype.str
+            raise TypeError(f"{name} must have this machine's byte order, got {got}. Convert it with astype.")
 
     dtype = inputs.q.dtype
     check_activation_dtype(q_name, dtype)
@@ -328,8 +332,14 @@ def check_export(num_devices: int) -> None:
 def canonical_positions(positions: jax.Array | np.ndarray, max_position: int) -> jax.Array | np.ndarray:
     """Keeps NumPy's 64-bit positions outside the table outside it where JAX would narrow them to 32 bits."""
     if isinstance(positions, np.ndarray) and positions.dtype.itemsize == 8 and not jax.config.read("jax_enable_x64"):
-        return np.where((positions >= 0) & (positions < max_position), positions, -1).astype(np.int32)
+        # The length of a table that an export leaves open is compared when the program runs.
+        limit = max_position if isinstance(max_position, int) else 2**31 - 1
+        return np.where((positions >= 0) & (positions < limit), positions, -1).astype(np.int32)
     return positions
+
+
+def _is_one_of(names: tuple[str, ...], value) -> bool:
+    return isinstance(value, str) and value in names  # an array is compared element by element
 
 
 def _is_integer(value) -> bool:

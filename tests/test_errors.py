@@ -69,13 +69,24 @@ BAD_CALLS = [
     bad(ValueError, ROTARY.format(66), rotary_dim=66),
     bad(
         ValueError,
-        "eps must be finite and at least 0, got -1e-06. Model configs call it rms_norm_eps and the like.",
+        "eps must be a finite float32 of at least 0, got -1e-06. Model configs call it rms_norm_eps and the like.",
         eps=-1e-6,
     ),
     bad(
         ValueError,
-        "eps must be finite and at least 0, got nan. Model configs call it rms_norm_eps and the like.",
+        "eps must be a finite float32 of at least 0, got nan. Model configs call it rms_norm_eps and the like.",
         eps=float("nan"),
+    ),
+    bad(
+        ValueError,
+        "eps must be a finite float32 of at least 0, got 1e+300. Model configs call it rms_norm_eps and the like.",
+        eps=1e300,
+    ),
+    bad(
+        ValueError,
+        f"norm_beta must be a finite float32, got {10**40}. "
+        "Pass 1.0 for weights stored minus one (Gemma, Qwen3.5), else 0.0.",
+        norm_beta=10**40,
     ),
     bad(
         TypeError,
@@ -85,7 +96,7 @@ BAD_CALLS = [
     ),
     bad(
         ValueError,
-        "norm_beta must be finite, got inf. Pass 1.0 for weights stored minus one (Gemma, Qwen3.5), else 0.0.",
+        "norm_beta must be a finite float32, got inf. Pass 1.0 for weights stored minus one (Gemma, Qwen3.5), else 0.0.",
         norm_beta=float("inf"),
     ),
     bad(TypeError, SECTION.format("32 of type int"), mrope_section=32, positions=(3, 4)),
@@ -97,6 +108,16 @@ BAD_CALLS = [
         ValueError,
         "implementation must be None or one of {names}, got 'cuda'. None picks the first that runs.",
         implementation="cuda",
+    ),
+    bad(
+        ValueError,
+        "implementation must be None or one of {names}, got array([0, 1]). None picks the first that runs.",
+        implementation=np.arange(2),
+    ),
+    bad(
+        TypeError,
+        "positions must have this machine's byte order, got >i4. Convert it with astype.",
+        positions=np.zeros(4, ">i4"),
     ),
     bad(
         TypeError,

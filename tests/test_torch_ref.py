@@ -424,7 +424,7 @@ ROTARY = (
     "rotary_dim must be a positive even integer <= head_dim, got rotary_dim={}, head_dim=64. "
     "For a config with a partial_rotary_factor, pass int(partial_rotary_factor * head_dim)."
 )
-EPS = "eps must be finite and at least 0, got {}. Model configs call it rms_norm_eps and the like."
+EPS = "eps must be a finite float32 of at least 0, got {}. Model configs call it rms_norm_eps and the like."
 SECTION = (
     "mrope_section must be three integers >= 0 that sum to rotary_dim // 2 = 8, got {}. "
     "Pass the counts of time, height and width frequencies, such as (11, 11, 10) for rotary_dim=64."
@@ -455,6 +455,7 @@ BAD_CALLS = [
     (ValueError, ROTARY.format(66), {"rotary_dim": 66}),
     (ValueError, EPS.format("-1e-06"), {"eps": -1e-6}),
     (ValueError, EPS.format("nan"), {"eps": float("nan")}),
+    (ValueError, EPS.format("1e+39"), {"eps": 1e39}),
     (
         TypeError,
         "eps must be a real number, got a torch.Tensor of shape () and dtype torch.float32. Pass a Python float.",
@@ -462,7 +463,7 @@ BAD_CALLS = [
     ),
     (
         ValueError,
-        "norm_beta must be finite, got inf. Pass 1.0 for weights stored minus one (Gemma, Qwen3.5), else 0.0.",
+        "norm_beta must be a finite float32, got inf. Pass 1.0 for weights stored minus one (Gemma, Qwen3.5), else 0.0.",
         {"norm_beta": float("inf")},
     ),
     (

@@ -1,11 +1,12 @@
 """The rules for the arguments of both torch functions, checked from shapes, dtypes and static values alone."""
 
-import math
 import numbers
 import operator
 from typing import NamedTuple
 
 import torch
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class Static(NamedTuple):
@@ -44,25 +45,25 @@ def check_static(
             f"got rotary_dim={rotary_dim}, head_dim={head_dim}. "
             "For a config with a partial_rotary_factor, pass int(partial_rotary_factor * head_dim)."
         )
-    real_eps = _check_real("eps", eps)
-    if not math.isfinite(real_eps) or real_eps < 0:
+    _check_real("eps", eps)
+    if not 0 <= eps <= _LARGEST:
         raise ValueError(
-            f"eps must be finite and at least 0, got {eps}. Model configs call it rms_norm_eps and the like."
+            f"eps must be a finite float32 of at least 0, got {eps}. Model configs call it rms_norm_eps and the like."
         )
-    real_norm_beta = _check_real("norm_beta", norm_beta)
-    if not math.isfinite(real_norm_beta):
+    _check_real("norm_beta", norm_beta)
+    if not abs(norm_beta) <= _LARGEST:
         raise ValueError(
-            f"norm_beta must be finite, got {norm_beta}. "
+            f"norm_beta must be a finite float32, got {norm_beta}. "
             "Pass 1.0 for weights stored minus one (Gemma, Qwen3.5), else 0.0."
         )
     return Static(
-        eps=real_eps,
+        eps=float(eps),
         num_q_heads=operator.index(num_q_heads),
         num_kv_heads=operator.index(num_kv_heads),
         head_dim=operator.index(head_dim),
         rotary_dim=operator.index(rotary_dim),
         mrope_section=_check_mrope_section(mrope_section, rotary_dim),
-        norm_beta=real_norm_beta,
+        norm_beta=float(norm_beta),
     )
 
 
@@ -137,10 +138,9 @@ def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int | str, ...], 
         raise ValueError(f"{name} must have shape ({inner}), got {tuple(tensor.shape)}. Its sizes: {hint}.")
 
 
-def _check_real(name: str, value: float) -> float:
+def _check_real(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {_describe(value)}. Pass a Python float.")
-    return float(value)
 
 
 def _check_mrope_section(mrope_section, rotary_dim: int) -> tuple[int, int, int] | None:
