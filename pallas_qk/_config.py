@@ -176,8 +176,8 @@ class MosaicForward:
     `layout` says which lanes of a row one thread holds. "chunks": the same few lanes of each of the D/C chunks of C
     lanes. "halves": vectors in pairs R/2 lanes apart. "row": consecutive vectors, the partners loaded once more.
     A row has 32/rows_per_warp threads, or fewer where it is too short. `weights` says when they are loaded: "first",
-    beside x, "after_gate", or v, which is stored before, or "after_sum", of the squares, for fewer registers. A row
-    beside which nothing is copied takes "after_gate" as "first", with 31 registers (sm_90a, D = 256, "halves").
+    beside x, "after_gate", or v, which is stored before, or "after_sum", of the squares. A row beside which nothing is
+    copied takes "after_gate" as "first", with 31 registers (sm_90a, D = 256, "halves").
     `k_first` says that programs of k rows come before all others instead of evenly among them.
     """
 
@@ -190,24 +190,26 @@ class MosaicForward:
 def mosaic_forward(spec: Spec, *, gate_copied: bool = True) -> MosaicForward:
     """The configuration for `spec`.
 
-    H200, bf16, D = 256, R = 64, 16/2 heads unless said; times of one sentence are of one run, and the limits, in rows
-    of q, lie between the sizes that it names. Eight lanes a thread are one row a warp; 16 take 62 registers where 48
-    would do, since Mosaic GPU compiles with `.minnctapersm 1`, under which ptxas spends them.
+    H200, bf16, D = 256, R = 64, 16/2 heads unless said; times of one sentence are of one run. Halves take one row a
+    warp, eight lanes a thread: 16 take 62 registers where 48 would do, since Mosaic GPU compiles with
+    `.minnctapersm 1`, under which ptxas spends them.
 
-    Weights: loading them after the gate's store keeps ptxas from sinking that store and the loads before it, with 32
-    registers instead of 40, so that an SM holds 2048 threads (2.46 against 2.69 us at T = 256 with chunks). First is
-    best for a single token (1.09 against 1.12 us), after the sum where memory binds (538.1 against 540.0 us at
-    T = 65536; with the weights first 542.5). Where all lanes are rotated that takes 40 registers and loses again
-    (574.6 with them after the gate against 584.1 us at T = 65536, D = R = 128, 32/8 heads).
+    Weights: loading them after the gate's store keeps ptxas from sinking that store and the loads before it (halves: 32
+    registers instead of 40, so that an SM holds 2048 threads; chunks: 2.46 against 2.69 us at T = 256). First is best
+    for a single token (1.09 against 1.12 us), after the sum where memory binds (538.1 against 540.0 us at T = 65536;
+    with the weights first 542.5). Where all lanes are rotated that takes 40 registers and loses again (574.6 with them
+    after the gate against 584.1 us at T = 65536, D = R = 128, 32/8 heads).
 
     Layout: chunks with two rows a warp lead where a launch is one wave (1.57 against 1.63 us at T = 64, 2.43 against
     2.59 at 256, 3.36 against 3.74 at 512); at 768 they are even, and behind where the arrays just fill L2 (6.40 against
     6.25 at 1024, 13.43 against 13.15 at 1536). Where no gate is copied they lead at T = 16384 too (the gate in place:
-    76.2 us against 80.6 with halves and weights after the gate, 83.0 after the sum; copy 71.7). More than 16 chunks
-    were not timed.
+    76.2 us against 80.6 with halves and weights after the gate, 83.0 after the sum; copy 71.7). Not timed: T = 32, and
+    more than 16 chunks.
 
     k rows first, the lightest, leave no program of q for a second turn (1.57 against 1.66 us at T = 64, 1.22 against
-    1.25 at 16), and cost where turns are many (540.9 against 538.0 at 65536).
+    1.25 at 16), and cost where turns are many (540.9 against 538.0 at 65536). Not timed apart from other changes:
+    T = 1024, where they may cost too (before, with chunks and k rows among the others, 6.08 us where a copy took 5.94;
+    since, 6.62 where it took 5.92).
     """
     d, r, num_rows = spec.head_dim, spec.rotary_dim, spec.num_tokens * spec.num_q_heads
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(d)))
@@ -215,8 +217,8 @@ def mosaic_forward(spec: Spec, *, gate_copied: bool = True) -> MosaicForward:
     if num_rows >= 512 and (num_rows < 16384 or not gate_copied) and d // chunk_lanes(d, r) <= 16:
         return MosaicForward("chunks", min(32, 2 * rows_per_warp), weights="after_gate", k_first=k_first)
     layout = "halves" if has_halves(d, r) else "row"
-    memory_binds = num_rows >= 65536 and r < d
-    weights = "first" if num_rows < 64 else "after_sum" if memory_binds else "after_gate"
+    after_sum = num_rows >= 65536 and r < d
+    weights = "first" if num_rows < 64 else "after_sum" if after_sum else "after_gate"
     return MosaicForward(layout, rows_per_warp, weights=weights, k_first=k_first)
 
 

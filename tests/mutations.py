@@ -325,7 +325,7 @@ MUTATIONS = (
     Mutation(
         "guard: NumPy's 64 bits narrowed unseen",
         CHECKS,
-        "return np.where((positions >= 0) & (positions < max_position), positions, -1).astype(np.int32)",
+        "return np.where((positions >= 0) & (positions < limit), positions, -1).astype(np.int32)",
         "return positions.astype(np.int32)",
         tests_of("positions", "test_numpy_positions_of_64_bits_are_not_narrowed_unseen"),
     ),
@@ -736,6 +736,13 @@ MUTATIONS = (
         tests_of("vmap", "test_every_combination"),
     ),
     # The choice, and what is refused.
+    Mutation(
+        "mosaic: the weights after the sum where every lane is rotated",
+        CONFIG,
+        "after_sum = num_rows >= 65536 and r < d",
+        "after_sum = num_rows >= 65536",
+        tests_of("choice", "test_rule_of_the_mosaic_gpu_kernel"),
+    ),
     Mutation(
         "choice: a name falls back in silence",
         KERNEL,

@@ -13,7 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 import pallas_qk
 from pallas_qk import _implementations, _target
-from pallas_qk._config import Spec, Target, triton_forward
+from pallas_qk._config import MosaicForward, Spec, Target, mosaic_forward, triton_forward
 from tests.cases import SMALL_CASES, Case, make_inputs
 from tests.compare import compare_outputs
 from tests.run import has_gpu
@@ -203,6 +203,27 @@ def test_modules_share_one_interface():
 )
 def test_layout_rule_of_the_triton_kernel(num_tokens, head_dim, rotary_dim, layout):
     assert triton_forward(Spec(num_tokens, 16, 2, head_dim, rotary_dim, "bfloat16")).layout == layout
+
+
+@pytest.mark.parametrize(
+    "spec, gate_copied, config",
+    [
+        ((1, 16, 2, 256, 64), True, MosaicForward("halves", 1, "first")),
+        ((16, 16, 2, 256, 64), True, MosaicForward("halves", 1, "after_gate", k_first=True)),
+        ((64, 16, 2, 256, 64), True, MosaicForward("chunks", 2, "after_gate", k_first=True)),
+        ((768, 16, 2, 256, 64), True, MosaicForward("chunks", 2, "after_gate", k_first=True)),
+        ((1024, 16, 2, 256, 64), True, MosaicForward("halves", 1, "after_gate", k_first=True)),
+        ((4096, 16, 2, 256, 64), True, MosaicForward("halves", 1, "after_sum")),
+        ((16384, 16, 2, 256, 64), False, MosaicForward("chunks", 2, "after_gate")),
+        ((16384, 32, 8, 128, 128), True, MosaicForward("halves", 2, "after_gate")),
+        ((16384, 32, 8, 128, 64), True, MosaicForward("halves", 2, "after_sum")),
+        ((64, 12, 2, 80, 80), True, MosaicForward("chunks", 4, "after_gate", k_first=True)),
+        ((1024, 16, 2, 96, 6), True, MosaicForward("row", 2, "after_gate", k_first=True)),
+        ((64, 16, 2, 256, 2), True, MosaicForward("halves", 1, "after_gate", k_first=True)),
+    ],
+)
+def test_rule_of_the_mosaic_gpu_kernel(spec, gate_copied, config):
+    assert mosaic_forward(Spec(*spec, "bfloat16"), gate_copied=gate_copied) == config
 
 
 def test_disable_jit_runs_the_same_op():

@@ -96,7 +96,8 @@ BAD_CALLS = [
     ),
     bad(
         ValueError,
-        "norm_beta must be a finite float32, got inf. Pass 1.0 for weights stored minus one (Gemma, Qwen3.5), else 0.0.",
+        "norm_beta must be a finite float32, got inf. "
+        "Pass 1.0 for weights stored minus one (Gemma, Qwen3.5), else 0.0.",
         norm_beta=float("inf"),
     ),
     bad(TypeError, SECTION.format("32 of type int"), mrope_section=32, positions=(3, 4)),

@@ -463,7 +463,8 @@ BAD_CALLS = [
     ),
     (
         ValueError,
-        "norm_beta must be a finite float32, got inf. Pass 1.0 for weights stored minus one (Gemma, Qwen3.5), else 0.0.",
+        "norm_beta must be a finite float32, got inf. "
+        "Pass 1.0 for weights stored minus one (Gemma, Qwen3.5), else 0.0.",
         {"norm_beta": float("inf")},
     ),
     (
