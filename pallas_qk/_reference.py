@@ -89,7 +89,8 @@ def norm_and_rope_backward(
     and neither sum over a row needs the other, so that both are one pass. The whole backward takes 398 us that way, 435
     with the sums apart, 692 rotating anew and 727 with neither, and autodiff of the op in plain jnp 459 (H200, bf16,
     D = 256, R = 64, 16/2 heads, T = 16384). Where all lanes are rotated autodiff, which rounds them, is the faster:
-    500 us against 586 (D = R = 128, 32/8 heads).
+    500 us against 586 (D = R = 128, 32/8 heads). The price is range: with 1/rms outside, a row's sum of dy * w * x must
+    itself stay within float32.
     """
     rotary_dim = 2 * cos.shape[-1]
     x32, dout = x.astype(jnp.float32), dout.astype(jnp.float32)

@@ -125,8 +125,8 @@ def _forward_kernel(
     """One program: B consecutive rows (token, head) of q, or of k, and what is copied beside them: gates, or v.
 
     RoPE partners lie at the same place of two tiles, so in one thread: no shuffle for the rotation, no shared memory,
-    no barrier. Every load is issued before the first store. H200, bf16, T = 16384, 16/2 heads: 135.8 us of a 133.5
-    us copy.
+    no barrier. Every load is issued before the first store. H200, bf16, T = 16384, 16/2 heads: 135.6 us where
+    a copy takes 133.2.
     """
     num_rows_per_program, head_dim = config.rows_per_program, spec.head_dim
     layout = _LAYOUTS[config.layout](num_rows_per_program, head_dim, options.rotary_dim)

@@ -41,9 +41,12 @@ def test_the_porting_guides_code_runs():
     blocks = python_blocks(DOCS / "porting.md")
     assert len(blocks) == 8
     names: dict = {}
-    with jax.default_matmul_precision("highest"):
+    before = jax.config.jax_default_matmul_precision
+    try:
         for block in blocks:
             exec(block, names)
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
 
 
 FUNCTIONS = (
