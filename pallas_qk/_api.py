@@ -344,8 +344,7 @@ def _call(
     spec = Spec(num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim, str(inputs.q.dtype))
     _implementations.check_supported(spec, implementation)
     if inputs.positions is not None:
-        positions = _checks.canonical_positions(inputs.positions, inputs.cos_sin_cache.shape[0])
-        inputs = inputs._replace(positions=positions)
+        inputs = inputs._replace(positions=_checks.canonical_positions(inputs.positions))
     return _run(inputs, call=Call(options, implementation), split=split)
 
 

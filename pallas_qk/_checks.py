@@ -329,12 +329,10 @@ def check_export(num_devices: int) -> None:
         )
 
 
-def canonical_positions(positions: jax.Array | np.ndarray, max_position: int) -> jax.Array | np.ndarray:
-    """Keeps NumPy's 64-bit positions outside the table outside it where JAX would narrow them to 32 bits."""
+def canonical_positions(positions: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """Keeps NumPy's 64-bit positions outside every table outside it where JAX would narrow them to 32 bits."""
     if isinstance(positions, np.ndarray) and positions.dtype.itemsize == 8 and not jax.config.read("jax_enable_x64"):
-        # The length of a table that an export leaves open is compared when the program runs.
-        limit = max_position if isinstance(max_position, int) else 2**31 - 1
-        return np.where((positions >= 0) & (positions < limit), positions, -1).astype(np.int32)
+        return np.where((positions >= 0) & (positions < 2**31), positions, -1).astype(np.int32)
     return positions
 
 

@@ -325,7 +325,7 @@ MUTATIONS = (
     Mutation(
         "guard: NumPy's 64 bits narrowed unseen",
         CHECKS,
-        "return np.where((positions >= 0) & (positions < limit), positions, -1).astype(np.int32)",
+        "return np.where((positions >= 0) & (positions < 2**31), positions, -1).astype(np.int32)",
         "return positions.astype(np.int32)",
         tests_of("positions", "test_numpy_positions_of_64_bits_are_not_narrowed_unseen"),
     ),

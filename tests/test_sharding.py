@@ -435,12 +435,11 @@ def test_what_is_not_mapped_follows_a_sharded_batch(mapped):
 @pytest.mark.parametrize("mapped", ["weights", "table", "everything"])
 def test_mapped_weights_or_a_mapped_table_over_a_sharded_batch(mapped):
     """A call for each example needs the whole batch on each device; the results are sharded like the batch again."""
-    (one, *_), (batch, *_) = on_one_device(), batch_on_one_device()
+    (one, cotangents, *_), (batch, *_) = on_one_device(), batch_on_one_device()
     several = [jnp.stack([x + size / 8 for size in range(4)]) for x in one[2:5]]
     batched = {"weights": (2, 3), "table": (4,), "everything": range(6)}[mapped]
     axes = [0 if i in batched else None for i in range(6)]
     args = [x if axis is None else y for x, y, axis in zip(one, [*batch[:2], *several, batch[5]], axes, strict=True)]
-    cotangents = on_one_device()[1]
 
     def both(*args):
         return *op(CASE)(*args), *gradients(op(CASE))(*args, *cotangents)
