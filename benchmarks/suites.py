@@ -85,7 +85,7 @@ def parity_gpu() -> list[Case]:
     Four large cases hold most of the elements; the small ones are there for their shapes. R = 6, 20, 24 and 40 leave
     tiles of 1, 2 and 4 lanes.
     """
-    f16, f32 = "float16", "float32"
+    f16, bf16, f32 = "float16", "bfloat16", "float32"
     small = [
         Case(1),
         Case(1, 1, 1, 64, 64, f16),
@@ -110,6 +110,8 @@ def parity_gpu() -> list[Case]:
         Case(65, 12, 1, 8, 4, f16),
         Case(4095, 5, 2, 64, 2, f16, cache_dtype=f32, mrope_section=(0, 1, 0)),
         Case(129, 3, 1, 512, 128, norm_beta=1.0),
+        Case(129, 5, 2, 128, 64, f16, weight_dtype=bf16, cache_dtype=bf16),
+        Case(127, 3, 1, 96, 48, weight_dtype=f16, cache_dtype=f16, mrope_section=(8, 8, 8)),
     ]
     large = [
         Case(4096, 16, 2, 256, 64, f16, mrope_section=(16, 8, 8), cache_dtype=f32),
@@ -135,6 +137,9 @@ def parity_gpu() -> list[Case]:
         Case(4096, 8, 2, 128, 64, f32),
         Case(4096, 16, 2, 256, 64, f32),
         Case(4096, 16, 2, 256, 64, f32, mrope_section=INTERLEAVED, norm_beta=1.0),
+        Case(4096, 16, 2, 256, 64, f32, weight_dtype=bf16, cache_dtype=bf16),
+        Case(1025, 5, 2, 128, 128, f32, weight_dtype=f16, cache_dtype=f16, mrope_section=(24, 20, 20)),
+        Case(1025, 3, 1, 80, 40, f32, weight_dtype=bf16, cache_dtype=f16),
     ]
     return small + large + float32
 
@@ -148,7 +153,9 @@ def parity_cpu() -> list[Case]:
         Case(4, 16, 2, 256, 64),
     ]
     return [dataclasses.replace(case, dtype=dtype) for case in cases for dtype in ("float16", "bfloat16")] + [
-        Case(2, 3, 1, 96, 48, "float32")
+        Case(2, 3, 1, 96, 48, "float32"),
+        Case(2, 3, 1, 64, 32, "float32", weight_dtype="bfloat16", cache_dtype="float16"),
+        Case(2, 3, 1, 64, 32, "float16", weight_dtype="bfloat16", cache_dtype="bfloat16"),
     ]
 
 

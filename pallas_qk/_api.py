@@ -314,6 +314,7 @@ def _call(
 ) -> Outputs:
     """Each public function: `q_name` is what it calls its first array."""
     _checks.check_process()
+    inputs = Inputs(*map(_checks.unboxed, inputs))
     num_q_heads, num_kv_heads, head_dim, rotary_dim = _checks.check_sizes(*sizes)
     options = Options(
         rotary_dim=rotary_dim,
@@ -411,6 +412,6 @@ def default_implementation(
         num_q_heads, num_kv_heads, head_dim, rotary_dim
     )
     num_tokens = _checks.check_num_tokens(num_tokens)
-    dtype = _checks.check_activation_dtype("dtype", dtype)
+    dtype = _checks.check_dtype("dtype", dtype)
     _checks.check_platform(platform)
     return _implementations.choose(Spec(num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim, dtype), platform)

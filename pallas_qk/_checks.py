@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 from pallas_qk._operands import Inputs
 
-ACTIVATION_DTYPES = ("float16", "bfloat16", "float32")
+DTYPES = ("float16", "bfloat16", "float32")  # of activations, weights and tables, each for itself
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 MROPE_LAYOUTS = ("interleaved", "sectioned")
 _LARGEST = float(np.finfo(np.float32).max)  # the op computes in float32
@@ -60,15 +60,19 @@ def check_num_tokens(num_tokens: int) -> int:
     return operator.index(num_tokens)
 
 
-def check_activation_dtype(name: str, dtype) -> str:
-    """The name of an activation dtype."""
+def check_dtype(name: str, dtype) -> str:
+    """The name of a dtype of activations, weights or tables."""
     try:
         found = str(jnp.dtype(dtype))
     except TypeError:
         found = _describe(dtype)
-    if found not in ACTIVATION_DTYPES:
-        raise TypeError(f"{name} must be float16, bfloat16 or float32, got {found}. Cast it with astype.")
+    _check_dtype_name(name, found)
     return found
+
+
+def _check_dtype_name(name: str, found: str) -> None:
+    if found not in DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16 or float32, got {found}. Cast it with astype.")
 
 
 def check_platform(platform: str | None) -> None:
@@ -149,6 +153,45 @@ def check_implementation(implementation: str | None, known: tuple[str, ...]) -> 
         )
 
 
+def unboxed(x):
+    """The array in a box that gives it by `__jax_array__`, as modules hold their parameters."""
+    while not isinstance(x, jax.Array | np.ndarray) and hasattr(x, "__jax_array__"):
+        x = x.__jax_array__()
+    return x
+
+
+def _check_array(name: str, array) -> None:
+    """Refuses what is no array, and an array that is more than its values: masked, reduced over a mesh, on the host."""
+    if not isinstance(array, jax.Array | np.ndarray) or isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a JAX or NumPy array, got {_describe(array)}. {_conversion(array)}")
+    if not getattr(array.dtype, "isnative", True):  # JAX's own dtypes, such as that of keys, have no byte order
+        got = array.dtype.str
+        raise TypeError(f"{name} must have this machine's byte order, got {got}. Convert it with astype.")
+    if not isinstance(array, jax.Array):
+        return
+    type_ = jax.typeof(array)
+    spec, manual = type_.sharding.spec, type_.manual_axis_type
+    if spec.reduced | spec.unreduced | manual.reduced | manual.unreduced:
+        raise ValueError(
+            f"{name} must be neither reduced nor unreduced over mesh axes, got {type_.str_short()}. "
+            "Call jax.sharding.reshard on it before, or jax.lax.pcast inside shard_map."
+        )
+    if type_.memory_space == jax.memory.Space.Host:
+        raise ValueError(
+            f"{name} must lie in device memory, got {type_.str_short()}. "
+            "Move it with jax.device_put(array, jax.memory.Space.Device)."
+        )
+
+
+def _conversion(value) -> str:
+    if isinstance(value, np.ma.MaskedArray):
+        return "Pass its filled()."
+    if isinstance(value, jax.Ref):
+        return "Read it with [...]."
+    convert = "pallas_qk.dlpack.from_torch" if type(value).__module__.startswith("torch") else "jnp.asarray"
+    return f"Convert it with {convert}."
+
+
 def check_arrays(
     q_name: str,
     inputs: Inputs,
@@ -170,26 +213,19 @@ def check_arrays(
         if mrope:
             raise ValueError(
                 "positions must be given with mrope_section, got None. "
-                "Pass them, or merge the rows of the table by section and leave mrope_section out."
+                "Pass them, or pass mrope_section to pallas_qk.rope.cos_sin_rows and its rows here without it."
             )
     for name, array in arrays.items():
-        if not isinstance(array, jax.Array | np.ndarray):
-            convert = "pallas_qk.dlpack.from_torch" if type(array).__module__.startswith("torch") else "jnp.asarray"
-            raise TypeError(f"{name} must be a JAX or NumPy array, got {_describe(array)}. Convert it with {convert}.")
-        if not array.dtype.isnative:
-            got = array.dtype.str
-            raise TypeError(f"{name} must have this machine's byte order, got {got}. Convert it with astype.")
+        _check_array(name, array)
 
     dtype = inputs.q.dtype
-    check_activation_dtype(q_name, dtype)
+    _check_dtype_name(q_name, str(dtype))
     if not packed and inputs.k.dtype != dtype:
         raise TypeError(f"k must have the dtype of {q_name}, {dtype}, got {inputs.k.dtype}. Cast one to the other.")
     for name in ("q_weight", "k_weight", "cos_sin_cache"):
-        if arrays[name].dtype not in (dtype, jnp.float32):
-            allowed = "float32" if dtype == jnp.float32 else f"{dtype} (as {q_name}) or float32"
-            raise TypeError(f"{name} must be {allowed}, got {arrays[name].dtype}. Cast it with astype.")
-    if inputs.positions is not None and not jnp.issubdtype(inputs.positions.dtype, jnp.integer):
-        raise TypeError(f"positions must be integers, got {inputs.positions.dtype}. Cast them with astype(jnp.int32).")
+        _check_dtype_name(name, str(arrays[name].dtype))
+    if inputs.positions is not None:
+        _check_positions_dtype(inputs.positions.dtype)
 
     if packed:
         size = num_q_heads * width + 2 * num_kv_heads * head_dim
@@ -230,6 +266,16 @@ def check_arrays(
     else:
         _check_shape("positions", inputs.positions, lead, f"{leading}; three rows of positions need mrope_section")
     return split
+
+
+def _check_positions_dtype(dtype) -> None:
+    if jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"positions must be integers, got {dtype}. Cast whole numbers with astype(jnp.int32); of fractions pass "
+            "the rows of pallas_qk.rope.cos_sin_rows as cos_sin_cache, and positions=None."
+        )
+    if not jnp.issubdtype(dtype, jnp.integer) or dtype.kind == "m":  # NumPy counts times among the integers
+        raise TypeError(f"positions must be integers, got {dtype}. Cast them with astype(jnp.int32).")
 
 
 def _check_q(name: str, inputs: Inputs, num_heads: int, width: int, mrope: bool) -> tuple[tuple[int, ...], bool]:
@@ -321,18 +367,25 @@ def check_manual_axes(mesh: jax.sharding.AbstractMesh) -> None:
         )
 
 
-def check_export(num_devices: int) -> None:
-    if num_devices > 1:
+def check_partitioner(num_devices: int, *, exported: bool) -> None:
+    """Refuses several devices where the compiler can't ask us how to partition the op."""
+    if num_devices > 1 and exported:
         raise NotImplementedError(
             f"jax.export for several devices needs the op inside jax.shard_map, got {num_devices} devices outside one. "
             "Put it there: elsewhere the compiler asks Python how to partition it, which an exported program can't."
         )
+    if num_devices > 1 and not jax.config.jax_use_shardy_partitioner:  # type: ignore[attr-defined]
+        raise NotImplementedError(
+            f"the op over several devices needs the Shardy partitioner, got {num_devices} devices and "
+            "jax_use_shardy_partitioner=False. Leave it on, as JAX does, or put the op inside jax.shard_map."
+        )
 
 
 def canonical_positions(positions: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """Keeps NumPy's 64-bit positions outside every table outside it where JAX would narrow them to 32 bits."""
+    """Keeps NumPy's 64-bit positions negative, or past every table, where JAX would narrow them to 32 bits."""
     if isinstance(positions, np.ndarray) and positions.dtype.itemsize == 8 and not jax.config.read("jax_enable_x64"):
-        return np.where((positions >= 0) & (positions < 2**31), positions, -1).astype(np.int32)
+        at_most = np.minimum(positions, 2**31 - 1).astype(np.int64)  # of unsigned ones, too
+        return np.maximum(at_most, -1).astype(np.int32)
     return positions
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -100,6 +100,16 @@ def check_supported(spec: Spec, implementation: str | None) -> None:
         spec = dataclasses.replace(spec, num_tokens=min(1, spec.num_tokens))
     if implementation:
         refuse(implementation, unsupported(implementation, spec, cuda_target()))
+
+
+def refuse_platforms(implementation: str | None, platforms: Sequence[str]) -> None:
+    """Refuses the name of a GPU kernel where code is made for other platforms."""
+    others = [platform for platform in platforms if platform != "cuda"]
+    if implementation in _GPU_MODULES and others:
+        raise NotImplementedError(
+            f"implementation={implementation!r} must run on an NVIDIA GPU, got platform {', '.join(others)}. "
+            "Leave implementation out, or pass 'xla'."
+        )
 
 
 def refuse(implementation: str, reason: str | None) -> None:

@@ -89,13 +89,9 @@ def _a_gpu():
 
 
 def _elsewhere(ctx, *leaves, direction, tree, options, implementation, elsewhere_xla, **_):
-    if elsewhere_xla:
-        return _lower(ctx, leaves, "xla", direction, tree, options)
-    platforms = [p for p in ctx.platforms or ctx.module_context.platforms if p != "cuda"]
-    raise NotImplementedError(
-        f"implementation={implementation!r} must run on an NVIDIA GPU, got platform {', '.join(platforms)}. "
-        "Leave implementation out, or pass 'xla'."
-    )
+    if not elsewhere_xla:
+        _implementations.refuse_platforms(implementation, ctx.platforms or ctx.module_context.platforms)
+    return _lower(ctx, leaves, "xla", direction, tree, options)
 
 
 mlir.register_lowering(_kernel_p, _on_cuda, platform="cuda")

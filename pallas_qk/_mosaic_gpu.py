@@ -198,7 +198,8 @@ def _forward_thread(
         row = _add(_mul(block, rows_per_program), _div(thread, layout.threads))
         if num_rows % rows_per_program:
             row = _min(row, num_rows - 1)
-        table_rows = table.rows(_div(row, heads.num_heads))
+        positions = table.positions_of(_div(row, heads.num_heads))
+        table_rows = [table.row(position) for position in positions]
         source, target = heads.row(row), out.row(row, head_dim)
         xs = [_widen(v.load(source), out.dtype) for v in vectors]
         if copied_out is not None:
@@ -226,7 +227,7 @@ def _forward_thread(
             words.append(_narrow(y, out.dtype))
             ys.append(_widen(words[-1], out.dtype))
         for rotation, loaded in zip(rotations, angles, strict=True):
-            cos, sin = table.angles(table_rows, loaded, rotation.frequency)
+            cos, sin = table.angles(positions, loaded, rotation.frequency)
             for index, lanes in rotation.apply(ys, cos, sin, rotation_fuses_y2(options, out.dtype)).items():
                 words[index] = _select(rotation.where, _narrow(lanes, out.dtype), words[index])
         own = len(layout.bases)  # what follows are partners that were only loaded
@@ -443,52 +444,48 @@ class _Table:
     num_tokens: int
     options: Options
 
-    def rows(self, token: Value) -> list[tuple["_Pointer", Value | None]]:
-        """What `row` says of each position of a token."""
-        return [self.row(self.position(token, axis)) for axis in self.axes]
-
-    @property
-    def axes(self) -> range:
-        """The rows of `positions`."""
-        return range(1 if self.options.mrope_section is None else 3)
-
-    def position(self, token: Value, axis: int) -> Value:
+    def positions_of(self, token: Value) -> list[Value]:
+        """A token's positions, one for each row of `positions`; without positions, the token itself."""
         if self.positions is None:
-            return token
-        return (self.positions + _resized(token, 64) + axis * self.num_tokens).load_integer()
+            return [token]
+        first = self.positions + _resized(token, 64)
+        num_axes = 1 if self.options.mrope_section is None else 3
+        return [(first + axis * self.num_tokens).load_integer() for axis in range(num_axes)]
 
-    def row(self, position: Value) -> tuple["_Pointer", Value | None]:
-        """A position's row of the table, and whether the table has it (None: it must); row 0 stands for others.
+    def row(self, position: Value) -> "_Pointer":
+        """A position's row of the table; row 0 stands for a position outside.
 
         Compared in the given integer type, so that 2^32 + 3 is not 3; no address outside the table is formed.
         """
-        if self.positions is None:
-            return self.cache.row(position, self.options.rotary_dim), None
-        limit = min(self.max_position, 2 ** (position.type.width - 1) - 1)
-        inside = _below(position, limit)  # unsigned: a negative position is a large one
-        (row,) = _select(inside, [_resized(position, 32)], [_constant(0, 32)])
-        return self.cache.row(row, self.options.rotary_dim), inside
+        row = position
+        if self.positions is not None:
+            inside = _below(position, self._limit(position))  # unsigned: a negative position is a large one
+            (row,) = _select(inside, [_resized(position, 32)], [_constant(0, 32)])
+        return self.cache.row(row, self.options.rotary_dim)
 
-    def load(self, rows, frequency: Value, lanes: int) -> list[tuple[list[Value], list[Value]]]:
+    def load(self, rows: list["_Pointer"], frequency: Value, lanes: int) -> list[tuple[list[Value], list[Value]]]:
         """The words of cos and sin of consecutive frequencies, for each of the token's positions."""
         half = self.options.rotary_dim // 2
-        return [((row + frequency).load(lanes), (row + frequency + half).load(lanes)) for row, _ in rows]
+        return [((row + frequency).load(lanes), (row + frequency + half).load(lanes)) for row in rows]
 
-    def angles(self, rows, loaded, frequency: Value) -> tuple[list[Value], list[Value]]:
-        """float32 cos and sin of consecutive frequencies; NaN in cos, which spoils both halves, for a bad position."""
+    def angles(self, positions: list[Value], loaded, frequency: Value) -> tuple[list[Value], list[Value]]:
+        """float32 cos and sin of consecutive frequencies; NaN in cos, which spoils both halves, past the table."""
         axes = []
-        for (_, inside), (cos, sin) in zip(rows, loaded, strict=True):
-            cos = self.guarded(cos, inside)
+        for position, (cos, sin) in zip(positions, loaded, strict=True):
+            if self.positions is not None:
+                at_least = arith.CmpIPredicate.sge if _is_signed(self.positions.dtype) else arith.CmpIPredicate.uge
+                is_past = arith.cmpi(at_least, position, mgpu.c(self._limit(position), position.type))
+                cos = _select(is_past, [_nan(word, self.cache.dtype) for word in cos], cos)
             axes.append((_widen(cos, self.cache.dtype), _widen(sin, self.cache.dtype)))
-        cos, sin = axes[0]
-        for axis in self.axes[1:]:
+        (cos, sin), *others = axes
+        for axis, (other_cos, other_sin) in enumerate(others, start=1):
             for lane, reads in enumerate(_mrope_reads(frequency, axis, len(cos), self.options)):
-                cos[lane], sin[lane] = _select(reads, [a[lane] for a in axes[axis]], [cos[lane], sin[lane]])
+                other = [other_cos[lane], other_sin[lane]]
+                cos[lane], sin[lane] = _select(reads, other, [cos[lane], sin[lane]])
         return cos, sin
 
-    def guarded(self, cos: list[Value], inside: Value | None) -> list[Value]:
-        """The words of cos, NaN unless `inside`, which spoils both halves of a pair."""
-        return cos if inside is None else _select(inside, cos, [_nan(word, self.cache.dtype) for word in cos])
+    def _limit(self, position: Value) -> int:
+        return min(self.max_position, 2 ** (position.type.width - 1) - 1)
 
 
 def _mrope_reads(frequency: Value, axis: int, lanes: int, options: Options) -> Iterator[Value]:
@@ -602,8 +599,12 @@ class _Pointer:
         value = llvm.load(ir.IntegerType.get_signless(8 * self.dtype.itemsize), self.address)
         if value.type.width >= 32:
             return value
-        extend = arith.extsi if jnp.issubdtype(self.dtype, jnp.signedinteger) else arith.extui
+        extend = arith.extsi if _is_signed(self.dtype) else arith.extui
         return extend(ir.IntegerType.get_signless(32), value)
+
+
+def _is_signed(dtype: jnp.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.signedinteger)
 
 
 def _constant(value: int, width: int) -> Value:

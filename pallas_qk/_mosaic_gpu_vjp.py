@@ -161,8 +161,7 @@ def _backward_thread(
             return _add(_mul(tile, rows_per_step), _div(lane_id, layout.threads))
 
         def positions_of(row):
-            token = _div(_min(row, num_rows - 1), source.num_heads)
-            return [table.position(token, axis) for axis in table.axes]
+            return table.positions_of(_div(_min(row, num_rows - 1), source.num_heads))
 
         weights = [w for v in vectors for w in _effective_weights(v.load(weight), weight.dtype, options.norm_beta)]
 
@@ -188,7 +187,7 @@ def _backward_thread(
             lanes = [lane for words in xs for lane in _widen(words, dtype)]
             dys = [_widen(words, dtype) for words in ds]
             for index, (rotation, loaded) in enumerate(zip(rotations, angles, strict=True)):
-                cos, sin = rotation.angles(table, table_rows, loaded)
+                cos, sin = rotation.angles(table, loaded)
                 partner = _widen(rotation.partner(ds), dtype)
                 rotated = [
                     mlir_math.fma(p, s, arith.mulf(d, c))
@@ -272,12 +271,10 @@ class _InverseRotation(NamedTuple):
             words = _select(where, held, words) if words else held
         return [arith.xori(word, self.signs) for word in words]
 
-    def angles(self, table: _Table, rows, loaded) -> tuple[list[Value], list[Value]]:
-        """float32 cos and sin; NaN in cos, which spoils both halves, for a bad position."""
+    def angles(self, table: _Table, loaded) -> tuple[list[Value], list[Value]]:
+        """float32 cos and sin, merged by mRoPE."""
         dtype = table.cache.dtype
-        (cos, sin), *others = [
-            (table.guarded(cos, inside), sin) for (_, inside), (cos, sin) in zip(rows, loaded, strict=True)
-        ]
+        (cos, sin), *others = loaded
         # Merged before they are widened: 16 instructions a position where selecting lanes takes 50.
         for masks, (other_cos, other_sin) in zip(self.masks, others, strict=True):
             cos, sin = _merged(masks, other_cos, cos), _merged(masks, other_sin, sin)
@@ -315,7 +312,7 @@ def _mrope_masks(frequency: Value, lanes: int, table: _Table) -> list[list[Value
     dtype, masks = table.cache.dtype, []
     width = _word_bits(lanes, dtype)
     per_word = width // (8 * dtype.itemsize)
-    for axis in table.axes[1:]:
+    for axis in (1, 2) if table.options.mrope_section else ():
         each_reads = _mrope_reads(frequency, axis, lanes, table.options)
         words = [_constant(0, width)] * (lanes // per_word)
         for lane, reads in enumerate(each_reads):

@@ -20,7 +20,7 @@ def unsupported(spec: Spec, target: Target) -> str | None:
 def forward(inputs: Inputs, *, options: Options) -> Outputs:
     """A gate that stays in place is left out, see `parts`."""
     x = parts(inputs, options)
-    cos, sin = cos_and_sin(inputs.cos_sin_cache, inputs.positions, options)
+    cos, sin = _cos_and_sin(inputs, options, past=jnp.nan)
     q_out = norm_and_rope(x.q, inputs.q_weight, cos, sin, options)
     k_out = norm_and_rope(x.k, inputs.k_weight, cos, sin, options)
     return Outputs(q_out, k_out, x.v, x.gate if options.gate == "copied" else None)
@@ -67,7 +67,7 @@ def _over_rows(weight: jax.Array, x: jax.Array) -> jax.Array:
 def backward(inputs: Inputs, cotangents: Outputs, *, options: Options) -> Gradients:
     """Rounding counts as the identity. The table's gradient is left to `unrounded`."""
     x = parts(inputs, options)
-    cos, sin = cos_and_sin(inputs.cos_sin_cache, inputs.positions, options)
+    cos, sin = _cos_and_sin(inputs, options, past=None)
     dq, dq_weight = norm_and_rope_backward(x.q, inputs.q_weight, cos, sin, cotangents.q, options)
     dk, dk_weight = norm_and_rope_backward(x.k, inputs.k_weight, cos, sin, cotangents.k, options)
     types = gradient_types(inputs, options)
@@ -112,7 +112,7 @@ def unrounded(inputs: Inputs, *, options: Options) -> Outputs:
         return _rotate(x * _inv_rms(x, options.eps) * weight, cos, sin)
 
     x = parts(inputs, options)
-    cos, sin = cos_and_sin(inputs.cos_sin_cache, inputs.positions, options)
+    cos, sin = _cos_and_sin(inputs, options, past=None)
     return x._replace(q=norm_and_rope(x.q, inputs.q_weight), k=norm_and_rope(x.k, inputs.k_weight))
 
 
@@ -158,14 +158,19 @@ def round_trip(y: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return y
 
 
-def cos_and_sin(cos_sin_cache: jax.Array, positions: jax.Array | None, options: Options) -> tuple[jax.Array, jax.Array]:
-    """float32 cos and sin (T, R/2) of each token's frequencies; NaN where a position lies outside the table."""
-    half = options.rotary_dim // 2
+def _cos_and_sin(inputs: Inputs, options: Options, *, past: float | None) -> tuple[jax.Array, jax.Array]:
+    """float32 cos and sin (T, R/2) of each token's frequencies.
+
+    A position past the table reads `past`. None stands for the table's first row as a constant: so derivatives read it,
+    which are finite then, and the table's gradient gets nothing from it.
+    """
+    half, positions = options.rotary_dim // 2, inputs.positions
     if positions is None:
-        angles = cos_sin_cache.astype(jnp.float32)
+        angles = inputs.cos_sin_cache.astype(jnp.float32)
         return angles[..., :half], angles[..., half:]
-    row, inside = table_rows(positions, cos_sin_cache.shape[0])
-    table = jnp.where(inside[..., None], cos_sin_cache[row].astype(jnp.float32), jnp.nan)  # (1 or 3, T, R)
+    row, is_past = table_rows(positions, inputs.cos_sin_cache.shape[0])
+    table = inputs.cos_sin_cache[row].astype(jnp.float32)  # (1 or 3, T, R)
+    table = jnp.where(is_past[..., None], lax.stop_gradient(table) if past is None else past, table)
     angles = table[0]
     if options.mrope_section is not None:
         frequency = _over_rows(lax.rem(lax.iota(jnp.int32, 2 * half), jnp.int32(half)), angles)
@@ -184,7 +189,7 @@ def mrope_mask(frequency: jax.Array, axis: int, mrope_section: tuple[int, int, i
 
 
 def table_rows(positions: jax.Array, max_position: int) -> tuple[jax.Array, jax.Array]:
-    """int32 rows of the table and whether each position lies inside it; 0 stands for a position outside.
+    """int32 rows of the table, and whether each position is past it. Negative positions and those past it read row 0.
 
     Compared in the given integer type, so that 2^32 + 3 is not 3; no row outside the table is ever formed.
     """
@@ -192,5 +197,5 @@ def table_rows(positions: jax.Array, max_position: int) -> tuple[jax.Array, jax.
         positions = positions.astype(jnp.int32)  # max_position may not fit the narrow types
     # A size that an export leaves open has no smaller of two.
     limit = min(max_position, jnp.iinfo(positions.dtype).max) if isinstance(max_position, int) else max_position
-    inside = (positions >= 0) & (positions < limit)
-    return jnp.where(inside, positions, 0).astype(jnp.int32), inside
+    is_past = positions >= limit
+    return jnp.where((positions < 0) | is_past, 0, positions).astype(jnp.int32), is_past

@@ -21,7 +21,7 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
 from jax.sharding import AbstractMesh, ManualAxisType, Mesh, NamedSharding, PartitionSpec
 
-from pallas_qk import _checks, _kernel, _reference
+from pallas_qk import _checks, _implementations, _kernel, _reference
 from pallas_qk._config import Options
 from pallas_qk._operands import Call, Gradients, Inputs, Outputs, gradient_types
 
@@ -105,16 +105,27 @@ def on_heads(function: Callable, call: Call, *operands, flatten: bool = False):
 
 def _local(direction: str, call: Call, tree, *leaves: jax.Array) -> list[jax.Array]:
     """The op on one device's arrays."""
-    run: Callable = _forward if direction == "forward" else _kernel.backward
-    function = functools.partial(run, implementation=call.implementation)
-    return jax.tree.leaves(on_heads(function, call, *jax.tree.unflatten(tree, leaves), flatten=True))
+    run: Callable = _kernel.forward if direction == "forward" else _kernel.backward
+    run = functools.partial(run, implementation=call.implementation)
+    return jax.tree.leaves(on_heads(_with_gate(run), call, *jax.tree.unflatten(tree, leaves), flatten=True))
 
 
-def _forward(inputs: Inputs, *, options: Options, implementation: str | None) -> Outputs:
-    outputs = _kernel.forward(inputs, options=options, implementation=implementation)
-    if options.gate == "in_place":  # a slice, which XLA fuses into what reads it
-        return outputs._replace(gate=_reference.parts(inputs, options).gate)
-    return outputs
+def _anywhere(direction: str, call: Call, tree, *leaves: jax.Array) -> list[jax.Array]:
+    """The op in plain XLA, on arrays of any sharding."""
+    run: Callable = _reference.forward if direction == "forward" else _reference.backward
+    return jax.tree.leaves(on_heads(_with_gate(run), call, *jax.tree.unflatten(tree, leaves)))
+
+
+def _with_gate(run: Callable) -> Callable:
+    """Adds the gate that a forward leaves in place: a slice, which XLA fuses into what reads it."""
+
+    def with_gate(inputs: Inputs, *cotangents: Outputs, options: Options):
+        results = run(inputs, *cotangents, options=options)
+        if isinstance(results, Outputs) and options.gate == "in_place":
+            return results._replace(gate=_reference.parts(inputs, options).gate)
+        return results
+
+    return with_gate
 
 
 def _body(direction: str, call: Call, operands):
@@ -203,25 +214,34 @@ def compiler_partitioned(function: Callable, shardings) -> Callable:
     return jax.sharding.auto_axes(function, out_sharding=shardings)
 
 
-def _op_primitive(name: str, as_results: Callable) -> Primitive:
+def _op_primitive(name: str, direction: str, as_results: Callable) -> Primitive:
     p = primitive(name)
 
     @p.def_abstract_eval
     def abstract_eval(*args, call, tree, body):
         return result_types(as_results(call.options, body.out_avals), call.options, jax.tree.unflatten(tree, args))
 
-    def lower(ctx, *args, body, **_):
+    def lower_partitioned(ctx, *args, body, **_):
         context = ctx.module_context
-        if context.lowering_parameters.for_export and isinstance(context.axis_context, mlir.ShardingContext):
-            _checks.check_export(context.axis_context.num_devices)
+        if isinstance(context.axis_context, mlir.ShardingContext):
+            _checks.check_partitioner(context.axis_context.num_devices, exported=context.lowering_parameters.for_export)
         return lower_untyped(ctx, jaxpr_as_fun(body), *args)
 
-    mlir.register_lowering(p, lower)
+    def lower_plain(ctx, *args, call, tree, **_):
+        """Where plain XLA alone can run: without the partitioner's call, which such platforms may lack (TPU)."""
+        _implementations.refuse_platforms(call.implementation, ctx.platforms or ctx.module_context.platforms)
+        plain = functools.partial(_anywhere, direction, call, tree)
+        function = compiler_partitioned(plain, [x.sharding for x in ctx.avals_out])
+        return mlir.lower_fun(function, multiple_results=True)(ctx, *args)
+
+    for platform in ("cpu", "cuda"):
+        mlir.register_lowering(p, lower_partitioned, platform=platform)
+    mlir.register_lowering(p, lower_plain)
     return p
 
 
-forward_p = _op_primitive("fused_qk_rmsnorm_rope_gate", as_outputs)
-backward_p = _op_primitive("fused_qk_rmsnorm_rope_gate_backward", _as_gradients)
+forward_p = _op_primitive("fused_qk_rmsnorm_rope_gate", "forward", as_outputs)
+backward_p = _op_primitive("fused_qk_rmsnorm_rope_gate_backward", "backward", _as_gradients)
 
 
 # Partitioning

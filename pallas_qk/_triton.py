@@ -166,9 +166,9 @@ def _forward_kernel(
         inv_rms = lax.rsqrt(arithmetic.mean_plus_eps(total, head_dim, options.eps))
         weights = [arithmetic.effective_weight(w, options.norm_beta) for w in weights]
         ys = [x * inv_rms * w for x, w in zip(xs, weights, strict=True)]
-        angles = [(cos.astype(jnp.float32), sin.astype(jnp.float32), inside) for cos, sin, inside in angles]
+        angles = [(cos.astype(jnp.float32), sin.astype(jnp.float32), is_past) for cos, sin, is_past in angles]
         # NaN in cos alone spoils both halves of the pair.
-        angles = [(cos if inside is None else jnp.where(inside, cos, jnp.nan), sin) for cos, sin, inside in angles]
+        angles = [(cos if is_past is None else jnp.where(is_past, jnp.nan, cos), sin) for cos, sin, is_past in angles]
         ys = layout.rotate(ys, angles, arithmetic)
         for columns, y, in_tile in zip(layout.columns, ys, in_tiles, strict=False):
             token, head, _ = rows(columns.shape[1])
@@ -211,9 +211,9 @@ def _rows(block, num_rows_per_program: int, num_tokens: int, num_heads: int, lan
 
 
 def _table_rows(positions_ref, token, in_rows, max_position: int, options: Options):
-    """The table row of each token, and whether its position lies inside the table: one pair per row of positions.
+    """The table row of each token, and whether its position is past the table: one pair per row of positions.
 
-    Without positions the table has a row for each token and nothing lies outside it (None).
+    Without positions the table has a row for each token and nothing is past it (None).
     """
     if positions_ref is None:
         return [(token if in_rows is None else jnp.minimum(token, max_position - 1), None)]
@@ -223,18 +223,18 @@ def _table_rows(positions_ref, token, in_rows, max_position: int, options: Optio
 
 
 def _cos_and_sin(cache_ref, table_rows, frequency, rotated, options: Options):
-    """cos, sin and whether they lie inside the table, over a tile of frequencies (B, lanes)."""
-    row, inside = table_rows[0]
+    """cos, sin and whether they are past the table, over a tile of frequencies (B, lanes)."""
+    row, is_past = table_rows[0]
     row = jnp.broadcast_to(row, frequency.shape)
-    if inside is not None:
-        inside = jnp.broadcast_to(inside, frequency.shape)
+    if is_past is not None:
+        is_past = jnp.broadcast_to(is_past, frequency.shape)
     if options.mrope_section is not None:
         for axis in (1, 2):
             reads = _reference.mrope_mask(frequency, axis, options.mrope_section, options.mrope_layout)
-            axis_row, axis_inside = (jnp.broadcast_to(a, frequency.shape) for a in table_rows[axis])
-            row, inside = jnp.where(reads, axis_row, row), jnp.where(reads, axis_inside, inside)
+            axis_row, axis_is_past = (jnp.broadcast_to(a, frequency.shape) for a in table_rows[axis])
+            row, is_past = jnp.where(reads, axis_row, row), jnp.where(reads, axis_is_past, is_past)
     half = options.rotary_dim // 2
-    return _load(cache_ref, (row, frequency), rotated), _load(cache_ref, (row, half + frequency), rotated), inside
+    return _load(cache_ref, (row, frequency), rotated), _load(cache_ref, (row, half + frequency), rotated), is_past
 
 
 class _Layout(NamedTuple):

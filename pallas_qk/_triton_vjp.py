@@ -244,21 +244,17 @@ def _row_sum(a_tiles, b_tiles, arithmetic: _Arithmetic) -> jax.Array:
 
 
 def _cos_and_sin(inputs: Inputs, positions, frequency, rotated, options: Options, arithmetic: _Arithmetic):
-    """cos and sin over a tile of frequencies, in the table's dtype; NaN for the cos of a position outside the table.
+    """cos and sin over a tile of frequencies, in the table's dtype; those of row 0 for a position outside the table.
 
     With mRoPE each axis reads its row of the table in whole, 16 bytes a thread, and the lanes choose.
     """
     cache_ref, half = inputs.cos_sin_cache, options.rotary_dim // 2
-    nan = jnp.array(jnp.nan, cache_ref.dtype)
     angles = []
-    for position in positions:
-        if inputs.positions is None:
-            row, mask = jnp.broadcast_to(position, frequency.shape), rotated
-        else:
-            row, inside = _reference.table_rows(position, cache_ref.shape[0])
-            row, inside = jnp.broadcast_to(row, frequency.shape), jnp.broadcast_to(inside, frequency.shape)
-            mask = _and(inside, rotated)
-        angles.append((_load(cache_ref, (row, frequency), mask, nan), _load(cache_ref, (row, half + frequency), mask)))
+    for row in positions:
+        if inputs.positions is not None:
+            row, _ = _reference.table_rows(row, cache_ref.shape[0])
+        row = jnp.broadcast_to(row, frequency.shape)
+        angles.append((_load(cache_ref, (row, frequency), rotated), _load(cache_ref, (row, half + frequency), rotated)))
     cos, sin = angles[0]
     if options.mrope_section is not None:
         for axis in (1, 2):

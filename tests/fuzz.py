@@ -5,8 +5,9 @@ python -m tests.fuzz 'Case(…)' --seed 3
 
 On a GPU several worker processes share it, and every implementation is compared with the Triton oracle: in bits where
 they are promised, else within tests/tolerances.py. Elsewhere the kernels' interpreters and plain XLA are compared with
-the definition, on tiny shapes. Gradients are compared with plain XLA's, as tests/gradients.py allows. A position
-outside the table must give NaN in the lanes that read it, and nowhere else.
+the definition, on tiny shapes. Gradients are compared with plain XLA's, as tests/gradients.py allows. A negative
+position must read row 0 of the table. One past the table must give NaN in the lanes that read it, and nowhere else, and
+gradients must read row 0 there.
 """
 
 import argparse
@@ -51,7 +52,7 @@ class MismatchError(AssertionError):
 def check_forward(case: Case, seed: int, implementations=IMPLEMENTATIONS) -> int:
     """Compares q, k, v and gates; the number of elements."""
     inputs = strategies.make_inputs(case, seed, special=has_gpu())
-    outside = strategies.lanes_outside(case, inputs)
+    past = strategies.lanes_past(case, inputs)
     plain, safe = strategies.resolved(case, inputs)
     if has_gpu():
         from benchmarks.providers import oracle, to_jax
@@ -64,13 +65,13 @@ def check_forward(case: Case, seed: int, implementations=IMPLEMENTATIONS) -> int
         got = dict(zip(_output_names(case), run(name, case, inputs), strict=True))
         num_elements += sum(x.size for x in got.values())
         for rows in ("q", "k"):
-            got[rows] = _blanked(f"{name}: {rows}_out", got[rows], outside)
+            got[rows] = _blanked(f"{name}: {rows}_out", got[rows], past)
         if "v" in got:
             _assert_bits(f"{name}: v_out", got["v"], forms.values(case))
         if has_gpu():
-            _assert_agrees(name, plain, got, want, outside)
+            _assert_agrees(name, plain, got, want, past)
         else:
-            _assert_defined(name, got, want, outside)
+            _assert_defined(name, got, want, past)
             if "gate" in got:
                 _assert_bits(f"{name}: gate_out", got["gate"], forms.split_gates(case, safe.q_gate)[1])
     return num_elements
@@ -80,23 +81,23 @@ def _output_names(case: Case) -> list[str]:
     return ["q", "k", *(["v"] if case.packed else []), *([] if case.gate is None else ["gate"])]
 
 
-def _blanked(name: str, x: jax.Array, outside: np.ndarray) -> jax.Array:
-    """x with zeros in the lanes that read a position outside the table, all of which must be NaN."""
-    x, not_nan = _blank(x, outside)
+def _blanked(name: str, x: jax.Array, past: np.ndarray) -> jax.Array:
+    """x with zeros in the lanes that read a position past the table, all of which must be NaN."""
+    x, not_nan = _blank(x, past)
     if int(not_nan):
-        raise MismatchError(f"{name}: {int(not_nan)} elements that read a position outside the table are not NaN")
+        raise MismatchError(f"{name}: {int(not_nan)} elements that read a position past the table are not NaN")
     return x
 
 
-def _blank(x: jax.Array, outside: np.ndarray):
+def _blank(x: jax.Array, past: np.ndarray):
     """x with zeros in place, and how many of the elements there were not NaN."""
-    return (_blank_on_gpu if has_gpu() else _blank_by(np))(x, outside)
+    return (_blank_on_gpu if has_gpu() else _blank_by(np))(x, past)
 
 
 def _blank_by(xp):
-    def blank(x, outside):
-        rows = xp.asarray(x).reshape(x.shape[0], -1, outside.shape[1])
-        where = xp.broadcast_to(outside[:, None], rows.shape)
+    def blank(x, past):
+        rows = xp.asarray(x).reshape(x.shape[0], -1, past.shape[1])
+        where = xp.broadcast_to(past[:, None], rows.shape)
         zeros = xp.zeros((), rows.dtype)
         return xp.where(where, zeros, rows).reshape(x.shape), xp.sum(where & ~xp.isnan(rows), dtype=xp.int32)
 
@@ -114,11 +115,11 @@ def _assert_bits(name: str, got: jax.Array, want: jax.Array) -> None:
         raise MismatchError(f"{name}: {comparison}")
 
 
-def _assert_agrees(name: str, case: Case, got: dict[str, jax.Array], want, outside: np.ndarray) -> None:
+def _assert_agrees(name: str, case: Case, got: dict[str, jax.Array], want, past: np.ndarray) -> None:
     """With the oracle, in what was promised."""
     from benchmarks.agreement import agreement
 
-    wanted = [_blank(x, outside)[0] for x in want[:2]]
+    wanted = [_blank(x, past)[0] for x in want[:2]]
     found = [got["q"], got["k"]]
     if name == "xla":  # which NaN comes out is the compiler's affair
         wanted, found = ([jnp.where(jnp.isnan(x), jnp.nan, x).astype(x.dtype) for x in xs] for xs in (wanted, found))
@@ -127,9 +128,9 @@ def _assert_agrees(name: str, case: Case, got: dict[str, jax.Array], want, outsi
         raise MismatchError(f"{name}: {result}")
 
 
-def _assert_defined(name: str, got: dict[str, jax.Array], want, outside: np.ndarray) -> None:
+def _assert_defined(name: str, got: dict[str, jax.Array], want, past: np.ndarray) -> None:
     for rows, exact, bound in (("q", want.q_out, want.q_bound), ("k", want.k_out, want.k_bound)):
-        where = np.tile(outside, exact.shape[1] // outside.shape[1])
+        where = np.tile(past, exact.shape[1] // past.shape[1])
         error = np.abs(np.asarray(got[rows]).astype(np.float64) - np.where(where, 0.0, exact))
         worst = np.unravel_index(np.argmax(np.where(np.isnan(error), np.inf, error) - bound), error.shape)
         if not error[worst] <= bound[worst]:
@@ -137,35 +138,23 @@ def _assert_defined(name: str, got: dict[str, jax.Array], want, outside: np.ndar
 
 
 def check_backward(case: Case, seed: int, implementations=IMPLEMENTATIONS) -> int:
-    """Compares the gradients of both kernels with plain XLA's; the number of elements."""
+    """Compares the gradients of both kernels with plain XLA's at positions inside the table; the number of elements."""
     case = gradient_case(case)
     inputs = strategies.make_inputs(case, seed)
-    outside = strategies.lanes_outside(case, inputs)
-    positions = jnp.asarray(np.where(strategies.is_outside(case, np.asarray(inputs.positions)), 0, inputs.positions))
-    safe = dataclasses.replace(inputs, positions=positions.astype(case.positions_dtype))
     *cotangents, dv = make_cotangents(case, seed)
     cotangents = forms.outputs_of(case, cotangents, dv)
     rounded = {"round_dweights": bool((seed + case.num_tokens) % 2)}  # the weights' gradients, to the weights' dtype
-    want = split_gradients(case, run_backward("xla", case, safe, cotangents, **rounded))
+    inside = strategies.inside(case, inputs)
+    want = split_gradients(case, run_backward("xla", case, inside, cotangents, **rounded))
     num_elements = 0
     for name in implementations:
         got = split_gradients(case, run_backward(name, case, inputs, cotangents, **rounded))
         num_elements += sum(x.size for x in got.values())
-        spoiled = np.broadcast_to(outside.any(axis=1, keepdims=True), outside.shape)  # through the sum over the row
-        for rows in ("q", "k"):
-            got[rows] = _blanked(f"{name}: d{rows}", got[rows], spoiled)
-            weight = _blanked(f"{name}: d{rows}_weight", got[f"{rows}_weight"][None], outside.any(axis=0)[None])
-            got[f"{rows}_weight"] = weight[0]
         for copied in {"v", "gate"} & got.keys():
             _assert_bits(f"{name}: d{copied}", got.pop(copied), want[copied])
-        wanted = {
-            rows: _blank(x if x.ndim > 1 else x[None], spoiled if x.ndim > 1 else outside.any(axis=0)[None])[0]
-            for rows, x in want.items()
-            if rows in got
-        }
         for rows, x in got.items():
             try:
-                gradients.assert_agree([x], [wanted[rows].reshape(x.shape)])
+                gradients.assert_agree([x], [want[rows]])
             except AssertionError as error:
                 raise MismatchError(f"{name}: d{rows}: {error}") from None
     return num_elements

@@ -49,6 +49,7 @@ FORMS_OF_MOSAIC = tests_of("properties", "test_forward_keeps_to_its_definition[m
 GRADIENTS_OF_XLA = tests_of("properties", "test_backward_of_plain_xla_keeps_to_its_definition")
 GRADIENTS_OF_MOSAIC = tests_of("properties", "test_backward_agrees_with_plain_xla[mosaic_gpu-8]")
 GRADIENTS_OF_TRITON = tests_of("triton_vjp", "test_every_layout_and_number_of_rows")
+OUTSIDE_OF_MOSAIC = "test_a_position_past_the_table_gives_nan_in_its_lanes_and_a_negative_one_row_0"
 RECIPE = tests_of("mosaic_gpu", "test_every_rounding_is_the_recipe_s")
 # The places of a sum or product show in float32, the round trip in 16 bits.
 BITS_OF_TRITON = tests_of(
@@ -297,23 +298,44 @@ MUTATIONS = (
     Mutation(
         "guard: one row too many",
         REFERENCE,
-        "inside = (positions >= 0) & (positions < limit)",
-        "inside = (positions >= 0) & (positions <= limit)",
-        tests_of("positions", "test_positions_outside_give_nan[xla-int32]"),
+        "is_past = positions >= limit",
+        "is_past = positions > limit",
+        tests_of("positions", "test_positions_outside[xla-int32]"),
     ),
     Mutation(
-        "guard: negative positions pass",
+        "guard: negative positions read the table's end",
         REFERENCE,
-        "inside = (positions >= 0) & (positions < limit)",
-        "inside = positions < limit",
-        tests_of("positions", "test_positions_outside_give_nan[xla-int32]"),
+        "jnp.where((positions < 0) | is_past, 0, positions)",
+        "jnp.where(is_past, 0, positions)",
+        tests_of("positions", "test_positions_outside[xla-int32]"),
+    ),
+    Mutation(
+        "derivatives read NaN past the table",
+        REFERENCE,
+        "cos, sin = _cos_and_sin(inputs, options, past=None)\n    dq,",
+        "cos, sin = _cos_and_sin(inputs, options, past=jnp.nan)\n    dq,",
+        tests_of("gradients", "test_a_masked_token_outside_the_table_adds_nothing[xla-grad-False]"),
+    ),
+    Mutation(
+        "tangents read NaN past the table",
+        REFERENCE,
+        "cos, sin = _cos_and_sin(inputs, options, past=None)\n    return",
+        "cos, sin = _cos_and_sin(inputs, options, past=jnp.nan)\n    return",
+        tests_of("gradients", "test_a_masked_token_outside_the_table_adds_nothing[xla-jvp-False]"),
+    ),
+    Mutation(
+        "the table's gradient sees positions past it",
+        REFERENCE,
+        "lax.stop_gradient(table) if past is None else past",
+        "table if past is None else past",
+        tests_of("gradients", "test_derivatives_read_row_0_outside_the_table[xla-just past]"),
     ),
     Mutation(
         "guard: compared after narrowing",
         REFERENCE,
         "if positions.dtype.itemsize < 4:",
         "if positions.dtype.itemsize != 4:",
-        tests_of("positions", "test_positions_outside_give_nan[xla-int64]"),
+        tests_of("positions", "test_positions_outside[xla-int64]"),
     ),
     Mutation(
         "guard: narrow types not widened",
@@ -325,44 +347,58 @@ MUTATIONS = (
     Mutation(
         "guard: NumPy's 64 bits narrowed unseen",
         CHECKS,
-        "return np.where((positions >= 0) & (positions < 2**31), positions, -1).astype(np.int32)",
+        "return np.maximum(at_most, -1).astype(np.int32)",
         "return positions.astype(np.int32)",
         tests_of("positions", "test_numpy_positions_of_64_bits_are_not_narrowed_unseen"),
     ),
     Mutation(
         "mosaic guard: compared after narrowing",
         MOSAIC,
-        "inside = _below(position, limit)",
-        "inside = _below(_resized(position, 32), min(limit, 2**31 - 1))",
-        tests_of("mosaic_gpu", "test_a_position_outside_the_table_gives_nan_in_its_lanes[100-int64]"),
+        "inside = _below(position, self._limit(position))",
+        "inside = _below(_resized(position, 32), min(self._limit(position), 2**31 - 1))",
+        tests_of("mosaic_gpu", f"{OUTSIDE_OF_MOSAIC}[100-int64]"),
+    ),
+    Mutation(
+        "mosaic guard: an unsigned position with a sign",
+        MOSAIC,
+        "arith.CmpIPredicate.sge if _is_signed(self.positions.dtype) else arith.CmpIPredicate.uge",
+        "arith.CmpIPredicate.sge",
+        tests_of("mosaic_gpu", f"{OUTSIDE_OF_MOSAIC}[100-uint32]"),
+    ),
+    Mutation(
+        "mosaic guard: a negative position is past the table",
+        MOSAIC,
+        "arith.CmpIPredicate.sge if _is_signed(self.positions.dtype) else arith.CmpIPredicate.uge",
+        "arith.CmpIPredicate.uge",
+        tests_of("mosaic_gpu", f"{OUTSIDE_OF_MOSAIC}[100-int32]"),
     ),
     Mutation(
         "mosaic guard: a signed position without its sign",
         MOSAIC,
-        "extend = arith.extsi if jnp.issubdtype(self.dtype, jnp.signedinteger) else arith.extui",
+        "extend = arith.extsi if _is_signed(self.dtype) else arith.extui",
         "extend = arith.extui",
-        tests_of("mosaic_gpu", "test_a_position_outside_the_table_gives_nan_in_its_lanes[40000-int8]"),
+        tests_of("mosaic_gpu", f"{OUTSIDE_OF_MOSAIC}[100-int8]"),
     ),
     Mutation(
         "xla: zeros instead of NaN",
         REFERENCE,
-        "cos_sin_cache[row].astype(jnp.float32), jnp.nan)",
-        "cos_sin_cache[row].astype(jnp.float32), 0.0)",
-        tests_of("positions", "test_positions_outside_give_nan[xla-int32]"),
+        "_cos_and_sin(inputs, options, past=jnp.nan)",
+        "_cos_and_sin(inputs, options, past=0.0)",
+        tests_of("positions", "test_positions_outside[xla-int32]"),
     ),
     Mutation(
         "triton: row 0 instead of NaN",
         TRITON,
-        "(cos if inside is None else jnp.where(inside, cos, jnp.nan), sin)",
+        "(cos if is_past is None else jnp.where(is_past, jnp.nan, cos), sin)",
         "(cos, sin)",
-        tests_of("positions", "test_positions_outside_give_nan[triton-int32]"),
+        tests_of("positions", "test_positions_outside[triton-int32]"),
     ),
     Mutation(
         "mosaic: row 0 instead of NaN",
         MOSAIC,
-        "return cos if inside is None else _select(",
-        "return cos if True else _select(",
-        tests_of("mosaic_gpu", "test_a_position_outside_the_table_gives_nan_in_its_lanes[100-int32]"),
+        "cos = _select(is_past, [_nan(word, self.cache.dtype) for word in cos], cos)",
+        "cos = _select(is_past, cos, cos)",
+        tests_of("mosaic_gpu", f"{OUTSIDE_OF_MOSAIC}[100-int32]"),
     ),
     # Masks, offsets and strides.
     Mutation(
@@ -526,7 +562,7 @@ MUTATIONS = (
         TRITON,
         "jnp.sum(words, axis=-1, dtype=jnp.int32)",
         "jnp.sum(words, axis=-1)",
-        tests_of("positions", "test_positions_outside_give_nan[triton-int64]"),
+        tests_of("positions", "test_positions_outside[triton-int64]"),
     ),
     Mutation(
         "the fused form of a single frequency with mRoPE",

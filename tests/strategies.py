@@ -95,8 +95,8 @@ def cases(draw, sizes: Sizes) -> Case:
         head_dim=head_dim,
         rotary_dim=rotary_dim,
         dtype=draw(st.sampled_from(DTYPES)),
-        weight_dtype=draw(st.sampled_from([None, "float32"])),
-        cache_dtype=draw(st.sampled_from([None, "float32"])),
+        weight_dtype=draw(st.sampled_from([None, *DTYPES])),
+        cache_dtype=draw(st.sampled_from([None, *DTYPES])),
         positions_dtype="int32" if gathered else draw(st.sampled_from(POSITION_DTYPES)),
         mrope_section=mrope_section,
         norm_beta=draw(st.sampled_from([0.0, 1.0, 0.5])),
@@ -190,18 +190,22 @@ def x64(case: Case):
     return jax.enable_x64(case.positions_dtype.endswith("64"))
 
 
-def is_outside(case: Case, positions: np.ndarray) -> np.ndarray:
-    """Where a position, of any integer type, lies outside the table."""
-    if positions.dtype == np.uint64:
-        positions = np.minimum(positions, np.uint64(2**62))
-    wide = positions.astype(np.int64)
-    return (wide < 0) | (wide >= case.max_position)
+def is_past(case: Case, positions: np.ndarray) -> np.ndarray:
+    """Where a position, of any integer type, is past the table."""
+    return positions >= case.max_position
 
 
-def lanes_outside(case: Case, inputs: Inputs) -> np.ndarray:
-    """(T, D): the lanes whose frequency reads a position outside the table."""
-    outside = is_outside(case, np.atleast_2d(np.asarray(inputs.positions)))
-    pairs = outside[axes(case)].T
+def inside(case: Case, inputs: Inputs) -> Inputs:
+    """The inputs with every position inside the table: 0 for negative ones and for those past it."""
+    positions = np.asarray(inputs.positions)
+    positions = np.where(is_past(case, positions) | (positions < 0), 0, positions).astype(positions.dtype)
+    return dataclasses.replace(inputs, positions=jnp.asarray(positions))
+
+
+def lanes_past(case: Case, inputs: Inputs) -> np.ndarray:
+    """(T, D): the lanes whose frequency reads a position past the table."""
+    past = is_past(case, np.atleast_2d(np.asarray(inputs.positions)))
+    pairs = past[axes(case)].T
     rest = np.zeros((case.num_tokens, case.head_dim - case.rotary_dim), bool)
     return np.concatenate([pairs, pairs, rest], axis=1)
 
@@ -215,8 +219,7 @@ def resolved(case: Case, inputs: Inputs) -> tuple[Case, Inputs]:
     plain = dataclasses.replace(
         case, gate="copied", packed=False, gathered=False, mrope_layout="interleaved", positions_dtype="int32"
     )
-    positions = np.asarray(inputs.positions)
-    positions = np.where(is_outside(case, positions), 0, positions).astype(np.int32)
+    positions = np.asarray(inside(case, inputs).positions).astype(np.int32)
     if case.mrope_layout == "interleaved":
         return plain, dataclasses.replace(inputs, positions=jnp.asarray(positions))
     lane = np.arange(case.rotary_dim)

@@ -10,9 +10,15 @@ import pytest
 
 import pallas_qk
 from tests.cases import Case, make_inputs
+from tests.compare import compare_outputs
 
 CASE = Case(4, 3, 2, head_dim=64, rotary_dim=16)
 MROPE = (3, 3, 2)
+
+
+def keys(*shape: int):
+    """Made when a test runs."""
+    return lambda: jax.random.split(jax.random.key(0), shape)
 
 
 def bad(exception, message, **changes):
@@ -21,6 +27,10 @@ def bad(exception, message, **changes):
 
 SIZES = "Pass the number that this device's arrays hold."
 TO_INT32 = "Cast them with astype(jnp.int32)."
+FRACTIONS = (
+    "positions must be integers, got {}. Cast whole numbers with astype(jnp.int32); of fractions pass the rows of "
+    "pallas_qk.rope.cos_sin_rows as cos_sin_cache, and positions=None."
+)
 FLOATING = "must be float16, bfloat16 or float32, got {}. Cast it with astype."
 SECTION = (
     "mrope_section must be three integers >= 0 that sum to rotary_dim // 2 = 8, got {}. "
@@ -138,21 +148,26 @@ BAD_CALLS = [
     ),
     bad(
         TypeError,
-        "q_weight must be bfloat16 (as q_gate) or float32, got float16. Cast it with astype.",
-        q_weight=((64,), "float16"),
+        "q_weight " + FLOATING.format("float8_e4m3fn"),
+        q_weight=((64,), "float8_e4m3fn"),
     ),
-    bad(
-        TypeError,
-        "k_weight must be bfloat16 (as q_gate) or float32, got int32. Cast it with astype.",
-        k_weight=((64,), "int32"),
-    ),
-    bad(
-        TypeError,
-        "cos_sin_cache must be bfloat16 (as q_gate) or float32, got float16. Cast it with astype.",
-        cos_sin_cache=((8, 16), "float16"),
-    ),
-    bad(TypeError, f"positions must be integers, got float32. {TO_INT32}", positions=((4,), "float32")),
+    bad(TypeError, "k_weight " + FLOATING.format("int32"), k_weight=((64,), "int32")),
+    bad(TypeError, "cos_sin_cache " + FLOATING.format("float64"), cos_sin_cache=np.zeros((8, 16))),
+    bad(TypeError, FRACTIONS.format("float32"), positions=((4,), "float32")),
+    bad(TypeError, FRACTIONS.format("bfloat16"), positions=((4,), "bfloat16")),
     bad(TypeError, f"positions must be integers, got bool. {TO_INT32}", positions=((4,), "bool")),
+    bad(TypeError, f"positions must be integers, got timedelta64[s]. {TO_INT32}", positions=np.zeros(4, "m8[s]")),
+    # What is more, or less, than an array of numbers.
+    bad(TypeError, "q_weight " + FLOATING.format("key<fry>"), q_weight=keys(64)),
+    bad(TypeError, "cos_sin_cache " + FLOATING.format("key<fry>"), cos_sin_cache=keys(8, 16)),
+    bad(TypeError, "k must have the dtype of q_gate, bfloat16, got key<fry>. Cast one to the other.", k=keys(4, 128)),
+    bad(TypeError, f"positions must be integers, got key<fry>. {TO_INT32}", positions=keys(4)),
+    bad(
+        TypeError,
+        "positions must be a JAX or NumPy array, got a numpy.ma.MaskedArray of shape (4,) and dtype int64. "
+        "Pass its filled().",
+        positions=np.ma.masked_array(np.arange(4), [0, 1, 0, 0]),
+    ),
     bad(ValueError, Q_GATE.format("(4, 192)"), q_gate=(4, 192)),
     bad(ValueError, Q_GATE.format("(4, 3, 64)"), q_gate=(4, 3, 64)),
     bad(ValueError, Q_GATE.format("(384, 4)"), q_gate=(384, 4)),
@@ -193,7 +208,7 @@ BAD_CALLS = [
     bad(
         ValueError,
         "positions must be given with mrope_section, got None. "
-        "Pass them, or merge the rows of the table by section and leave mrope_section out.",
+        "Pass them, or pass mrope_section to pallas_qk.rope.cos_sin_rows and its rows here without it.",
         positions=None,
         mrope_section=MROPE,
     ),
@@ -240,6 +255,8 @@ def arguments(changes):
         if name in arrays and isinstance(value, tuple):
             shape, dtype = value if value and isinstance(value[0], tuple) else (value, arrays[name].dtype)
             changes = changes | {name: jnp.zeros(shape, dtype)}
+        elif callable(value):
+            changes = changes | {name: value()}
     return arrays | CASE.static_arguments | {"implementation": None} | changes
 
 
@@ -330,6 +347,60 @@ def test_a_traced_copy_gate_is_refused():
     message = "copy_gate must be a bool known when tracing, got a traced value bool[]. "
     with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
         jax.jit(lambda value: pallas_qk.fused_qk_rmsnorm_rope_gate(**arguments({"copy_gate": value})))(True)
+
+
+@pytest.mark.parametrize("name", ["q_gate", "k", "q_weight", "k_weight", "cos_sin_cache", "positions"])
+def test_an_array_in_host_memory_is_refused(name):
+    """Whatever it is, traced or not: a kernel would be given an address of the host."""
+    given = arguments({})
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    on_host = jax.device_put(given[name], where)
+
+    def call(x):
+        return pallas_qk.fused_qk_rmsnorm_rope_gate(**given | {name: x})
+
+    message = (
+        f"{name} must lie in device memory, got {jax.typeof(on_host).str_short()}. "
+        "Move it with jax.device_put(array, jax.memory.Space.Device)."
+    )
+    for function in (call, jax.jit(call)):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            function(on_host)
+    moved = jax.jit(lambda x: call(jax.device_put(x, jax.memory.Space.Device)))(on_host)
+    assert compare_outputs(moved, call(given[name])).differing == 0
+
+
+def test_a_ref_is_refused():
+    ref = jax.new_ref(jnp.zeros((4, 128), jnp.bfloat16))
+    kind = f"{type(ref).__module__}.{type(ref).__qualname__}"
+    message = f"k must be a JAX or NumPy array, got a {kind} of shape (4, 128) and dtype bfloat16. Read it with [...]."
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        pallas_qk.fused_qk_rmsnorm_rope_gate(**arguments({"k": ref}))
+
+
+class Box:
+    """How modules hold a parameter: no pytree, no array, but one that says which array it stands for."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __jax_array__(self):
+        return self.x
+
+
+@pytest.mark.parametrize("name", ["q_gate", "k", "q_weight", "k_weight", "cos_sin_cache", "positions"])
+def test_arrays_in_boxes(name):
+    given = arguments({})
+
+    def call(x):
+        return pallas_qk.fused_qk_rmsnorm_rope_gate(**given | {name: Box(x)})
+
+    want = pallas_qk.fused_qk_rmsnorm_rope_gate(**given)
+    for got in (call(given[name]), call(Box(given[name])), call(np.asarray(given[name])), jax.jit(call)(given[name])):
+        assert compare_outputs(got, want).differing == 0
+    if name != "positions":
+        gradient = jax.grad(lambda x: sum(jnp.sum(y.astype(jnp.float32)) for y in call(x)))(given[name])
+        assert gradient.shape == given[name].shape and np.asarray(gradient, np.float32).any()
 
 
 @pytest.mark.parametrize("name", ["eps", "norm_beta"])

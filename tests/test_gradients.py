@@ -204,18 +204,59 @@ def test_no_tokens_give_zeros(implementation):
         assert x.shape == like.shape and x.dtype == like.dtype and not np.asarray(x).any()
 
 
-def test_a_position_outside_the_table_spoils_its_token_and_the_weights(implementation):
+OUTSIDE = {"padding": -1, "just past": TINY.max_position, "far past": 2**30}
+
+
+def masked(function, where):
+    """The outputs of the tokens marked, and zeros for the others: what a loss makes of padding."""
+    return lambda *args: [jnp.where(jnp.asarray(where)[:, None], x, 0) for x in function(*args)]
+
+
+@pytest.mark.parametrize("mrope", [False, True])
+@pytest.mark.parametrize("name", ["grad", *TRANSFORMS])
+def test_a_masked_token_outside_the_table_adds_nothing(implementation, name, mrope):
+    """Derivatives of every mode and order are those of the token at position 0, bit for bit."""
+    case = dataclasses.replace(TINY, mrope_section=(2, 1, 1) if mrope else None)
+    derivative = TRANSFORMS.get(name) or (lambda f: jax.grad(scalar(f), DIFFERENTIABLE))
+    inputs = make_inputs(case)
+
+    @quick_jit
+    def run(positions, args):
+        function, _ = of_floats(case, dataclasses.replace(inputs, positions=positions), implementation)
+        return derivative(masked(function, np.arange(case.num_tokens) != 2))(*args)
+
+    def at(position):
+        positions = inputs.positions.at[..., 2].set(position)
+        return jax.tree.leaves(run(positions, list(inputs)[:5]))
+
+    want = [np.asarray(x) for x in at(0)]
+    assert all(np.isfinite(x).all() for x in want)
+    for position in OUTSIDE.values():
+        for a, b in zip(at(position), want, strict=True):
+            np.testing.assert_array_equal(np.asarray(a), b)
+
+
+@pytest.mark.parametrize("position", OUTSIDE.values(), ids=OUTSIDE)
+def test_derivatives_read_row_0_outside_the_table(implementation, position):
+    """With tangents and cotangents at the token itself. The table's derivative sees no position past it."""
     inputs, cotangents = make_inputs(TINY), make_cotangents(TINY)
-    bad = dataclasses.replace(inputs, positions=inputs.positions.at[2].set(-1))
-    got, want = (gradients(TINY, x, cotangents, implementation, jax.jit) for x in (bad, inputs))
-    others = np.array([0, 1, 3, 4])
-    for a, b in zip(got[:2], want[:2], strict=True):
-        assert compare_bits("others", a[others], b[others]).differing == 0
-    q_and_gate = np.asarray(got[0][2]).reshape(TINY.num_q_heads, 2, TINY.head_dim)
-    assert np.isnan(q_and_gate[:, 0]).all() and np.isnan(np.asarray(got[1][2])).all()
-    assert not np.isnan(q_and_gate[:, 1]).any()
-    for dweight in got[2:4]:
-        assert np.isnan(np.asarray(dweight)[: TINY.rotary_dim]).all()
+    outside, first = (dataclasses.replace(inputs, positions=inputs.positions.at[2].set(x)) for x in (position, 0))
+    got, want = (gradients(TINY, x, cotangents, implementation, jax.jit) for x in (outside, first))
+    for name, a, b in zip(("q_gate", "k", "q_weight", "k_weight"), got[:4], want[:4], strict=True):
+        assert compare_bits(name, jnp.atleast_2d(a), jnp.atleast_2d(b)).differing == 0
+    without = gradients(TINY, first, tuple(x.at[2].set(0) for x in cotangents), implementation, jax.jit)
+    assert np.abs(want[4] - without[4])[0].max() > 0.1
+    np.testing.assert_allclose(got[4], want[4] if position < 0 else without[4], rtol=1e-6, atol=1e-6)
+
+    def tangents_of(inputs, moving):
+        function, args = of_floats(TINY, inputs, implementation)
+        along = [jnp.cos(3 * x + 1) if i in moving else jnp.zeros_like(x) for i, x in enumerate(args)]
+        return [np.asarray(x) for x in quick_jit(lambda *args: jax.jvp(function, args, tuple(along))[1])(*args)]
+
+    for a, b in zip(tangents_of(outside, (0, 1, 2, 3)), tangents_of(first, (0, 1, 2, 3)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(tangents_of(outside, (4,))[:2], tangents_of(first, (4,))[:2], strict=True):
+        np.testing.assert_array_equal(a[2], b[2] if position < 0 else np.zeros_like(b[2]))
 
 
 def backward_text(argnums, case=TINY):

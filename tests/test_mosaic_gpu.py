@@ -222,25 +222,27 @@ def test_no_tokens_need_no_kernel():
 
 @pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"])
 @pytest.mark.parametrize("max_position", [100, 40_000])
-def test_a_position_outside_the_table_gives_nan_in_its_lanes(dtype, max_position):
+def test_a_position_past_the_table_gives_nan_in_its_lanes_and_a_negative_one_row_0(dtype, max_position):
     case = Case(8, 2, 1, mrope_section=(11, 11, 10), max_position=max_position)
     with jax.enable_x64(True):
         inputs = numpy_inputs(case)
         info = np.iinfo(dtype)
-        good = inputs.positions.astype(np.int64) % min(max_position, info.max + 1)
-        positions = good.astype(dtype)
+        good = (inputs.positions.astype(np.int64) % min(max_position, info.max + 1)).astype(dtype)
+        positions = good.copy()
         candidates = (-1, max_position, 2**31 - 1, -(2**31), 2**31 + 3, 2**32 + 3, info.min, info.max)
         outside = [p for p in candidates if info.min <= p <= info.max and not 0 <= p < max_position]
-        bad = [(index % 3, index % 7 + 1, position) for index, position in enumerate(outside)]
-        for axis, token, position in bad:
-            positions[axis, token] = position
+        past = []
+        for index, position in enumerate(outside):
+            axis, token = index % 3, index % 7 + 1
+            positions[axis, token], good[axis, token] = position, 0
+            past += [(axis, token)] if position > 0 else []
         got = execute(forward_of(case), *canonical(case, inputs)[:5], positions)
-        want = execute(forward_of(case), *canonical(case, inputs)[:5], good.astype(dtype))
+        want = execute(forward_of(case), *canonical(case, inputs)[:5], good)
     frequency = np.arange(32)
     axis_of = np.where(frequency % 3 == 0, 0, np.where(frequency < 3 * 11, frequency % 3, 0))
     axis_of[(axis_of == 2) & (frequency >= 3 * 10)] = 0
     spoiled = np.zeros((8, 1, 256), bool)
-    for axis, token, _ in bad:
+    for axis, token in past:
         spoiled[token, :, :64] |= np.tile(axis_of == axis, 2)
     for a, b in zip(got[:2], want[:2], strict=True):
         assert (np.isnan(a.astype(np.float32)) == spoiled).all()

@@ -1,4 +1,4 @@
-"""The position guard: a position outside the table gives NaN in the lanes that read it, and nowhere else."""
+"""The rule of positions: negative ones read row 0 of the table, one past it gives NaN in the lanes that read it."""
 
 import dataclasses
 
@@ -8,52 +8,56 @@ import numpy as np
 import pytest
 
 import pallas_qk
+from tests import strategies
 from tests.cases import Case, make_inputs
 from tests.compare import compare_bits, compare_outputs
 from tests.definition import mrope_axis
 from tests.run import run
 
 CASE = Case(8, 3, 2, max_position=100)
-OUTSIDE = {
-    "int8": [-1, -128, 100, 127],
+NEGATIVE = {
+    "int8": [-1, -128],
+    "int16": [-1, -(2**15)],
+    "int32": [-1, -(2**31)],
+    "int64": [-1, -(2**32) + 1, -(2**63)],
+}
+PAST = {
+    "int8": [100, 127],
     "uint8": [100, 255],
-    "int16": [-1, 2**15 - 1, -(2**15)],
+    "int16": [2**15 - 1],
     "uint16": [2**16 - 1],
-    "int32": [-1, 100, 2**31 - 1, -(2**31)],
+    "int32": [100, 2**31 - 1],
     "uint32": [100, 2**31 + 3, 2**32 - 1],
-    "int64": [-1, 100, 2**32 + 3, -(2**32) + 1, 2**63 - 1, -(2**63)],
+    "int64": [100, 2**32 + 3, 2**63 - 1],
     "uint64": [2**32 + 3, 2**64 - 1],
 }
 
 
-def assert_guarded(implementation, case, inputs, is_outside):
-    """NaN in the rotated lanes of the tokens (T,) marked outside; every other bit as if they were inside."""
-    got = run(implementation, case, inputs)
-    inside = dataclasses.replace(inputs, positions=jnp.where(jnp.asarray(is_outside), 0, inputs.positions))
-    want = run(implementation, case, inside)
+def assert_guarded(implementation, case, inputs):
+    """NaN in the rotated lanes of the tokens past the table; every other bit as with 0 for what lies outside it."""
+    got, want = run(implementation, case, inputs), run(implementation, case, strategies.inside(case, inputs))
+    expected = strategies.lanes_past(case, inputs)[:, None]
     for index, heads in ((0, case.num_q_heads), (1, case.num_kv_heads)):
         got_rows, want_rows = (np.asarray(x[index]).reshape(case.num_tokens, heads, case.head_dim) for x in (got, want))
-        rotated = np.arange(case.head_dim) < case.rotary_dim
-        expected = np.broadcast_to(is_outside[:, None, None] & rotated, got_rows.shape)
-        np.testing.assert_array_equal(np.isnan(got_rows.astype(np.float32)), expected)
-        keep = jnp.asarray(~expected)
-        zeros = jnp.zeros((), got[index].dtype)
-        masked = [jnp.where(keep, jnp.asarray(x), zeros) for x in (got_rows, want_rows)]
+        where = np.broadcast_to(expected, got_rows.shape)
+        np.testing.assert_array_equal(np.isnan(got_rows.astype(np.float32)), where)
+        zeros = np.zeros((), got_rows.dtype)
+        masked = [jnp.asarray(np.where(where, zeros, x)) for x in (got_rows, want_rows)]
         assert compare_bits("rows", *masked).differing == 0
     assert compare_bits("gate_out", got[2], want[2]).differing == 0
 
 
-@pytest.mark.parametrize("dtype", OUTSIDE)
-def test_positions_outside_give_nan(implementation, dtype):
+@pytest.mark.parametrize("dtype", PAST)
+def test_positions_outside(implementation, dtype):
+    outside = np.array(NEGATIVE.get(dtype, []) + PAST[dtype], dtype)
+    positions = np.arange(CASE.num_tokens).astype(dtype)
+    positions[1 : 1 + outside.size] = outside
     with jax.enable_x64(dtype.endswith("64")):
-        bad = np.array(OUTSIDE[dtype], dtype)
-        positions = np.arange(CASE.num_tokens).astype(dtype)
-        positions[1 : 1 + bad.size] = bad
-        is_outside = np.zeros(CASE.num_tokens, bool)
-        is_outside[1 : 1 + bad.size] = True
         inputs = dataclasses.replace(make_inputs(CASE), positions=jnp.asarray(positions))
         assert inputs.positions.dtype == dtype
-        assert_guarded(implementation, CASE, inputs, is_outside)
+        is_past = strategies.lanes_past(CASE, inputs)[:, 0]
+        np.testing.assert_array_equal(is_past, [int(p) >= 100 for p in positions])
+        assert_guarded(implementation, CASE, inputs)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint16", "uint32", "int64"])
@@ -77,49 +81,52 @@ def test_positions_of_less_than_a_byte(dtype):
     def run(positions):
         return pallas_qk.fused_qk_rmsnorm_rope_gate(**arrays | {"positions": positions}, **CASE.static_arguments)
 
-    got, want = run(narrow), run(narrow.astype(jnp.int32))
+    got, want = run(narrow), run(jnp.maximum(narrow.astype(jnp.int32), 0))
     assert compare_outputs(got, want).differing == 0
-    assert np.isnan(np.asarray(got[0][3], np.float32)).any() == (limits.min < 0)
 
 
 def test_a_table_larger_than_the_positions_type(implementation):
     """int8 positions and a table of 200 rows: the limit does not fit the type."""
     case = dataclasses.replace(CASE, max_position=200)
     inputs = dataclasses.replace(make_inputs(case), positions=jnp.asarray([0, 127, -1, 5, 6, 7, 8, -128], jnp.int8))
-    assert_guarded(implementation, case, inputs, np.isin(np.arange(8), [2, 7]))
+    assert not strategies.lanes_past(case, inputs).any()
+    assert_guarded(implementation, case, inputs)
 
 
 def test_a_table_whose_size_is_the_types_limit_plus_one(implementation):
     case = dataclasses.replace(CASE, max_position=256)
     inputs = dataclasses.replace(make_inputs(case), positions=jnp.asarray([0, 255, 254, 5, 6, 7, 8, 128], jnp.uint8))
-    assert_guarded(implementation, case, inputs, np.zeros(8, bool))
+    assert not strategies.lanes_past(case, inputs).any()
+    assert_guarded(implementation, case, inputs)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_one_bad_mrope_row_spoils_its_own_lanes(implementation, axis):
+def test_mrope_positions_outside_reach_their_own_lanes(implementation, axis):
+    """One position past the table, and one negative, in one row of positions."""
     case = dataclasses.replace(CASE, mrope_section=(11, 11, 10))
     inputs = make_inputs(case)
-    positions = inputs.positions.at[axis, 3].set(-1)
-    got = np.asarray(run(implementation, case, dataclasses.replace(inputs, positions=positions))[0], np.float32)
-    want = np.asarray(run(implementation, case, inputs)[0], np.float32)
+    inputs = dataclasses.replace(inputs, positions=inputs.positions.at[axis, 3].set(100).at[axis, 5].set(-1))
     reads = np.array([mrope_axis(j, case.mrope_section) == axis for j in range(32)])
-    expected = np.zeros((8, 3, 256), bool)
+    expected = np.zeros((8, 256), bool)
     expected[3] = np.concatenate([reads, reads, np.zeros(192, bool)])
-    np.testing.assert_array_equal(np.isnan(got).reshape(expected.shape), expected)
-    np.testing.assert_array_equal(got.reshape(expected.shape)[~expected], want.reshape(expected.shape)[~expected])
+    np.testing.assert_array_equal(strategies.lanes_past(case, inputs), expected)
+    assert_guarded(implementation, case, inputs)
 
 
 def test_numpy_positions_of_64_bits_are_not_narrowed_unseen():
-    """Without x64 JAX narrows NumPy's int64; 2^32 + 3 must not become 3."""
+    """Without x64 JAX narrows NumPy's 64 bits: 2^32 + 3 must not become 3, nor -2^32 + 1 become 1."""
     inputs = make_inputs(CASE)
-    positions = np.array([0, 2**32 + 3, 5, -(2**32) + 1, 99, 100, 7, 8], np.int64)
-    is_outside = np.isin(np.arange(8), [1, 3, 5])
-    got = run("xla", CASE, dataclasses.replace(inputs, positions=positions))[0]
-    is_nan = np.isnan(np.asarray(got, np.float32)).reshape(8, -1).any(axis=1)
-    np.testing.assert_array_equal(is_nan, is_outside)
+    for positions, inside in (
+        (np.array([0, 2**32 + 3, 5, -(2**32) + 1, 99, 100, -(2**63), 2**63 - 1]), [0, 100, 5, 0, 99, 100, 0, 100]),
+        (np.array([0, 2**32 + 3, 5, 7, 99, 100, 1, 2**64 - 1], np.uint64), [0, 100, 5, 7, 99, 100, 1, 100]),
+    ):
+        got = run("xla", CASE, dataclasses.replace(inputs, positions=positions))
+        want = run("xla", CASE, dataclasses.replace(inputs, positions=jnp.array(inside, jnp.int32)))
+        assert compare_outputs(got, want).differing == 0
+        assert np.isnan(np.asarray(got[0], np.float32)).any(axis=1).sum() == inside.count(100)
 
 
 def test_debug_nans_trips_by_design():
     inputs = make_inputs(CASE)
     with jax.debug_nans(True), pytest.raises(FloatingPointError):
-        run("xla", CASE, dataclasses.replace(inputs, positions=inputs.positions.at[0].set(-1)))
+        run("xla", CASE, dataclasses.replace(inputs, positions=inputs.positions.at[0].set(100)))

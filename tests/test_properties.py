@@ -57,7 +57,7 @@ def for_cases(count: int):
 
 @pytest.mark.parametrize("implementation, count", NUM_CASES)
 def test_forward_keeps_to_its_definition(implementation, count):
-    """In every form, dtype and option; NaN where a position lies outside the table and nowhere else."""
+    """In every form, dtype and option; NaN where a position is past the table and nowhere else."""
 
     @for_cases(count)
     def holds(case, seed):
@@ -84,9 +84,7 @@ def test_backward_of_plain_xla_keeps_to_its_definition():
         *cotangents, dv = fuzz.make_cotangents(case, seed)
         want = gradients.define_gradients(plain, safe, cotangents)[:4]
         want = [x._replace(bound=x.bound + gradients.ROUNDOFF["float32"] * abs(x.exact)) for x in want]
-        # The table's lanes of bad positions are those of row 0 there: only calls without them are compared here.
-        inside = dataclasses.replace(inputs, positions=inside_positions(case, inputs))
-        found = fuzz.split_gradients(case, run_backward("xla", case, inside, forms.outputs_of(case, cotangents, dv)))
+        found = fuzz.split_gradients(case, run_backward("xla", case, inputs, forms.outputs_of(case, cotangents, dv)))
         q_gate = found["q"]
         if case.gate is not None:
             pairs = [x.reshape(case.num_tokens, case.num_q_heads, 1, -1) for x in (found["q"], found["gate"])]
@@ -103,18 +101,13 @@ def test_backward_of_plain_xla_keeps_to_its_definition():
     holds()
 
 
-def inside_positions(case: Case, inputs: Inputs) -> jax.Array:
-    positions = np.asarray(inputs.positions)
-    return jnp.asarray(np.where(strategies.is_outside(case, positions), np.zeros_like(positions), positions))
-
-
 def outputs(implementation: str, case: Case, inputs: Inputs) -> dict[str, jax.Array]:
     names = ["q", "k", *(["v"] if case.packed else []), *([] if case.gate is None else ["gate"])]
     return dict(zip(names, run(implementation, case, inputs), strict=True))
 
 
 def assert_same(got: dict[str, jax.Array], want: dict[str, jax.Array]) -> None:
-    """Equal bits, but for which NaN it is where a position lies outside the table."""
+    """Equal bits, but for which NaN it is where a position is past the table."""
     for name in got:
         a, b = (np.array(x) for x in (got[name], want[name]))
         assert a.shape == b.shape and a.dtype == b.dtype
@@ -165,7 +158,7 @@ def permuted_tokens(implementation, case, inputs, rng):
 
 def cos_1_and_sin_0(implementation, case, inputs, rng):
     """They leave the norm alone: lanes that are rotated by nothing are those that are not rotated."""
-    inputs = dataclasses.replace(inputs, positions=inside_positions(case, inputs))
+    inputs = strategies.inside(case, inputs)
 
     def unrotated(case):
         table = np.ones((case.max_position, case.rotary_dim))

@@ -6,6 +6,7 @@ import functools
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import pallas_qk
 from pallas_qk import _sharding
 from pallas_qk._config import Options
 from pallas_qk._operands import Inputs, Outputs
+from tests import forms
 from tests.cases import Case, make_inputs
 from tests.compare import compare_bits
 from tests.devices import collectives, mesh, put
@@ -575,6 +577,101 @@ def test_gpu_kernels_in_what_the_compiler_partitions(name, direction, sums):
     text = lowered_for_cuda(manual, *args)
     assert kernels(text, f"pallas_qk_{name}_{direction}") == 1
     assert collective_operations(text) == sums
+
+
+PLATFORMS = ("tpu", "rocm")  # on which only plain XLA can run; TPUs have no call of the partitioner
+
+
+def exported(function, args, platform):
+    """As a program for `platform`, to be run here: nothing of its text belongs to one."""
+    checks = [jax.export.DisabledSafetyCheck.platform()]
+    return jax.export.export(jax.jit(function), platforms=(platform,), disabled_checks=checks)(*args)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("mode", ["auto", "explicit", "explicit, set_mesh"])
+def test_platforms_that_partition_plain_xla_themselves(platform, packed, mode):
+    """No custom call, the values and the collectives of other platforms."""
+    case = dataclasses.replace(CASE, packed=packed)
+    inputs, cotangents = make_inputs(case), make_cotangents(case)
+    outputs = forms.outputs_of(case, cotangents)
+    args = forms.arguments(case, inputs)
+    num_floats = 3 if packed else 4
+
+    def gradients(*args):
+        floats, rest, cotangents = args[:num_floats], args[num_floats : num_floats + 2], args[num_floats + 2 :]
+        return jax.vjp(lambda *floats: tuple(forms.op(case)(*floats, *rest)), *floats)[1](tuple(cotangents))
+
+    want, want_gradients = jax.jit(forms.op(case))(*args), quick_jit(gradients)(*args, *outputs)
+    with mesh_of({"data": 4, "model": 2}, mode) as on:
+        heads = None if packed else "model"
+        activations = ("data", heads)
+        specs = [*[activations] * (num_floats - 2), (), (), (), ("data",)]
+        args = put(on, args, specs)
+        program = exported(forms.op(case), args, platform)
+        assert "custom_call" not in program.mlir_module()
+        got, found = compiled(program.call, args)
+        assert found == []
+        for name, a, b in zip(("q", "k", "v", "gate"), got, want, strict=False):
+            assert compare_bits(name, np.asarray(a), np.asarray(b)).differing == 0
+        args += put(on, outputs, [activations] * len(outputs))
+        program = exported(gradients, args, platform)
+        assert "custom_call" not in program.mlir_module()
+        got, found = compiled(program.call, args, quick_jit)
+        assert_only_weight_sums(found)
+        assert_agree(got, want_gradients)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("name", GPU_IMPLEMENTATIONS)
+def test_a_gpu_kernel_by_name_is_refused_for_other_platforms(name, platform):
+    args = put(mesh(data=8), make_inputs(CASE), (("data",), ("data",), (), (), (), ("data",)))
+    message = (
+        f"implementation='{name}' must run on an NVIDIA GPU, got platform {platform}. "
+        "Leave implementation out, or pass 'xla'."
+    )
+    function = op(CASE, name)
+    for traced in (
+        jax.jit(function).trace(*args),
+        jax.jit(gradients(function)).trace(*args, *make_cotangents(CASE)),
+    ):
+        with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
+            traced.lower(lowering_platforms=(platform,))
+
+
+@pytest.fixture
+def without_shardy():
+    before = jax.config.jax_use_shardy_partitioner
+    jax.config.update("jax_use_shardy_partitioner", False)
+    yield
+    jax.config.update("jax_use_shardy_partitioner", before)
+
+
+@pytest.mark.parametrize("replicated", [False, True])
+def test_several_devices_without_shardy_are_refused(without_shardy, replicated):
+    """Here, before XLA is entered, which would end the process in some versions."""
+    message = (
+        "the op over several devices needs the Shardy partitioner, got 8 devices and jax_use_shardy_partitioner=False. "
+        "Leave it on, as JAX does, or put the op inside jax.shard_map."
+    )
+    on, tokens = mesh(data=8), () if replicated else ("data",)
+    args = put(on, make_inputs(CASE), (tokens, tokens, (), (), (), tokens))
+    cotangents = put(on, make_cotangents(CASE), [tokens] * 3)
+    for function, given in ((op(CASE), args), (gradients(op(CASE)), [*args, *cotangents])):
+        for call in (function, jax.jit(function)):
+            with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
+                call(*given)
+
+
+def test_what_needs_no_partitioner_runs_without_shardy(without_shardy):
+    """One device, jax.shard_map, and platforms that partition plain XLA themselves."""
+    inputs, _, outputs, _ = on_one_device()
+    assert_same(jax.jit(op(CASE))(*inputs), outputs)
+    _, function = shard_mapped("tokens and heads", mesh(data=4, model=2))
+    assert_same(jax.jit(function)(*inputs), outputs)
+    args = put(mesh(data=8), inputs, (("data",), ("data",), (), (), (), ("data",)))
+    assert "custom_call" not in jax.jit(op(CASE)).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
 
 
 MANY = Case(2**28, 8, 1, head_dim=4, rotary_dim=4)  # 2^31 rows of q, over 8 devices 2^28 each

@@ -2,6 +2,7 @@
 
 import numbers
 import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,11 +97,10 @@ def check_tensors(
     if k.dtype != q_gate.dtype:
         wanted, got = _name(q_gate.dtype), _name(k.dtype)
         raise TypeError(f"k must have the dtype of q_gate, {wanted}, got {got}. Cast one to the other.")
+    widened = [dtype for dtype in activation_dtypes if dtype.itemsize <= max(4, q_gate.itemsize)]
     for name in ("q_weight", "k_weight", "cos_sin_cache"):
-        if tensors[name].dtype not in (q_gate.dtype, torch.float32):
-            got = _name(tensors[name].dtype)
-            wanted = "float32" if q_gate.dtype == torch.float32 else f"{_name(q_gate.dtype)} (as q_gate) or float32"
-            raise TypeError(f"{name} must be {wanted}, got {got}. Cast it with to().")
+        if tensors[name].dtype not in widened:
+            raise TypeError(f"{name} must be {_names(widened)}, got {_name(tensors[name].dtype)}. Cast it with to().")
     if positions.dtype not in position_dtypes:
         got = _name(positions.dtype)
         raise TypeError(f"positions must be {_names(position_dtypes)}, got {got}. Cast them with to(torch.int64).")
@@ -165,7 +165,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+def _names(dtypes: Sequence[torch.dtype]) -> str:
     *first, last = map(_name, dtypes)
     return f"{', '.join(first)} or {last}"
 

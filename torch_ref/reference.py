@@ -44,8 +44,8 @@ def fused_qk_rmsnorm_rope_gate(
     Args:
       q_gate: (T, Hq*2*D), each head [q | gate]; float16, bfloat16, float32 or float64.
       k: (T, Hkv*D), dtype of `q_gate`.
-      q_weight, k_weight: (D,), the dtype of `q_gate` or float32.
-      cos_sin_cache: (max_position, R), each row [cos | sin]; the dtype of `q_gate` or float32.
+      q_weight, k_weight: (D,), each float16, bfloat16 or float32, or float64 where `q_gate` is.
+      cos_sin_cache: (max_position, R), each row [cos | sin]; a dtype of the weights.
       positions: (T,), or (3, T) with `mrope_section`; any integer dtype.
       eps: added to the mean of squares.
       num_q_heads, num_kv_heads, head_dim, rotary_dim: Hq, Hkv, D and R; R is even and at most D.
@@ -61,9 +61,9 @@ def fused_qk_rmsnorm_rope_gate(
       TypeError: a dtype or type does.
 
     Numerics: float32 inside, float64 for float64. `round` is the trip to the dtype of `q_gate` and back, nothing for
-    float32 and float64; autograd takes it for the identity and rounds the gradient that passes it likewise. A
-    position outside the table gives NaN in the lanes (both halves) whose frequency reads it, and nowhere else. The
-    gate keeps its bits.
+    float32 and float64; autograd takes it for the identity and rounds the gradient that passes it, too. A negative
+    position reads row 0 of the table. One past the table gives NaN in the lanes (both halves) whose frequency reads it,
+    and nowhere else. The gate keeps its bits.
 
     Semantics from `fused_qk_rmsnorm_rope_gate` of vLLM 0.33.0, which leaves positions outside the table undefined.
     """
@@ -100,9 +100,11 @@ def _gather_cos_sin(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Two (T, 1, R/2) tensors, one value a token and frequency."""
     rotary_dim = table.shape[1]
-    rows = positions.to(torch.int64)  # a uint64 position past 2^63 turns negative, and so stays outside the table
-    inside = (rows >= 0) & (rows < table.shape[0])
-    values = table[rows.where(inside, 0)].masked_fill(~inside[..., None], float("nan"))
+    rows = positions.to(torch.int64)
+    past = rows >= table.shape[0]
+    if positions.dtype == torch.uint64:
+        past |= rows < 0  # 2^63 and more
+    values = table[rows.clamp(min=0).where(~past, 0)].masked_fill(past[..., None], float("nan"))
     if mrope_section is not None:
         frequency = torch.arange(rotary_dim // 2, device=table.device)
         axis = torch.zeros_like(frequency)

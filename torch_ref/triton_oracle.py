@@ -44,8 +44,8 @@ def fused_qk_rmsnorm_rope_gate(
     Args:
       q_gate: (T, Hq*2*D), each head [q | gate]; float16, bfloat16 or float32. Tokens may lie any distance apart.
       k: (T, Hkv*D), dtype of `q_gate`. Tokens may lie any distance apart.
-      q_weight, k_weight: (D,), the dtype of `q_gate` or float32.
-      cos_sin_cache: (max_position, R), each row [cos | sin]; the dtype of `q_gate` or float32.
+      q_weight, k_weight: (D,), each float16, bfloat16 or float32.
+      cos_sin_cache: (max_position, R), each row [cos | sin]; float16, bfloat16 or float32.
       positions: (T,), or (3, T) with `mrope_section`; int32 or int64, each in [0, max_position).
       eps: added to the mean of squares.
       num_q_heads, num_kv_heads, head_dim, rotary_dim: Hq, Hkv, D and R; R is even and at most D.
