@@ -174,7 +174,7 @@ def _check_array(name: str, array) -> None:
     if spec.reduced | spec.unreduced | manual.reduced | manual.unreduced:
         raise ValueError(
             f"{name} must be neither reduced nor unreduced over mesh axes, got {type_.str_short()}. "
-            "Call jax.sharding.reshard on it before, or jax.lax.pcast inside shard_map."
+            "Pass it through jax.sharding.reshard before, or in shard_map through jax.lax.pcast or, unreduced, psum."
         )
     if type_.memory_space == jax.memory.Space.Host:
         raise ValueError(

@@ -48,7 +48,11 @@ Value = Any  # of the emitted code: the bindings' annotations differ between ver
 
 
 def unsupported(spec: Spec, target: Target) -> str | None:
-    """Why this implementation can't run `spec` on `target`; None if it can."""
+    """Why this implementation can't run `spec` on `target`; None if it can.
+
+    The kernels need no wgmma, TMA, cluster or shared memory, so capability 12.x runs them, which has less of these. What
+    Mosaic GPU puts around a kernel needs 9.0.
+    """
     if target.compute_capability < (9, 0):
         major, minor = target.compute_capability
         return f"it needs compute capability 9.0 or later (Mosaic GPU), got {major}.{minor}"

@@ -5,7 +5,7 @@ from jax.sharding import AbstractDevice
 
 from pallas_qk._config import Target
 
-_AMPERE, _HOPPER, _HOPPER_SMS = (8, 0), (9, 0), 132  # Ampere's code runs on what the table doesn't name
+_AMPERE, _HOPPER, _HOPPER_SMS = (8, 0), (9, 0), 132  # kinds that the table lacks count as Ampere, whose code they run
 # For lowering without the GPU at hand: an abstract device carries a kind and no compute capability.
 _CAPABILITY_OF_KIND = {
     "V100": (7, 0),
@@ -19,6 +19,7 @@ _CAPABILITY_OF_KIND = {
     "L4": (8, 9),
     "L40": (8, 9),
     "L40S": (8, 9),
+    "Ada": (8, 9),  # RTX 6000 Ada Generation
     "H100": (9, 0),
     "H200": (9, 0),
     "H800": (9, 0),
@@ -28,6 +29,13 @@ _CAPABILITY_OF_KIND = {
     "GB200": (10, 0),
     "B300": (10, 3),
     "GB300": (10, 3),
+    "Thor": (11, 0),
+    "Blackwell": (12, 0),  # RTX PRO 6000 Blackwell; a B200 doesn't call itself so
+    "5090": (12, 0),
+    "5080": (12, 0),
+    "5070": (12, 0),
+    "5060": (12, 0),
+    "GB10": (12, 1),
 }
 
 

@@ -75,6 +75,12 @@ def test_an_old_gpu_gets_xla():
     assert count_kernels(lowered(Case(16), ("cuda",), kind="NVIDIA A100-SXM4-80GB")) == {"mosaic_gpu": 0, "triton": 1}
 
 
+@pytest.mark.parametrize("kind", ["NVIDIA B200", "NVIDIA GeForce RTX 5090", "NVIDIA GB10"])
+def test_a_new_gpu_gets_what_a_hopper_gets(kind):
+    expected = {name: int(name == FIRST) for name in GPU_IMPLEMENTATIONS}
+    assert count_kernels(lowered(Case(16), ("cuda",), kind=kind)) == expected
+
+
 @pytest.mark.parametrize("missing, left", [("mosaic_gpu", "triton"), ("triton", "mosaic_gpu")])
 def test_a_jax_without_one_of_the_backends(monkeypatch, missing, left):
     """Nothing of the missing backend is imported; the other one serves, and the name is refused with the reason."""
@@ -145,6 +151,11 @@ def test_default_implementation_is_what_runs():
         ("NVIDIA A100-SXM4-40GB", (8, 0)),
         ("NVIDIA L40S", (8, 9)),
         ("NVIDIA B200", (10, 0)),
+        ("NVIDIA GeForce RTX 5090", (12, 0)),
+        ("NVIDIA GeForce RTX 5070 Ti", (12, 0)),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", (12, 0)),
+        ("NVIDIA GB10", (12, 1)),
+        ("NVIDIA RTX 6000 Ada Generation", (8, 9)),
         ("Tesla V100-SXM2-16GB", (7, 0)),
         ("NVIDIA RTX A6000", (8, 0)),
         ("NVIDIA of tomorrow", (8, 0)),

@@ -1,6 +1,7 @@
 """The Mosaic GPU kernel: what it is lowered to, executed on a CPU, and its own configurations on a GPU."""
 
 import dataclasses
+import functools
 import inspect
 import re
 
@@ -19,7 +20,7 @@ from tests.definition import define, mrope_axis
 if jax.__version_info__ < (0, 11):
     pytest.importorskip("absl", reason="Mosaic GPU of jax 0.10 imports absl, which jax does not depend on")
 
-from pallas_qk import _mosaic_gpu
+from pallas_qk import _mosaic_gpu, _mosaic_gpu_vjp
 from tests.mosaic_interpreter import emitted, execute
 
 CONFIGS = [
@@ -210,6 +211,22 @@ def test_a_token_alone_gives_the_bits_it_gives_in_a_batch(num_tokens, num_q_head
         )
         alone = executed(dataclasses.replace(case, num_tokens=1), one)
         assert_same_bits(alone, [x[rows] for x in together])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_code_needs_nothing_that_capability_12_lacks(direction, packed):
+    """No wgmma, TMA, cluster or tensor memory, no barrier in shared memory, and no byte of that memory."""
+    case = Case(64, mrope_section=(11, 11, 10), packed=packed)
+    module, num_arguments = (_mosaic_gpu, 1) if direction == "forward" else (_mosaic_gpu_vjp, 2)
+    function = functools.partial(getattr(module, direction), options=forms.options(case))
+    for kernel in emitted(function, *forms.types(case)[:num_arguments]).kernels:
+        text = str(kernel)
+        # Every kernel starts with this fence, which 12.x has.
+        body = text[text.index("gpu.launch") :].replace("fence.mbarrier_init.release.cluster;", "")
+        assert re.findall(r"wgmma|tcgen05|cp\.async|cluster|mbarrier\.(?!init)|nvgpu\.", body) == []
+        (size,) = re.findall(r"dynamic_shared_memory_size (%\w+)", body)
+        assert re.search(rf"{size} = arith\.constant 0 : i32", text)
 
 
 def test_no_tokens_need_no_kernel():

@@ -296,6 +296,55 @@ def test_a_head_cut_across_devices_is_refused(name, mode):
             jax.jit(op(case))(*args)
 
 
+def refused(name, type_):
+    message = (
+        f"{name} must be neither reduced nor unreduced over mesh axes, got {type_}. "
+        "Pass it through jax.sharding.reshard before, or in shard_map through jax.lax.pcast or, unreduced, psum."
+    )
+    return pytest.raises(ValueError, match=f"^{re.escape(message)}")
+
+
+def test_reduced_and_unreduced_arrays_are_refused():
+    """As jnp refuses such products: the first would fail in its gradient, the second lacks a sum."""
+    names = ("q_gate", "k", "q_weight", "k_weight", "cos_sin_cache")
+    with jax.set_mesh(mesh(AxisType.Explicit, data=8)):
+        inputs = [jax.sharding.reshard(x, P()) for x in make_inputs(CASE)]
+        for index, (name, x) in enumerate(zip(names, inputs, strict=False)):
+            reduced = jax.jit(lambda x: jax.sharding.reshard(x, P(reduced={"data"})))(x)
+            given = [*inputs[:index], reduced, *inputs[index + 1 :]]
+            for function in (op(CASE), jax.jit(op(CASE))):
+                with refused(name, f"{x.dtype}[{','.join(map(str, x.shape))}]{{R:data}}"):
+                    function(*given)
+        ones = jax.sharding.reshard(jnp.ones((16, 8), CASE.dtype), P(None, "data"))
+        rows = jax.sharding.reshard(jnp.ones((8, 256), CASE.dtype), P("data"))
+        unreduced = jax.jit(lambda a, b: jnp.dot(a, b, out_sharding=P(unreduced={"data"})))(ones, rows)
+        with refused("q_gate", "bfloat16[16,256]{U:data}"):
+            op(CASE)(unreduced, *inputs[1:])
+
+
+def test_reduced_and_unreduced_arrays_in_shard_map_are_refused():
+    inputs, _, outputs, _ = on_one_device()
+    casts = {"R": ["reduced"], "U": ["varying", "unreduced"], "V": ["varying"]}
+
+    def function(*inputs, kinds):
+        q_weight = functools.reduce(lambda x, to: lax.pcast(x, "data", to=to), kinds, inputs[2])
+        return op(CASE)(*inputs[:2], q_weight, *inputs[3:])
+
+    tokens = P("data")
+    for letter, kinds in casts.items():
+        mapped = jax.shard_map(
+            functools.partial(function, kinds=kinds),
+            mesh=mesh(data=8),
+            in_specs=(tokens, tokens, P(), P(), P(), tokens),
+            out_specs=tokens,
+        )
+        if letter == "V":
+            assert_same(jax.jit(mapped)(*inputs), outputs)
+        else:
+            with refused("q_weight", f"bfloat16[16]{{{letter}:data}}"):
+                jax.jit(mapped)(*inputs)
+
+
 SHARD_MAP = {
     "tokens and heads": ("data", "model", "model"),
     "k replicated": ("data", "model", None),
