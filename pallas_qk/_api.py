@@ -42,19 +42,21 @@ def fused_qk_rmsnorm_rope_gate(
         out[R/2:R] = y[:R/2] * sin[p] + y[R/2:R] * cos[p]
         out[R:]    = y[R:]
 
-    Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim; ... any leading axes, such as (T,) or (batch, sequence),
-    the same ones everywhere. Heads may lie on an axis of their own, and then do in the results too.
+    Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim; ... are any leading axes, such as (T,) or (batch,
+    sequence), equal for all arrays. Heads may be a separate axis; the results then have it too. Boxes that give their
+    array by `__jax_array__`, such as `flax.nnx.Param`, are taken for every array.
 
     Args:
       q_gate: (..., Hq*2*D) or (..., Hq, 2*D), each head [q | gate]; float16, bfloat16 or float32. An axis may be empty.
       k: (..., Hkv*D) or (..., Hkv, D), in the form of `q_gate`; its dtype.
-      q_weight: (D,); the dtype of `q_gate` or float32.
-      k_weight: (D,); the dtype of `q_gate` or float32.
-      cos_sin_cache: (max_pos, R), each row [cos | sin]; the dtype of `q_gate` or float32. Without positions (..., R),
-        the row of each token.
-      positions: (...) or, exactly when `mrope_section` is given, (3, ...): rows of time, height and width positions.
-        Any integer dtype, any order. None where `cos_sin_cache` has the row of each token. The number of axes of
-        positions, or of those rows, is what tells (tokens, 1, 2*D) with one head from (tokens, 1) without its axis.
+      q_weight: (D,); float16, bfloat16 or float32, whatever `q_gate` has.
+      k_weight: (D,); float16, bfloat16 or float32.
+      cos_sin_cache: (max_pos, R), each row [cos | sin]; float16, bfloat16 or float32. Without positions (..., R), the
+        row of each token.
+      positions: (...) or, exactly when `mrope_section` is given, (3, ...): rows of time, height and width positions. Any
+        integer dtype, any order. A negative position marks padding: it reads row 0 of the table. A position past the
+        table gives NaN, see Numerics. None where `cos_sin_cache` has the row of each token. With one head,
+        (tokens, 1, 2*D) is ambiguous; the rank of positions, or of those rows, decides.
       eps: added to the mean of squares; a Python number.
       num_q_heads: query heads in `q_gate`.
       num_kv_heads: key heads in `k`.
@@ -79,36 +81,41 @@ def fused_qk_rmsnorm_rope_gate(
       ValueError: a shape or a value breaks a rule above, or a head is cut across devices. Where the compiler alone
         knows that, in `jax.jit` with automatic axes, JAX raises a JaxRuntimeError which holds the message.
       TypeError: a dtype or a type does, or a Python number is traced.
-      NotImplementedError: the implementation asked for by name can't run this, or a shard_map or an export over devices
-        leaves the op to the compiler; the message says why.
+      NotImplementedError: the implementation asked for by name can't run this; a shard_map or an export over devices
+        leaves the op to the compiler; or Shardy is switched off over several devices. The message says why.
       RuntimeError: the process is a fork of one that has called the op.
 
     Numerics:
-      The norm is computed in float32, with the sum of squares in one fixed order, and rounded to the dtype of
-      `q_gate` before the rotation, which is computed in float32 and rounded once more. A token's result depends
-      neither on the other tokens nor on whether the call is inside `jax.jit`. "mosaic_gpu" and "triton" give the bits
-      of the Triton kernel that serving stacks run, for float32 where D is above 32. "xla" on a GPU does for 16-bit
-      activations and tables where D is a power of two; with other 16-bit activations it differs by a unit or two in the
-      last place, in at most 4 elements of 10^4 (41 of 10^6 the most seen, float16 with a float32 table). float32 lies
-      within 2e-6 everywhere up to D = 2048.
-      A position outside [0, max_pos) gives NaN in the elements that read it and nowhere else; no address outside
-      the table is formed. NumPy's 64-bit positions keep that without x64 only where they are given to this function:
-      JAX narrows the arguments of a jit or vmap around it.
+      The norm is computed in float32, with the sum of squares in one fixed order, and rounded to the dtype of `q_gate`.
+      The rotation is computed in float32 and rounded once more. Weights and table are widened to float32, which is
+      exact. A token's result depends neither on the other tokens nor on whether the call is inside `jax.jit`.
+      "mosaic_gpu" and "triton" give the bits of the Triton kernel that serving stacks run, for float32 where D is above
+      32. "xla" on a GPU does so for 16-bit activations and tables where D is a power of two. With other 16-bit
+      activations it differs by a unit or two in the last place, in at most 4 elements of 10^4 (the most seen is 41 of
+      10^6, float16 with a float32 table). float32 results lie within 2e-6 everywhere up to D = 2048.
+      A negative position reads row 0 of the table, with mRoPE in the frequencies that read it. A position past the
+      table gives NaN in the elements that read it and nowhere else. Positions are compared in their own dtype, and no
+      address outside the table is formed. NumPy's 64-bit positions keep this without x64 only where they are given to
+      this function: JAX narrows the arguments of a jit or vmap around it.
 
     Derivatives:
-      Of q_gate, k, both weights and the table, in reverse and forward mode and of any order; rounding counts as the
-      identity. Reverse mode keeps the inputs and nothing else. It is one kernel, and a small one that sums the weights'
-      gradients in float32, in a fixed order, rounded once. The table's is XLA's scatter-add, on a GPU in no fixed
-      order, or, where it has the row of each token, a sum over heads; it costs nothing where it isn't used. Forward
-      mode and derivatives beyond the first are plain XLA.
+      q_gate, k, both weights and the table have derivatives in reverse and forward mode and of any order; rounding
+      counts as the identity. Derivatives read row 0 of the table for every position outside it, and the table's
+      gradient gets nothing from positions past it. So a token with finite activations and zero cotangents adds zero to
+      every gradient.
+      Reverse mode keeps the inputs and nothing else. It is one kernel, and a small one that sums the weights' gradients
+      in float32, in a fixed order, and rounds them once. The table's gradient is XLA's scatter-add, which on a GPU has
+      no fixed order; for rows of each token it is a sum over heads. Unused, it is not computed. Forward mode and
+      derivatives beyond the first are plain XLA.
 
     Mapping and sharding:
-      `jax.vmap` over activations, or over rows of the table for each token, is one launch, over weights or a table one
-      for each, on every device for the whole batch: a batch that is sharded is gathered for it.
+      `jax.vmap` over activations, or over rows of the table for each token, is one launch. Over weights or a shared
+      table it is one launch per element, on every device for the whole batch: a sharded batch is gathered for it.
       Leading axes and heads may be sharded over any axes of a mesh, automatic, explicit or of `jax.shard_map` (which
-      takes the numbers of heads on one device); weights and table are replicated. The forward takes no collective and
-      the backward only the sum of the weights' gradients. A device holds whole heads: fewer kv heads than devices are
-      left replicated over that axis.
+      takes the numbers of heads on one device); weights and table are replicated. The forward takes no collective, and
+      the backward only the sum of the weights' gradients. A device holds whole heads: with fewer kv heads than devices,
+      leave k replicated over that axis. On CPUs and NVIDIA GPUs the compiler's sharding needs the Shardy partitioner,
+      which JAX uses by default.
 
     Semantics from:
       The function of this name in vLLM 0.33.0 (model_executor/layers/fused_qk_norm_rope.py), which trusts positions and

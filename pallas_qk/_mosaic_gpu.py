@@ -50,8 +50,8 @@ Value = Any  # of the emitted code: the bindings' annotations differ between ver
 def unsupported(spec: Spec, target: Target) -> str | None:
     """Why this implementation can't run `spec` on `target`; None if it can.
 
-    The kernels need no wgmma, TMA, cluster or shared memory, so capability 12.x runs them, which has less of these. What
-    Mosaic GPU puts around a kernel needs 9.0.
+    The kernels need no wgmma, TMA, cluster or shared memory. So they run on capability 12.x, which has less of these.
+    What Mosaic GPU puts around a kernel needs 9.0.
     """
     if target.compute_capability < (9, 0):
         major, minor = target.compute_capability
