@@ -53,9 +53,9 @@ def fused_qk_rmsnorm_rope_gate(
       k_weight: (D,); float16, bfloat16 or float32.
       cos_sin_cache: (max_pos, R), each row [cos | sin]; float16, bfloat16 or float32. Without positions (..., R), the
         row of each token.
-      positions: (...) or, exactly when `mrope_section` is given, (3, ...): rows of time, height and width positions. Any
-        integer dtype, any order. A negative position marks padding: it reads row 0 of the table. A position past the
-        table gives NaN, see Numerics. None where `cos_sin_cache` has the row of each token. With one head,
+      positions: (...) or, exactly when `mrope_section` is given, (3, ...): rows of time, height and width positions.
+        Any integer dtype, any order. A negative position marks padding: it reads row 0 of the table. A position past
+        the table gives NaN, see Numerics. None where `cos_sin_cache` has the row of each token. With one head,
         (tokens, 1, 2*D) is ambiguous; the rank of positions, or of those rows, decides.
       eps: added to the mean of squares; a Python number.
       num_q_heads: query heads in `q_gate`.

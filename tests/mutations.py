@@ -321,7 +321,7 @@ MUTATIONS = (
         REFERENCE,
         "cos, sin = _cos_and_sin(inputs, options, past=None)\n    return",
         "cos, sin = _cos_and_sin(inputs, options, past=jnp.nan)\n    return",
-        tests_of("gradients", "test_a_masked_token_outside_the_table_adds_nothing[xla-jvp-False]"),
+        tests_of("gradients", "test_derivatives_read_row_0_outside_the_table[xla-just past]"),
     ),
     Mutation(
         "the table's gradient sees positions past it",
@@ -770,6 +770,27 @@ MUTATIONS = (
         'return all(dim is None or "..." in x.split() for x, dim in zip(names, dims, strict=True))',
         'return any(dim is not None and "..." in x.split() for x, dim in zip(names, dims, strict=True))',
         tests_of("vmap", "test_every_combination"),
+    ),
+    Mutation(
+        "the partitioner's call on platforms without it",
+        SHARDING,
+        'for platform in ("cpu", "cuda"):',
+        'for platform in ("cpu", "cuda", "tpu"):',
+        tests_of("sharding", "test_platforms_that_partition_plain_xla_themselves[auto-False-tpu]"),
+    ),
+    Mutation(
+        "explicit axes left out of plain XLA's results",
+        SHARDING,
+        "function = compiler_partitioned(plain, [x.sharding for x in ctx.avals_out])",
+        "function = plain",
+        tests_of("sharding", "test_platforms_that_partition_plain_xla_themselves[explicit-False-tpu]"),
+    ),
+    Mutation(
+        "reduced types inside shard_map pass",
+        CHECKS,
+        "if spec.reduced | spec.unreduced | manual.reduced | manual.unreduced:",
+        "if spec.reduced | spec.unreduced:",
+        tests_of("sharding", "test_reduced_and_unreduced_arrays_in_shard_map_are_refused"),
     ),
     # The choice, and what is refused.
     Mutation(

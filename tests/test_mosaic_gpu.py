@@ -246,7 +246,7 @@ def test_a_position_past_the_table_gives_nan_in_its_lanes_and_a_negative_one_row
         info = np.iinfo(dtype)
         good = (inputs.positions.astype(np.int64) % min(max_position, info.max + 1)).astype(dtype)
         positions = good.copy()
-        candidates = (-1, max_position, 2**31 - 1, -(2**31), 2**31 + 3, 2**32 + 3, info.min, info.max)
+        candidates = (-1, max_position, 2**31 - 1, -(2**31), 2**31 + 3, 2**32 + 3, 3 - 2**32, info.min, info.max)
         outside = [p for p in candidates if info.min <= p <= info.max and not 0 <= p < max_position]
         past = []
         for index, position in enumerate(outside):
