@@ -23,14 +23,28 @@ endif
 demo: $(READY)
 	$(RUN) -m benchmarks demo
 
+# Where there is a GPU, the tests marked `alone` follow the others in one process. Both sessions run, and both count; 5
+# is pytest's status where the flags name no test of a session.
+ifneq ($(CUDA),)
+define run_tests
+first=0; second=0; \
+$(RUN) -m pytest $(PYTEST_FLAGS) $(1) -m "not alone" || first=$$?; \
+$(RUN) -m pytest $(PYTEST_FLAGS) $(1) -m alone -n 0 || second=$$?; \
+case $$first/$$second in 0/0 | 0/5 | 5/0) ;; *) exit 1 ;; esac
+endef
+else
+run_tests = $(RUN) -m pytest $(PYTEST_FLAGS) $(1)
+endif
+
 test: $(READY)
-	$(RUN) -m pytest $(PYTEST_FLAGS)
+	$(run_tests)
 
 # The lines that the tests run, in .coverage.cpu or .coverage.gpu. Both together, side by side in one tree:
 # python -m coverage combine --keep .coverage.cpu .coverage.gpu && python -m coverage report
 coverage: export COVERAGE_FILE := .coverage.$(if $(CUDA),gpu,cpu)
 coverage: $(READY)
-	$(RUN) -m pytest $(PYTEST_FLAGS) --cov --cov-report=term
+	rm -f $(COVERAGE_FILE)
+	$(call run_tests,--cov --cov-append --cov-report=term)
 
 fuzz: $(READY)
 	$(RUN) -m tests.fuzz --seconds $(SECONDS)

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests import forms, gradients, strategies
+from tests import forms, gpu_memory, gradients, strategies
 from tests.cases import Case
 from tests.compare import compare_bits
 from tests.definition import define
@@ -279,15 +279,16 @@ class Worker(NamedTuple):
 def start_worker(
     seed: int, seconds: float, num_workers: int, implementations: list[str], messages: queue.Queue
 ) -> Worker:
+    fraction = gpu_memory.fraction_name(os.environ)
     environment = os.environ | {
-        # The GPU's memory in equal shares, JAX's taken as needed; a case takes less than 1 GiB.
+        # Equal shares of the GPU's memory, or of what is allowed of it, taken as needed; a case takes less than 1 GiB.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.6 / num_workers:.4f}",
+        fraction: f"{float(os.environ.get(fraction, 0.6)) / num_workers:.4f}",
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "tests.fuzz", "--work", "--seed", str(seed), "--seconds", f"{seconds:.1f}"]
     process = subprocess.Popen(
-        [*command, "--workers", str(num_workers), "--implementations", *implementations],
+        [*command, "--implementations", *implementations],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -411,7 +412,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the oracle's memory is torch's
     if arguments.work:
-        _share_torch(arguments.workers)
+        _share_torch()
         work(arguments.seed, arguments.seconds, arguments.implementations)
         return
     if arguments.case is not None:
@@ -426,12 +427,12 @@ def main() -> None:
     sys.exit(bool(tally.failures) or not tally.elements)
 
 
-def _share_torch(num_workers: int) -> None:
-    """A share of the GPU's memory for the oracle's outputs."""
+def _share_torch() -> None:
+    """A worker's memory for the oracle's outputs: a third of JAX's."""
     if has_gpu():
         import torch
 
-        torch.cuda.set_per_process_memory_fraction(0.2 / num_workers)
+        torch.cuda.set_per_process_memory_fraction(float(os.environ[gpu_memory.fraction_name(os.environ)]) / 3)
 
 
 if __name__ == "__main__":

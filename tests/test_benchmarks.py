@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import os
 import re
 from typing import Any
 
@@ -722,6 +721,7 @@ COPIES = {"copy_512x4": 3.0, "copy_1024x4": 2.0}
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.parametrize("cache", ["hot", "cold"])
 def test_the_profiler_times_every_provider(gpu, cache):
     case, repeats, rounds = Case(64), 5, 3
@@ -745,12 +745,11 @@ def can_run(build, case, inputs) -> bool:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.parametrize("num_tokens", [4096, 16384])
 def test_the_profiler_agrees_with_cuda_events(gpu, num_tokens):
     import torch
 
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        pytest.skip("needs the GPU for itself: run it without -n")
     case, launches = Case(num_tokens), 20
     call = PROVIDERS["oracle"](case, make_inputs(case))
     profiled = measure(case, {"oracle": call}, repeats=20, rounds=3)["oracle"].p50_us
@@ -771,6 +770,7 @@ def test_the_profiler_agrees_with_cuda_events(gpu, num_tokens):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_run_writes_one_checked_row_for_each_implementation(gpu, tmp_path, capsys):
     output = tmp_path / "results.jsonl"
     arguments = ["run", "--tokens", "16", "--heads", "16/2", "--repeats", "3", "--rounds", "2", "--output", str(output)]

@@ -68,6 +68,7 @@ def in_threads(functions):
         return list(pool.map(run, functions))
 
 
+@pytest.mark.alone  # on a GPU all results together take 9 GB
 def test_one_jitted_function_called_from_several_threads(implementation):
     case = Case(4096) if has_gpu() else CASE
     inputs, cotangents = list(make_inputs(case)), make_cotangents(case)
@@ -124,6 +125,7 @@ def test_a_token_alone_has_its_gradients_among_others(implementation):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.parametrize("name", ["mosaic_gpu", "triton"])
 def test_beside_work_on_other_streams(gpu, name):
     """Calls queued one behind another while torch keeps streams of its own busy on the same GPU."""

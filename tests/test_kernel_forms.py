@@ -229,6 +229,7 @@ def test_a_packed_array_past_2_31_elements(direction):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_a_packed_array_past_2_31_elements_on_a_gpu(gpu, implementation):
     case = Case(65_600, 60, 4, packed=True, gathered=True)

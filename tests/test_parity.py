@@ -33,6 +33,11 @@ PEER_CASES = [
 ]
 
 
+def on_a_gpu(case: Case):
+    """The case; random numbers of a large one pass through 16 bytes an element, which ask for a GPU of its own."""
+    return pytest.param(case, marks=pytest.mark.alone) if case.num_outputs > 2**28 else case
+
+
 def assert_agrees(implementation: str, case: Case, inputs, platform: str = "gpu") -> None:
     want = to_jax(oracle(case, inputs)())
     result = agreement(implementation, case, run(implementation, case, inputs), want, platform=platform)
@@ -40,7 +45,9 @@ def assert_agrees(implementation: str, case: Case, inputs, platform: str = "gpu"
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [*SMALL_CASES, *PEER_CASES, *suites.parity_gpu()], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", [on_a_gpu(c) for c in (*SMALL_CASES, *PEER_CASES, *suites.parity_gpu())], ids=lambda case: case.id
+)
 def test_agrees_on_a_gpu(gpu, implementation, case):
     assert_agrees(implementation, case, make_inputs(case, seed=2))
 
@@ -89,6 +96,7 @@ def test_reruns_give_the_same_bits(gpu, implementation, num_tokens):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_offsets_past_2_to_the_31(gpu, implementation):
     """q_gate holds 2.4e9 elements; a few tokens of both ends give the bits that they give alone."""
     case = Case(147456, 32, 1)
@@ -103,6 +111,7 @@ def test_offsets_past_2_to_the_31(gpu, implementation):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_table_offsets_past_2_to_the_31(gpu, implementation):
     max_position = 2**25 + 1000
     case = Case(64, 2, 1, max_position=4096)

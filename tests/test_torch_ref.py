@@ -410,6 +410,7 @@ def test_compiled_oracle_gives_the_same_bits_from_any_address(gpu, head_dim):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_compiled_oracle_reaches_offsets_past_2_to_the_31(gpu):
     case = Case(2, 2, 1)
     q_gate, *rest = torch_inputs(case)

@@ -449,7 +449,7 @@ def test_programs_follow_the_gpu_that_code_is_made_for():
         Case(4096),
         Case(4095, 15, 1, dtype="float16", mrope_section=(11, 11, 10)),
         Case(4096, 16, 4, head_dim=80, rotary_dim=40, cache_dtype="float32"),
-        Case(16384, 32, 2),
+        pytest.param(Case(16384, 32, 2), marks=pytest.mark.alone),
     ],
     ids=lambda case: case.id,
 )
@@ -480,6 +480,7 @@ def test_jax_gives_the_main_kernel_one_warp_and_no_shared_memory(gpu, case, tmp_
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_offsets_past_2_to_the_31(gpu):
     """q_gate has 2^31 elements and one token more: the last token's bits are those it has alone."""
     case, one = Case(2**17 + 1, 32, 2), Case(1, 32, 2)
