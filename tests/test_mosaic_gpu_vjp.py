@@ -240,7 +240,7 @@ def test_no_tokens_need_no_kernel():
 
 @pytest.mark.parametrize("dtype", ["int32", "int64", "uint32", "int8"])
 def test_a_position_outside_the_table_reads_row_0(dtype):
-    case = Case(9, 2, 1, mrope_section=(11, 11, 10), max_position=100)
+    case = Case(10, 2, 1, mrope_section=(11, 11, 10), max_position=100)
     info = np.iinfo(dtype)
     candidates = (-1, 100, 2**31 - 1, -(2**31), 2**31 + 3, 2**32 + 3, 3 - 2**32, info.min, info.max)
     outside = [p for p in candidates if info.min <= p <= info.max and not 0 <= p < 100]
