@@ -87,6 +87,7 @@ def test_two_processes(tmp_path):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES_EACH}",
+        "no_grpc_proxy": "127.0.0.1",  # where http_proxy is set
     }
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

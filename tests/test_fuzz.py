@@ -1,6 +1,7 @@
 """The fuzzer: that it runs, that what it prints can be run again, and that it sees what is wrong."""
 
 import dataclasses
+import queue
 import subprocess
 import sys
 
@@ -116,6 +117,31 @@ os._exit(9)
     assert tally.failures[0] == ("A", "B")
     assert tally.failures[1][0] == "C"
     assert tally.failures[1][1] == "the worker ended with 9: Segmentation fault\n"
+
+
+FRACTIONS = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ({}, {FRACTIONS[0]: "0.3000"}),
+        ({FRACTIONS[0]: "0.02"}, {FRACTIONS[0]: "0.0100"}),
+        ({FRACTIONS[1]: "0.02"}, {FRACTIONS[1]: "0.0100"}),
+    ],
+)
+def test_two_workers_share_what_is_allowed_of_a_gpus_memory(monkeypatch, given, told):
+    """JAX refuses both variables together."""
+    for name in FRACTIONS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    script = "import json, os; print(json.dumps({n: x for n, x in os.environ.items() if n.endswith('MEM_FRACTION')}))"
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **kw: popen([sys.executable, "-c", script], **kw))
+    messages = queue.Queue()
+    fuzz.start_worker(0, 1.0, 2, ["xla"], messages)
+    assert messages.get(timeout=60)[1] == told
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, of the interpreter
