@@ -1,8 +1,8 @@
 """How the processes of a test run share the memory of one GPU.
 
 A process that runs tests takes JAX's part at its start, in one piece, so that no other process can take it. Torch's
-part grows up to a bound. What tests start, such as a fresh interpreter, gets a small bound of its own. The rules are
-applied by `tests/conftest.py`. Settings that the environment already holds stay as they are.
+part grows up to a bound. JAX in what tests start, such as a fresh interpreter, has a small bound of its own.
+`tests/conftest.py` applies the rules. Settings that the environment already holds stay as they are.
 """
 
 import functools
