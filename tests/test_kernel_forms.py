@@ -175,9 +175,10 @@ def test_triton_lowers_every_form_for_cuda_to_kernels_and_reshapes(direction, ca
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_row_for_each_token_needs_no_guard(direction):
+    """Nor does the backward with positions, which reads row 0 of the table for those outside."""
     nans = re.compile(rf"\b({0x7FC0}|{0x7FC07FC0})\b")  # for cos, of one bfloat16 or two
     plain, gathered = (emitted(direction, dataclasses.replace(PLAIN, gathered=g)) for g in (False, True))
-    assert nans.search(plain) and not nans.search(gathered)
+    assert bool(nans.search(plain)) == (direction == "forward") and not nans.search(gathered)
     assert gathered.count("llvm.load") < plain.count("llvm.load")
 
 
