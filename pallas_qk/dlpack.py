@@ -46,15 +46,18 @@ def from_torch(tensor: torch.Tensor, *, copy: bool = False) -> jax.Array:
         the copy is made.
 
     Returns:
-      An array of the tensor's shape, dtype and device. It waits for what is queued on torch's current stream of that
-      device. JAX takes arrays for immutable: as long as an uncopied one lives, the tensor must not be written, and
-      the array must not be donated (`jax.jit(..., donate_argnums=...)`).
+      An array of the tensor's shape, dtype and device, whatever mesh, default device or trace the caller is in. It
+      waits for what is queued on torch's current stream of that device. JAX takes arrays for immutable: as long as an
+      uncopied one lives, the tensor must not be written, and the array must not be donated
+      (`jax.jit(..., donate_argnums=...)`).
 
     The memory lives until both sides are done with it: the tensor may be dropped right away. On a GPU, dropping the
     array then waits for the device if nothing else of JAX's refers to the memory.
 
     Raises:
       ValueError: strides, alignment, pinned or sparse memory, requires_grad, or a pending conjugation or negation.
+        With either `copy` a nested tensor, or one whose elements aren't all in memory of its own: a DTensor, another
+        wrapper, a fake tensor, a tensor inside `torch.vmap` or `torch.func`, or one whose storage was freed.
       TypeError: not a tensor, a dtype outside `DTYPES`, or one that JAX would narrow while jax_enable_x64 is off.
       NotImplementedError: the tensor's device isn't one of JAX's.
       ModuleNotFoundError: torch is not installed; `to_torch` likewise.
@@ -63,27 +66,27 @@ def from_torch(tensor: torch.Tensor, *, copy: bool = False) -> jax.Array:
     import jax
     import torch
 
+    if torch.compiler.is_dynamo_compiling():  # torch.compile can't trace JAX: its graph is broken here
+        return torch.compiler.disable(from_torch)(tensor, copy=copy)
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"tensor must be a torch.Tensor, got {_describe(tensor)}. Use jax.numpy.asarray for NumPy's.")
     _check_torch_layout(tensor)
     _check_torch_dtype(tensor)
     _check_torch_device(tensor)
-    with _current_device(tensor.device):
+    memory = _own_memory(tensor)
+    with _current_device(memory.device):
         if copy:
-            tensor = tensor.resolve_conj().resolve_neg().contiguous()
-            if tensor.is_pinned() or _misalignment(tensor):
-                tensor = tensor.clone()
+            memory = memory.resolve_conj().resolve_neg().contiguous()
+            if memory.is_pinned() or _misalignment(memory):
+                memory = memory.clone()
         else:
             _check_torch_values(tensor)
         # A tensor of our own over the same memory. Nothing but JAX refers to it, so it dies with JAX's last reference.
-        exported = tensor.detach()
+        exported = memory.detach()
         array = jax.dlpack.from_dlpack(exported, copy=False)
-    if _runs_behind_the_host(tensor.device):
-        _hold_until_passed(exported, owner=tensor, device=tensor.device)
-    if copy:
-        with jax.ensure_compile_time_eval():  # now, even while a function is traced
-            array = jax.block_until_ready(jax.numpy.array(array, copy=True))
-    return array
+    if _runs_behind_the_host(memory.device):
+        _hold_until_passed(exported, owner=memory, device=memory.device)
+    return _copy(array) if copy else array
 
 
 def to_torch(array: jax.Array) -> torch.Tensor:
@@ -115,7 +118,9 @@ def to_torch(array: jax.Array) -> torch.Tensor:
         traced = f"a traced {array.aval.str_short()}"
         raise TypeError(f"array must be concrete, got {traced}. Call to_torch outside jax.jit, jax.grad and jax.vmap.")
     if str(array.dtype) not in DTYPES:
-        raise TypeError(f"array must be one of {', '.join(DTYPES)}, got {array.dtype}. Cast it with astype.")
+        is_key = jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+        remedy = "Pass jax.random.key_data(array)." if is_key else "Cast it with astype."
+        raise TypeError(f"array must be one of {', '.join(DTYPES)}, got {array.dtype}. {remedy}")
     if array.is_deleted():
         raise ValueError("array must hold its memory, got one that was deleted or donated. Export it before that.")
     devices = array.sharding.device_set
@@ -150,6 +155,10 @@ def _check_torch_is_there(function: str) -> None:
 def _check_torch_layout(tensor: torch.Tensor) -> None:
     import torch
 
+    if tensor.is_nested:
+        raise ValueError(
+            "tensor must be dense, got a nested tensor. Pass torch.nested.to_padded_tensor(tensor, padding=0.0)."
+        )
     if tensor.layout != torch.strided:
         layout = str(tensor.layout).removeprefix("torch.")
         raise ValueError(f"tensor must be dense, got layout {layout}. Pass tensor.to_dense().")
@@ -160,7 +169,8 @@ def _check_torch_dtype(tensor: torch.Tensor) -> None:
 
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
-        raise TypeError(f"tensor must be one of {', '.join(DTYPES)}, got {dtype}. Cast it with tensor.to().")
+        remedy = "Pass tensor.dequantize()." if tensor.is_quantized else "Cast it with tensor.to()."
+        raise TypeError(f"tensor must be one of {', '.join(DTYPES)}, got {dtype}. {remedy}")
     # jax.dlpack.from_dlpack narrows without a word, which is a copy, and cuts integers to their low 32 bits.
     narrowed = jax.dtypes.canonicalize_dtype(dtype)
     if str(narrowed) != dtype:
@@ -175,7 +185,8 @@ def _check_torch_device(tensor: torch.Tensor) -> None:
     import torch
 
     if tensor.device.type not in _ALIGNMENT:
-        raise NotImplementedError(f"tensor must lie on a CPU or GPU, got {tensor.device}. Move it with tensor.cpu().")
+        remedy = "Load its values first: it has none to move." if tensor.is_meta else "Move it with tensor.cpu()."
+        raise NotImplementedError(f"tensor must lie on a CPU or GPU, got {tensor.device}. {remedy}")
     backend = "rocm" if tensor.device.type == "cuda" and torch.version.hip else tensor.device.type
     try:
         shared = [device.local_hardware_id for device in jax.local_devices(backend=backend)]
@@ -186,6 +197,32 @@ def _check_torch_device(tensor: torch.Tensor) -> None:
             f"tensor must lie on a device that JAX uses, got {tensor.device} where JAX has {backend} devices {shared}. "
             "Move it with tensor.to(), or start JAX with that device."
         )
+
+
+def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of the tensor without its history, whose storage holds every element."""
+    # Wrappers, fake tensors and those of torch.func show a shape without the memory for it, and a storage can be freed
+    # or cut under its views. torch has no public predicate for all of them. What each of them lacks is a storage with
+    # an address and enough bytes. The view is asked for it, since a mode of the caller's may make a fake of the tensor.
+    try:
+        view = tensor.detach()
+        storage = view.untyped_storage()
+        held = storage.nbytes() if storage.data_ptr() else 0
+        last = view.storage_offset() + sum(
+            (n - 1) * stride for n, stride in zip(view.shape, view.stride(), strict=True)
+        )
+        needed = (last + 1) * view.element_size() if view.numel() else 0
+        if held >= needed:
+            return view
+        shown, cause = f"{held} of {needed} bytes", None
+    except Exception as error:  # there is no storage, or the class or a mode refuses to show it, each in its own way
+        shown, cause = "none", error
+    remedy = "Pass a plain tensor whose storage is allocated, outside torch.vmap, torch.func and FakeTensorMode."
+    if hasattr(tensor, "full_tensor"):
+        remedy = "Pass tensor.full_tensor()."
+    raise ValueError(
+        f"tensor must hold its elements in memory of its own, got {_describe(tensor)} that shows {shown}. {remedy}"
+    ) from cause
 
 
 def _check_torch_values(tensor: torch.Tensor) -> None:
@@ -240,6 +277,16 @@ def _check_jax_device(array: jax.Array, device: jax.Device) -> None:
                 f"{torch.cuda.device_count()} GPUs. "
                 "Move it with jax.device_put(array, jax.devices('cpu')[0]), or install torch for this GPU."
             )
+
+
+def _copy(array: jax.Array) -> jax.Array:
+    """A copy on the array's device, made when this returns."""
+    import jax
+
+    # A compiled copy would run on the devices of the caller's mesh, and a traced one would run later. device_put is
+    # neither. A guard against transfers is about those between devices, which this is not.
+    with jax.core.eval_context(), jax.transfer_guard_device_to_device("allow"):
+        return jax.block_until_ready(jax.device_put(array, array.device, may_alias=False))
 
 
 def _misalignment(tensor: torch.Tensor) -> int:

@@ -12,9 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from examples import gated_attention
 from pallas_qk import dlpack
 from pallas_qk.dlpack import from_torch, to_torch
+from tests.devices import mesh
 
 pytest.importorskip("torch")
 
@@ -141,6 +144,113 @@ COPIED = {
         "tensor must start at a multiple of 64 bytes, got an address 1 past one. Pass tensor.clone(), or copy=True.",
     ),
 }
+NO_MEMORY = "tensor must hold its elements in memory of its own, got a {} that shows {}. {}"
+PLAIN = "Pass a plain tensor whose storage is allocated, outside torch.vmap, torch.func and FakeTensorMode."
+NESTED = "tensor must be dense, got a nested tensor. Pass torch.nested.to_padded_tensor(tensor, padding=0.0)."
+
+
+class Plain(torch.Tensor):
+    """A subclass with memory of its own."""
+
+
+class Wrapper(torch.Tensor):
+    """A subclass that shows another tensor's shape, as quantization libraries have them."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        args = [x.inner if isinstance(x, cls) else x for x in args]
+        return cls(function(*args, **(kwargs or {})))
+
+
+def cut(num_bytes, view=lambda x: x):
+    tensor = torch.full((1024,), 3.0)
+    shown = view(tensor)
+    tensor.untyped_storage().resize_(num_bytes)
+    return shown
+
+
+def distributed(tensor=None):
+    """A DTensor, as FSDP2 keeps parameters, on a mesh of this process alone."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    tensor = torch.full((64,), 3.0) if tensor is None else tensor
+    return distribute_tensor(tensor, init_device_mesh("cpu", (1,)), [Shard(0)])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _end_the_process_group():
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def fake():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode().from_tensor(torch.ones(64, 3))
+
+
+def fake_of_unknown_length():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mask = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.ones(64, dtype=torch.bool))
+    return torch.masked_select(mask, mask)
+
+
+def functional():
+    from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+
+    with FunctionalTensorMode():
+        return FunctionalTensor.to_functional(torch.ones(4))
+
+
+def waited_for():
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    return AsyncCollectiveTensor(torch.ones(4))
+
+
+def nested(layout):
+    return torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=layout)
+
+
+def quantized():
+    return torch.quantize_per_tensor(torch.arange(4.0), 0.5, 0, torch.qint8)
+
+
+# Tensors without the memory that they show, with the name of their type and what they show of it.
+MEMORYLESS = {
+    "freed storage": (lambda: cut(0), "torch.Tensor", "0 of 4096 bytes"),
+    "cut storage": (lambda: cut(64), "torch.Tensor", "64 of 4096 bytes"),
+    "view past a cut storage": (
+        lambda: cut(4095, lambda x: x[512:].view(4, 128).T),
+        "torch.Tensor",
+        "4095 of 4096 bytes",
+    ),
+    "wrapper": (lambda: Wrapper(torch.ones(4)), f"{__name__}.Wrapper", "none"),
+    "parameter of a wrapper": (lambda: torch.nn.Parameter(Wrapper(torch.ones(4))), f"{__name__}.Wrapper", "none"),
+    "masked": (
+        lambda: torch.masked.masked_tensor(torch.ones(2), torch.tensor([True, False])),
+        "torch.masked.maskedtensor.core.MaskedTensor",
+        "none",
+    ),
+    "collective": (waited_for, "torch.distributed._functional_collectives.AsyncCollectiveTensor", "none"),
+    "fake": (fake, "torch._subclasses.fake_tensor.FakeTensor", "0 of 768 bytes"),
+    "fake of unknown length": (fake_of_unknown_length, "torch._subclasses.fake_tensor.FakeTensor", "none"),
+    "functional": (functional, "torch._subclasses.functional_tensor.FunctionalTensor", "none"),
+    "zeros": (lambda: torch._efficientzerotensor((4,)), "torch.Tensor", "none"),
+    "lazy parameter": (lambda: torch.nn.LazyLinear(3).weight, "torch.nn.parameter.UninitializedParameter", "none"),
+}
 # What it doesn't.
 REFUSED = {
     "list": (TypeError, lambda: [1.0], "tensor must be a torch.Tensor, got a list. Use jax.numpy.asarray for NumPy's."),
@@ -157,8 +267,20 @@ REFUSED = {
     "meta": (
         NotImplementedError,
         lambda: torch.zeros(4, device="meta"),
-        "tensor must lie on a CPU or GPU, got meta. Move it with tensor.cpu().",
+        "tensor must lie on a CPU or GPU, got meta. Load its values first: it has none to move.",
     ),
+    **{
+        name: (ValueError, make, NO_MEMORY.format(kind, shown, PLAIN))
+        for name, (make, kind, shown) in MEMORYLESS.items()
+    },
+    "distributed": (
+        ValueError,
+        distributed,
+        NO_MEMORY.format("torch.distributed.tensor.DTensor", "none", "Pass tensor.full_tensor()."),
+    ),
+    "nested, strided": (ValueError, lambda: nested(torch.strided), NESTED),
+    "nested, jagged": (ValueError, lambda: nested(torch.jagged), NESTED),
+    "quantized": (TypeError, quantized, f"tensor must be one of {DTYPE_NAMES}, got qint8. Pass tensor.dequantize()."),
     "float8": (
         TypeError,
         lambda: torch.zeros(4, dtype=torch.int16).view(torch.float8_e4m3fn),
@@ -189,10 +311,106 @@ def test_from_torch_refuses_what_would_be_a_copy(name):
 
 @pytest.mark.parametrize("copy", [False, True])
 @pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of prototypes
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_from_torch_refuses_what_no_copy_would_help(name, copy):
     exception, make, message = REFUSED[name]
+    tensor = make()
     with pytest.raises(exception, match=f"^{re.escape(message)}$"):
-        from_torch(make(), copy=copy)
+        from_torch(tensor, copy=copy)
+
+
+@pytest.mark.parametrize(
+    "make, plain",
+    [
+        (distributed, lambda x: x.full_tensor()),
+        (quantized, lambda x: x.dequantize()),
+        (lambda: nested(torch.strided), lambda x: torch.nested.to_padded_tensor(x, padding=0.0)),
+        (lambda: nested(torch.jagged), lambda x: torch.nested.to_padded_tensor(x, padding=0.0)),
+    ],
+    ids=["distributed", "quantized", "nested, strided", "nested, jagged"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of prototypes
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_from_torch_takes_what_it_proposes(make, plain):
+    tensor = plain(make())
+    np.testing.assert_array_equal(np.asarray(from_torch(tensor)), tensor.numpy(), strict=True)
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize(
+    "transform",
+    [torch.vmap, torch.func.grad, torch.func.functionalize, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))],
+    ids=["vmap", "grad", "functionalize", "jvp"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, when it imports what jvp takes
+def test_from_torch_refuses_traced_tensors(transform, copy):
+    def f(x):
+        from_torch(x, copy=copy)
+        return x.sum()
+
+    with pytest.raises(ValueError, match=f"^{re.escape(NO_MEMORY.format('torch.Tensor', 'none', PLAIN))}$"):
+        transform(f)(torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("is_lenient, shown", [(False, "none"), (True, "0 of 64 bytes")])
+def test_from_torch_refuses_real_tensors_in_fake_tensor_mode(is_lenient, shown, copy):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    tensor = torch.arange(16.0)
+    with (
+        FakeTensorMode(allow_non_fake_inputs=is_lenient),
+        pytest.raises(ValueError, match=f"^{re.escape(NO_MEMORY.format('torch.Tensor', shown, PLAIN))}$"),
+    ):
+        from_torch(tensor, copy=copy)
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_from_torch_refuses_what_a_closure_of_grad_would_wrap(copy):
+    tensor = torch.arange(16.0)
+
+    def f(x):
+        from_torch(tensor, copy=copy)
+        return x.sum()
+
+    with pytest.raises(ValueError, match=f"^{re.escape(NO_MEMORY.format('torch.Tensor', 'none', PLAIN))}$"):
+        torch.func.grad(f)(torch.ones(3))
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_a_compiled_function_of_torch_breaks_its_graph(copy):
+    def f(x):
+        return from_torch(2 * x, copy=copy), x + 1
+
+    array, tensor = torch.compile(f, backend="eager")(torch.ones(4))
+    assert array.tolist() == [2, 2, 2, 2] and tensor.tolist() == [2, 2, 2, 2]
+
+
+def test_a_state_dict_of_distributed_tensors_is_refused():
+    config = gated_attention.Config(1, 1, 8, 4, (1, 1, 0), 1e-6)
+    state_dict = {"q_proj.weight": distributed(torch.ones(16, 8))}
+    message = NO_MEMORY.format("torch.distributed.tensor.DTensor", "none", "Pass tensor.full_tensor().")
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        gated_attention.from_state_dict(state_dict, config)
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: torch.nn.Parameter(x, requires_grad=False),
+        lambda x: x.as_subclass(Plain),
+        lambda x: torch._lazy_clone(x),
+        lambda x: x.share_memory_(),
+    ],
+    ids=["parameter", "subclass", "copy on write", "shared memory"],
+)
+def test_from_torch_takes_whatever_holds_its_memory(make, copy):
+    tensor = make(torch.arange(16.0))
+    array = from_torch(tensor, copy=copy)
+    np.testing.assert_array_equal(np.asarray(array), np.arange(16, dtype=np.float32), strict=True)
+    assert shares_memory(array, tensor) != copy
 
 
 def test_from_torch_refuses_a_device_that_jax_has_not(monkeypatch):
@@ -218,9 +436,19 @@ def test_from_torch_refuses_pinned_memory(monkeypatch):
     assert from_torch(pinned, copy=True).shape == (4,)
 
 
-@pytest.mark.parametrize("make", [lambda: torch.zeros(0, 6)[:, ::2], lambda: torch.zeros(8, dtype=torch.uint8)[3:3]])
-def test_a_tensor_without_elements_has_neither_strides_nor_an_address(make):
-    assert from_torch(make()).size == 0
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.zeros(0, 6)[:, ::2],
+        lambda: torch.zeros(8, dtype=torch.uint8)[3:3],
+        lambda: torch.zeros(3, 0),
+        lambda: cut(0, lambda x: x[512:512]),
+    ],
+    ids=["strides", "address", "no storage", "freed storage"],
+)
+def test_a_tensor_without_elements_has_neither_strides_nor_an_address(make, copy):
+    assert from_torch(make(), copy=copy).size == 0
 
 
 def deleted():
@@ -241,7 +469,7 @@ def deleted():
         (
             TypeError,
             lambda: jax.random.key(0),
-            f"array must be one of {DTYPE_NAMES}, got key<fry>. Cast it with astype.",
+            f"array must be one of {DTYPE_NAMES}, got key<fry>. Pass jax.random.key_data(array).",
         ),
         (
             ValueError,
@@ -355,6 +583,15 @@ def test_copy_takes_what_the_exchange_refuses(name):
     np.testing.assert_array_equal(np.asarray(array), want, strict=True)
 
 
+@pytest.mark.parametrize("dtype", dlpack.DTYPES)
+@pytest.mark.parametrize("shape", [(5, 3), (), (0, 3)], ids=str)
+def test_a_copy_keeps_bits(dtype, shape, device):
+    with jax.enable_x64(True):
+        tensor = random_bits(dtype, shape).to(device)
+        array = from_torch(tensor, copy=True)
+        assert array.shape == shape and str(array.dtype) == dtype and bits_of_array(array) == bits_of_tensor(tensor)
+
+
 def test_a_copy_is_jaxs_own(device):
     tensor = torch.arange(64.0, device=device)
     array = from_torch(tensor, copy=True)
@@ -374,6 +611,92 @@ def test_the_exchange_happens_at_once_while_a_function_is_traced(copy):
 
     assert jax.jit(f)(1.0).sum() == 16
     assert not isinstance(seen[0], jax.core.Tracer)
+
+
+# --- Wherever it is called ---
+
+
+def call_in(transform):
+    """Runs a function while a function of JAX's runs or is traced."""
+
+    def within(function):
+        results = []
+
+        def f(x):
+            results.append(function())
+            return x
+
+        transform(f)
+        return results[0]
+
+    return within
+
+
+def call_under(context):
+    def within(function):
+        with context():
+            return function()
+
+    return within
+
+
+def shard_map(axis_type, wrap):
+    def transform(f):
+        on, spec = mesh(axis_type, data=8), PartitionSpec("data")
+        x = jax.device_put(np.ones(8, np.float32), NamedSharding(on, spec))
+        wrap(jax.shard_map(f, mesh=on, in_specs=spec, out_specs=spec))(x)
+
+    return transform
+
+
+def jit_under_a_mesh(f):
+    with jax.set_mesh(mesh(AxisType.Explicit, data=8)):
+        jax.jit(f)(np.ones(8, np.float32))
+
+
+SURROUNDINGS = {
+    "default device": call_under(lambda: jax.default_device(jax.devices("cpu")[3])),
+    "transfer guard": call_under(lambda: jax.transfer_guard("disallow_explicit")),
+    "with mesh": call_under(lambda: mesh(data=8)),
+    "jit": call_in(lambda f: jax.jit(f)(1.0)),
+    "grad": call_in(lambda f: jax.grad(f)(1.0)),
+    "vmap": call_in(lambda f: jax.vmap(f)(np.ones(3))),
+    "jit, set_mesh": call_in(jit_under_a_mesh),
+    **{
+        f"{name}, {axis_type.name}": within
+        for axis_type in (AxisType.Auto, AxisType.Explicit)
+        for name, within in {
+            "set_mesh": call_under(lambda t=axis_type: jax.set_mesh(mesh(t, data=8))),
+            "abstract": call_under(lambda t=axis_type: jax.sharding.use_abstract_mesh(mesh(t, data=8).abstract_mesh)),
+            "shard_map": call_in(shard_map(axis_type, lambda f: f)),
+            "jit of shard_map": call_in(shard_map(axis_type, jax.jit)),
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("name", SURROUNDINGS)
+@pytest.mark.filterwarnings("ignore:.*context manager has been deprecated:DeprecationWarning")
+def test_from_torch_keeps_to_the_tensors_device(name, copy, device):
+    tensor = torch.arange(64.0, device=device)
+    outside = from_torch(tensor, copy=copy)
+    array = SURROUNDINGS[name](lambda: from_torch(tensor, copy=copy))
+    assert not isinstance(array, jax.core.Tracer)
+    assert array.sharding == outside.sharding and jax.typeof(array) == jax.typeof(outside)
+    assert shares_memory(array, tensor) != copy
+    if copy:  # that was made by then, and may be donated
+        tensor.zero_()
+        assert jax.jit(lambda x: x + 1, donate_argnums=0)(array).sum() == 64 * 63 / 2 + 64
+        assert array.is_deleted() and tensor.sum() == 0
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+@pytest.mark.filterwarnings("ignore:.*context manager has been deprecated:DeprecationWarning")
+def test_to_torch_keeps_to_the_arrays_device(name, device):
+    array = jnp.arange(64.0)
+    tensor = SURROUNDINGS[name](lambda: to_torch(array))
+    assert tensor.device.type == device and shares_memory(array, tensor) and tensor.sum() == 64 * 63 / 2
 
 
 # --- Lifetime ---
