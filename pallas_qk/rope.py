@@ -23,8 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from pallas_qk import _checks
+
 # Spellings of older checkpoints, as transformers' configurations of Qwen2-VL and Phi-3 read them.
 _ALIASES = {"mrope": "default", "su": "longrope"}
+
+# What every kind reads. A dict that has none of these says nothing of RoPE.
+_COMMON_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 
 # 2 pi to 50 digits: at 64 bits of a turn float64's value would be off in its last bits.
 _TURN = Fraction("6.2831853071795864769252867665590057683943387987502")
@@ -55,7 +60,8 @@ def inv_frequencies(
         choose other frequencies by it, the others ignore it. transformers takes the largest position seen so far, so
         its keys from before a change keep their old rotation.
       layer_type: which entry to read where `rope_parameters` holds one dict per layer type, such as Gemma 3's
-        "full_attention" and "sliding_attention".
+        "full_attention" and "sliding_attention". It holds those where a dict inside it has rope_type, type, rope_theta
+        or partial_rotary_factor and it has none of these itself. Any other dict inside it is a key that isn't read.
       rope_theta: what older configurations hold beside the dict; taken where the dict has none, and refused where it
         has another value. Gemma 3's older form: `rope_scaling` with rope_theta, and None with
         rope_theta=rope_local_base_freq.
@@ -124,13 +130,17 @@ def cos_sin_cache(
     Args:
       inv_freq: (R/2,) radians per position, from `inv_frequencies`; NumPy, so that it can be float64.
       attention_factor: multiplied into cosine and sine.
-      max_position: the number of rows: positions 0 to max_position - 1. With mRoPE an image can't push a position
-        beyond the number of tokens, so the longest sequence is enough here too.
+      max_position: the number of rows: positions 0 to max_position - 1. The longest sequence is enough for text, for
+        images and for videos whose frames are grids of their own (Qwen3-VL, Qwen3.5): no position reaches the number
+        of tokens. A video with time in seconds can go beyond it. Its t frames of h*w tokens take
+        max(h, w, 1 + (t - 1) * interval) positions, where interval is tokens_per_second * second_per_grid_ts in
+        Qwen2.5-VL and position_id_per_seconds * second_per_grids in Qwen3-Omni. Their sum over the videos, plus the
+        number of the other tokens, is enough. Qwen3-Omni has fractions there, which `cos_sin_rows` takes.
       dtype: float32, or the activations' dtype.
 
     Returns:
-      (max_position, R), each row [cos | sin], on JAX's default device. Inside `jax.jit` it is a constant of the
-      program: make it outside and pass it in.
+      (max_position, R), each row [cos | sin], on JAX's default device whatever mesh is set. Inside `jax.jit` it is a
+      constant of the program: make it outside and pass it in.
 
     Raises:
       ValueError: a shape or value breaks a rule above.
@@ -152,57 +162,66 @@ def cos_sin_cache(
         angles = np.arange(start, min(start + _BLOCK_ROWS, max_position))[:, None] * frequencies
         rows = np.concatenate([np.cos(angles), np.sin(angles)], axis=1) * factor
         table[start : start + len(rows)] = _round_once(rows, out_dtype)
-    return jnp.asarray(table)
+    # jnp.asarray would lay it on the caller's mesh, and without that context the array would be traced.
+    with jax.ensure_compile_time_eval():
+        return jax.device_put(table)
 
 
 def cos_sin_rows(
-    positions: ArrayLike, inv_freq: np.ndarray, attention_factor: float = 1.0, *, dtype: DTypeLike = jnp.float32
+    positions: ArrayLike,
+    inv_freq: np.ndarray,
+    attention_factor: float = 1.0,
+    *,
+    mrope_section: Sequence[int] | None = None,
+    mrope_layout: str = "interleaved",
+    dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
     """The rows that `cos_sin_cache` has at some positions, computed under `jax.jit` without a table.
 
     Args:
-      positions: (...), any integer dtype, traced or not, from 0 to 2^32 - 1.
+      positions: (...) or, exactly when `mrope_section` is given, (n, ...). Any integer or floating dtype, traced or
+        not, below 2^32. A negative position marks padding: its row is that of position 0.
       inv_freq: as `cos_sin_cache` takes it; not traced.
-      attention_factor: likewise.
-      dtype: likewise.
+      attention_factor: multiplied into cosine and sine.
+      mrope_section: n counts that sum to R/2, of the frequencies that read each row of `positions`.
+      mrope_layout: "interleaved": frequency j reads row a >= 1 where j % n == a and j < n * mrope_section[a], and row 0
+        elsewhere (Qwen3-VL, Qwen3.5; NeoMME, n = 2). "sectioned": the first mrope_section[0] frequencies read row 0,
+        the next mrope_section[1] read row 1, and so on (Qwen2-VL; vLLM's HunYuan-VL, n = 4). For n = 3 both are those
+        of the ops.
+      dtype: float32, or the activations' dtype.
 
     Returns:
-      (..., R), each row [cos | sin]; NaN where a position is outside 0 to 2^32 - 1.
+      (..., R), each row [cos | sin]; NaN where a position that is read is 2^32 or more, infinite or NaN.
 
     Raises:
       ValueError: a shape or value breaks a rule above.
-      TypeError: a dtype does.
+      TypeError: a dtype or type does.
 
     Numerics:
-      The angle is a product of integers in 2^-64 turns, of which whole turns fall away exactly; its leading 32 bits,
-      off by less than 6e-9 radians, go on. Then float32: at every position an element is within 2e-7 of the exact one,
-      times the factor (9e-8 measured on a CPU), so not always equal to the table's in the last bit.
+      A position counts in steps of 2^-32, rounded towards 0. The angle is a product of integers in 2^-64 turns, of
+      which whole turns fall away exactly; its leading 32 bits go on, off by less than 6e-9 radians for integers of any
+      frequency and for fractions below one turn per position. Then float32: at every position an element is within
+      2e-7 of the exact one, times the factor (9e-8 measured on a CPU), so not always equal to the table's in the last
+      bit. To a derivative positions are constants.
 
     Example:
       >>> print(np.asarray(cos_sin_rows([1, 10**9], np.array([1.0, 0.5]))).round(3))
       [[ 0.54   0.878  0.841  0.479]
        [ 0.838 -0.959  0.546 -0.285]]
+      >>> print(np.asarray(cos_sin_rows([[8.5], [2], [3]], np.array([1.0, 0.5]), mrope_section=(1, 1, 0))).round(3))
+      [[-0.602  0.54   0.798  0.841]]
     """
     frequencies, factor = _check_frequencies(inv_freq, attention_factor)
     out_dtype = _check_dtype(dtype)
     if not isinstance(positions, jax.Array):
         positions = np.asarray(positions)  # not JAX's, which would narrow 64-bit positions
-    if not jnp.issubdtype(positions.dtype, jnp.integer):
-        raise TypeError(f"positions must have an integer dtype, got {positions.dtype}. Cast them with astype.")
+    if not (jnp.issubdtype(positions.dtype, jnp.integer) or jnp.issubdtype(positions.dtype, jnp.floating)):
+        got = positions.dtype
+        raise TypeError(f"positions must have an integer or floating dtype, got {got}. Cast them with astype.")
+    reads = _check_mrope(mrope_section, mrope_layout, len(frequencies), positions.shape)
 
-    step = [round(Fraction(float(f)) / _TURN * 2**64) for f in frequencies]  # per position, in 2^-64 turns
-    shape = (1,) * positions.ndim + (len(step),)
-    high = np.array([s >> 32 & 0xFFFFFFFF for s in step], np.uint32).reshape(shape)
-    low = np.array([s & 0xFFFFFFFF for s in step], np.uint32).reshape(shape)
-    at = positions.astype(jnp.uint32)
-    exists = (positions >= 0) & (at.astype(positions.dtype) == positions)
-    at = jnp.asarray(at)[..., None]
-    # Bits 32 to 63 of at * step. Of at * low only the upper half counts: three partial products of 16 by 16 bits,
-    # short of the carry of their lower halves, which is at most 2.
-    at_high, at_low = at >> 16, at & 0xFFFF
-    low_high, low_low = low >> np.uint32(16), low & np.uint32(0xFFFF)
-    turn = at * high + at_high * low_high + (at_high * low_low >> 16) + (at_low * low_high >> 16)
-
+    whole, fraction, exists = _split(positions)
+    turn = _turns(frequencies, *(_of_each_frequency(x, reads) for x in (whole, fraction) if x is not None))
     quarter = (turn + 2**29) >> 30  # the nearest quarter turn, 0 to 4; the sum wraps: 4 is 0
     angle = (turn - (quarter << 30)).astype(jnp.int32).astype(jnp.float32) * np.float32(2 * math.pi / 2**32)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -210,8 +229,9 @@ def cos_sin_rows(
     cos, sin = jnp.where(odd, sin, cos), jnp.where(odd, cos, sin)
     cos = jnp.where((quarter == 1) | (quarter == 2), -cos, cos)
     sin = jnp.where(quarter >= 2, -sin, sin)
-    rows = jnp.concatenate([cos, sin], axis=-1) * np.float32(factor)
-    return jnp.where(jnp.asarray(exists)[..., None], rows, jnp.float32(jnp.nan)).astype(out_dtype)
+    exists = _of_each_frequency(exists, reads)
+    cos, sin = (jnp.where(exists, x * np.float32(factor), np.float32(np.nan)) for x in (cos, sin))
+    return jnp.concatenate([cos, sin], axis=-1).astype(out_dtype)
 
 
 def mrope_positions(
@@ -264,6 +284,59 @@ def mrope_positions(
     if next_position > 2**31 - 1:
         raise ValueError(f"positions must fit int32, got {next_position} as the next one. Start at a lower position.")
     return positions.astype(np.int32), next_position
+
+
+def _split(positions: jax.Array | np.ndarray) -> tuple:
+    """Whole parts, fractions in 2^-32 or None for integers, both uint32, and whether a position is finite and < 2^32.
+
+    A negative position counts as 0. NumPy's arrays are split on the host: JAX may not have their 64 bits.
+    """
+    xp = np if isinstance(positions, np.ndarray) else jnp
+    floating = jnp.issubdtype(positions.dtype, jnp.floating)
+    if positions.dtype.itemsize < 4:
+        positions = positions.astype(np.float32 if floating else np.int32)  # float16 ends below 2^32
+    if not floating:
+        positions = xp.maximum(positions, 0)
+        whole = positions.astype(np.uint32)
+        return whole, None, whole.astype(positions.dtype) == positions
+    exists = (positions > -np.inf) & (positions < 2.0**32)
+    positions = xp.where(exists & (positions > 0), positions, 0.0)
+    whole = xp.floor(positions)
+    return whole.astype(np.uint32), ((positions - whole) * 2.0**32).astype(np.uint32), exists
+
+
+def _of_each_frequency(x: jax.Array | np.ndarray, reads: np.ndarray | None) -> jax.Array:
+    """x (...) as (..., 1), or of x (n, ...) the row that each frequency reads, (..., R/2)."""
+    x = jnp.asarray(x)
+    if reads is None:
+        return x[..., None]
+    reads = reads.reshape((1,) * (x.ndim - 1) + reads.shape)
+    picked = x[0][..., None]
+    for row in range(1, x.shape[0]):
+        picked = jnp.where(reads == row, x[row][..., None], picked)
+    return picked
+
+
+def _turns(frequencies: np.ndarray, whole: jax.Array, fraction: jax.Array | None = None) -> jax.Array:
+    """What frequency times position has beyond whole turns, uint32 (..., R/2) in 2^-32 turns."""
+    steps = [round(Fraction(float(f)) / _TURN * 2**64) for f in frequencies]  # per position, in 2^-64 turns
+    coarse = [(step + 2**31) >> 32 for step in steps]  # in 2^-32 turns
+
+    def constant(numbers: list[int]) -> np.ndarray:
+        return np.array([x & 0xFFFFFFFF for x in numbers], np.uint32).reshape((1,) * (whole.ndim - 1) + (-1,))
+
+    turn = whole * constant([step >> 32 for step in steps]) + _upper_half(whole, constant(steps))
+    if fraction is not None:
+        turn = turn + _upper_half(fraction, constant(coarse)) + fraction * constant([x >> 32 for x in coarse])
+    return turn
+
+
+def _upper_half(x: jax.Array, y: np.ndarray) -> jax.Array:
+    """Bits 32 to 63 of x * y, uint32, of four products of 16 by 16 bits."""
+    x_high, x_low, y_high, y_low = x >> 16, x & 0xFFFF, y >> np.uint32(16), y & np.uint32(0xFFFF)
+    middle = x_high * y_low + (x_low * y_low >> 16)
+    rest = x_low * y_high + (middle & 0xFFFF)
+    return x_high * y_high + (middle >> 16) + (rest >> 16)
 
 
 def _default(parameters: dict, rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
@@ -407,16 +480,18 @@ def _pick_layer_type(rope_parameters: Mapping[str, Any] | None, layer_type: str 
             f"rope_parameters must be a dict or None, got {rope_parameters!r:.80}. "
             "Pass the configuration's rope_parameters or rope_scaling."
         )
-    layer_types = [name for name, value in rope_parameters.items() if isinstance(value, Mapping)]
-    if not layer_types and layer_type is None:
+    entries = {name: value for name, value in rope_parameters.items() if isinstance(value, Mapping)}
+    says_rope = any(not _COMMON_KEYS.isdisjoint(entry) for entry in entries.values())
+    has_layer_types = says_rope and _COMMON_KEYS.isdisjoint(rope_parameters)
+    if layer_type is None and not has_layer_types:
         return dict(rope_parameters)
-    if layer_type not in layer_types:
-        names = f"one of {layer_types}" if layer_types else "None for rope_parameters without layer types"
+    if layer_type not in list(entries):
+        names = f"one of {list(entries)}" if has_layer_types else "None for rope_parameters without layer types"
         raise ValueError(
             f"layer_type must be {names}, got {layer_type!r}. "
             "Pass the name of the entry to read, if rope_parameters holds one dict per layer type."
         )
-    return dict(rope_parameters[layer_type])
+    return dict(entries[layer_type])
 
 
 def _number(parameters: Mapping[str, Any], name: str, default: float | None = None) -> float:
@@ -473,6 +548,32 @@ def _check_frequencies(inv_freq: np.ndarray, attention_factor: float) -> tuple[n
             f"{inv_freq.shape}. {remedy}"
         )
     return inv_freq.astype(np.float64), _number({"attention_factor": attention_factor}, "attention_factor")
+
+
+def _check_mrope(
+    mrope_section: Sequence[int] | None, mrope_layout: str, num_frequencies: int, shape: tuple[int, ...]
+) -> np.ndarray | None:
+    """None, or the row of positions that each frequency reads, (R/2,)."""
+    _checks.check_mrope_layout(mrope_layout)
+    if mrope_section is None:
+        return None
+    rule = f"mrope_section must be integers >= 0 that sum to len(inv_freq) = {num_frequencies}"
+    remedy = "Pass how many frequencies read each row of positions, such as (11, 11, 10) for 32 frequencies."
+    if not isinstance(mrope_section, list | tuple) or not all(map(_is_integer, mrope_section)):
+        raise TypeError(f"{rule}, got {mrope_section!r:.80}. {remedy}")
+    section = [operator.index(count) for count in mrope_section]
+    if min(section, default=0) < 0 or sum(section) != num_frequencies:
+        raise ValueError(f"{rule}, got {section}. {remedy}")
+    if shape[:1] != (len(section),):
+        raise ValueError(
+            f"positions must have shape ({len(section)}, ...), a row for each count of mrope_section, got {shape}. "
+            "Stack the rows on the first axis, or leave mrope_section out for a single row."
+        )
+    if mrope_layout == "sectioned":
+        return np.repeat(np.arange(len(section)), section)
+    frequency = np.arange(num_frequencies)
+    row = frequency % len(section)
+    return np.where(frequency < len(section) * np.array(section)[row], row, 0)
 
 
 def _check_dtype(dtype: DTypeLike) -> np.dtype:

@@ -12,6 +12,7 @@ import pytest
 
 import pallas_qk
 from pallas_qk import rope
+from pallas_qk._reference import mrope_mask
 
 TURN = 2 * Fraction("3.14159265358979323846264338327950288419716939937510582097494459")
 LARGE_POSITIONS = [*range(5), 4095, 65535, 65536, 131_071, 262_143, 524_287, 999_998, 999_999]
@@ -19,7 +20,8 @@ LARGE_POSITIONS = [*range(5), 4095, 65535, 65536, 131_071, 262_143, 524_287, 999
 
 def exact_rows(positions, inv_freq) -> np.ndarray:
     """[cos | sin] in float64 of angles multiplied and reduced in rational numbers."""
-    reduced = [[float(Fraction(int(p)) * Fraction(f) % TURN) for f in inv_freq.tolist()] for p in positions]
+    exact = [Fraction(p if isinstance(p, int) else float(p)) for p in np.asarray(positions).tolist()]
+    reduced = [[float(p * Fraction(f) % TURN) for f in inv_freq.tolist()] for p in exact]
     return np.concatenate([np.cos(reduced), np.sin(reduced)], axis=1)
 
 
@@ -99,12 +101,165 @@ def test_rows_agree_with_the_table():
     assert rope.cos_sin_rows(3, inv_freq).shape == (8,)
 
 
-@pytest.mark.parametrize("positions", [np.array([-1, 5, 2**32 + 3, 2**32]), np.array([-1, 5, -128, -7], np.int8)])
-def test_rows_outside_the_range_are_nan(positions):
+def fractions(dtype, limit=2**32) -> np.ndarray:
+    """Positions of a floating dtype from everywhere in its range, as NumPy's."""
+    rng = np.random.default_rng(0)
+    named = [0, -0.0, 0.5, 2, 8.5, 15, 1 - 2**-53, 2**-32, 2**-40, 1e-300, 4095.75, 2**31 + 0.5, 2**32 - 2**-21]
+    drawn = [rng.uniform(0, top, 100) for top in (1, 1e3, 1e6, 2**32)]
+    with np.errstate(over="ignore"):  # float16 ends at 65504
+        positions = np.concatenate([named, *drawn]).astype(jnp.dtype(dtype))
+    return np.resize(positions[positions.astype(np.float64) < limit], 400)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_rows_of_fractions_are_exact(dtype, jit):
+    inv_freq, _ = rope.inv_frequencies({"rope_theta": 1e7}, head_dim=16)
+    positions = fractions(dtype)
+
+    def rows(positions):
+        return rope.cos_sin_rows(positions, inv_freq, 1.5)
+
+    with jax.enable_x64(dtype == "float64"):
+        got = (jax.jit(rows) if jit else rows)(jnp.asarray(positions))
+    assert got.dtype == jnp.float32
+    assert abs(np.asarray(got, np.float64) / 1.5 - exact_rows(positions, inv_freq)).max() < 2e-7
+    on_the_host = jax.jit(lambda: rows(positions))() if jit else rows(positions)  # no x64 here
+    np.testing.assert_array_equal(on_the_host, got)
+    np.testing.assert_array_equal(rows(positions.astype(np.float64).tolist()), got)
+
+
+@pytest.mark.parametrize("dtype", ["uint32", "float32", "float64"])
+def test_angles_are_off_by_less_than_6e_9(dtype):
+    """Before float32, whose own rounding of cosines and sines hides that."""
+    inv_freq = np.array([6.28, 1.0, 0.3, 1e-3, 3e-7])
+    positions = fractions("float64").astype(dtype)
+    positions = positions[positions < 2**32] if dtype == "float32" else positions
+    *parts, exists = rope._split(positions)
+    parts = [jnp.asarray(x)[:, None] for x in parts if x is not None]
+    got = np.asarray(rope._turns(inv_freq, *parts)) * (float(TURN) / 2**32)
+    want = [[float(Fraction(p) * Fraction(f) % TURN) for f in inv_freq.tolist()] for p in positions.tolist()]
+    off = abs(got - want)
+    assert exists.all() and np.minimum(off, float(TURN) - off).max() < 6e-9
+
+
+@pytest.mark.parametrize("frequency", [7.0, 100.0, -0.3, -9.0])
+def test_frequencies_of_any_size_and_sign(frequency):
+    """A fraction makes whole turns where a frequency is above one turn per position."""
+    positions = fractions("float32", 1e4)
+    got = rope.cos_sin_rows(positions, np.array([frequency]))
+    assert abs(np.asarray(got, np.float64) - exact_rows(positions, np.array([frequency]))).max() < 2e-7
+
+
+def special_rows(positions, factor=1.25):
     inv_freq, _ = rope.inv_frequencies({"rope_theta": 1e4}, head_dim=8)
-    for got in (rope.cos_sin_rows(positions, inv_freq), rope.cos_sin_rows(positions.tolist(), inv_freq)):
-        np.testing.assert_array_equal(np.isnan(got).all(axis=1), [True, False, True, True])
-        assert not np.isnan(got[1]).any()
+    return np.asarray(rope.cos_sin_rows(positions, inv_freq, factor))
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        np.array([5, 2**32 + 3, 2**32, 2**63 - 1]),
+        np.array([5, 2**32 + 3, 2**32, 2**64 - 1], np.uint64),
+        np.array([5, np.nan, np.inf, -np.inf, 2.0**32, 1e300]),
+        np.array([5, np.nan, np.inf, -np.inf, 2.0**32, 1e30], np.float32),
+        np.array([5, np.nan, np.inf, -np.inf, 2.0**32, 1e30], jnp.bfloat16),
+        np.array([5, np.nan, np.inf, -np.inf], np.float16),
+    ],
+    ids=lambda positions: positions.dtype.name,
+)
+def test_rows_outside_the_range_are_nan(positions):
+    with jax.enable_x64(positions.dtype.itemsize == 8):
+        on_a_device = special_rows(jnp.asarray(positions))
+    for got in (special_rows(positions), special_rows(positions.astype(object).tolist()), on_a_device):
+        np.testing.assert_array_equal(np.isnan(got), np.repeat([[False], *[[True]] * (len(positions) - 1)], 8, axis=1))
+
+
+PADDING = dict.fromkeys(("int32", "int64", "float32", "float64", "bfloat16"), -(2**31))
+PADDING |= {"int4": -8, "int8": -128, "int16": -(2**15), "float16": -65504, "float8_e5m2": -57344}
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("dtype", PADDING)
+def test_negative_positions_mark_padding(dtype, jit):
+    """The row of position 0, with not a NaN on the way: `jax.debug_nans` looks at each step."""
+    positions = np.array([-1, PADDING[dtype], 0, 3]).astype(jnp.dtype(dtype))
+    if positions.dtype.kind != "i" and dtype != "int4":
+        positions[0] = -0.25
+    with jax.enable_x64(dtype.endswith("64")), jax.debug_nans(True):
+        on_a_device = (jax.jit(special_rows_traced) if jit else special_rows_traced)(jnp.asarray(positions))
+        for got in (special_rows_traced(positions), on_a_device):
+            np.testing.assert_array_equal(got[:3], np.repeat([[1.25] * 4 + [0.0] * 4], 3, axis=0))
+            assert (np.asarray(got[3]) != np.asarray(got[0])).all()
+
+
+def special_rows_traced(positions):
+    inv_freq, _ = rope.inv_frequencies({"rope_theta": 1e4}, head_dim=8)
+    return rope.cos_sin_rows(positions, inv_freq, 1.25)
+
+
+def test_positions_are_constants_to_a_derivative():
+    positions = jnp.array([-1.5, 0.0, 2.25, 1e9])
+    gradient = jax.grad(lambda positions: special_rows_traced(positions).sum())(positions)
+    np.testing.assert_array_equal(gradient, np.zeros(4))
+    scores = jax.grad(lambda x: (x * special_rows_traced(jnp.array([-3, 7]))).sum())(jnp.ones((2, 8)))
+    np.testing.assert_array_equal(scores[0], [1.25] * 4 + [0.0] * 4)
+    assert np.isfinite(scores).all()
+
+
+SECTIONS = {  # of 11 frequencies
+    "one": (11,),
+    "two": (6, 5),
+    "three": (4, 4, 3),
+    "uneven": (2, 8, 1),
+    "empty": (0, 0, 11),
+    "four": (3, 3, 3, 2),
+}
+
+
+def read_rows(section, layout) -> list[int]:
+    """The row of positions that each frequency reads, by the words of the docstring."""
+    if layout == "sectioned":
+        return [row for row, count in enumerate(section) for _ in range(count)]
+    n = len(section)
+    return [j % n if j % n and j < n * section[j % n] else 0 for j in range(sum(section))]
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "sectioned"])
+@pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS)
+def test_mrope_merges_rows_bit_for_bit(section, layout):
+    inv_freq, reads, n = np.geomspace(1, 1e-4, 11), np.array(read_rows(section, layout)), len(section)
+    if n == 3:
+        for row in (1, 2):
+            in_the_kernels = mrope_mask(jnp.arange(11, dtype=jnp.int32), row, section, layout)
+            np.testing.assert_array_equal(reads == row, in_the_kernels)
+
+    def merged(positions):
+        return rope.cos_sin_rows(positions, inv_freq, 1.25, mrope_section=section, mrope_layout=layout)
+
+    def of_one_row(positions):
+        return rope.cos_sin_rows(positions, inv_freq, 1.25)
+
+    rng = np.random.default_rng(0)
+    drawn = [rng.integers(-9, 2**31, (n, 2, 15), np.int32), rng.uniform(-9, 2**33, (n, 2, 15)).astype(np.float32)]
+    for positions in drawn:
+        for wrap in (lambda function: function, jax.jit):
+            each = list(map(wrap(of_one_row), positions))
+            want = each[0]
+            for row in range(1, n):
+                want = jnp.where(np.tile(reads == row, 2).reshape(1, 1, 22), each[row], want)
+            got = wrap(merged)(positions)
+            assert got.shape == (2, 15, 22) and np.isfinite(got).any()
+            np.testing.assert_array_equal(got, want)
+
+
+def test_mrope_computes_each_angle_once():
+    def rows(positions):
+        return rope.cos_sin_rows(positions, np.geomspace(1, 1e-3, 8), mrope_section=(3, 3, 2))
+
+    steps = jax.make_jaxpr(rows)(jnp.zeros((3, 5), jnp.int32)).jaxpr.eqns
+    shapes = [step.outvars[0].aval.shape for step in steps if step.primitive.name in ("cos", "sin")]
+    assert shapes == [(5, 8), (5, 8)]
 
 
 def test_linear():
@@ -217,6 +372,11 @@ def test_proportional_leaves_the_rest_of_the_head_unrotated():
         (None, {"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
         ({"rope_theta": 1e4, "partial_rotary_factor": 0.5}, {"rope_theta": 10000, "sequence_length": 7}),
         ({"a": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "b": None}, {"layer_type": "a"}),
+        ({"a": {"type": "default"}, "b": {}}, {"rope_theta": 1e4, "partial_rotary_factor": 0.5, "layer_type": "b"}),
+        ({"rope_theta": 1e4, "partial_rotary_factor": 0.5, "extra": {"a": 1}, "more": {"rope_theta": 2}}, {}),
+        ({"extra": {"a": 1}, "more": None}, {"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+        ({"rope_theta": None, "extra": {}}, {"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+        ({"a": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "note": "text"}, {"layer_type": "a"}),
     ],
 )
 def test_spellings_of_the_same(parameters, beside):
@@ -336,8 +496,6 @@ LLAMA3 = {"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor
         (lambda: rope.cos_sin_cache(ONE, None, max_position=1), ValueError, "attention_factor must be"),
         (lambda: rope.cos_sin_cache(ONE, max_position=1, dtype="float64"), TypeError, "or float32, got 'float64'."),
         (lambda: rope.cos_sin_cache(ONE, max_position=1, dtype="half-ish"), TypeError, "or float32, got 'half-ish'."),
-        (lambda: rope.cos_sin_rows(jnp.ones(3), ONE), TypeError, "positions must have an integer dtype, got float32."),
-        (lambda: rope.cos_sin_rows([True], ONE), TypeError, "positions must have an integer dtype, got bool."),
         (lambda: rope.mrope_positions([-1]), ValueError, "grid (t, h, w) of integers >= 1, got -1."),
         (lambda: rope.mrope_positions([(1, 0, 2)]), ValueError, "integers >= 1, got (1, 0, 2)."),
         (lambda: rope.mrope_positions([(2, 2)]), TypeError, "integers >= 1, got (2, 2)."),
@@ -352,6 +510,65 @@ def test_errors_say_the_rule_and_what_they_got(call, error, message):
     with pytest.raises(error, match=re.escape(message)) as caught:
         call()
     assert re.search(r", got .*\. [A-Z`].*\.$", str(caught.value), re.DOTALL)
+
+
+LAYER_TYPE = "Pass the name of the entry to read, if rope_parameters holds one dict per layer type."
+NUMPY_OR_JAX = "positions must have an integer or floating dtype, got {}. Cast them with astype."
+SECTION = (
+    "mrope_section must be integers >= 0 that sum to len(inv_freq) = 4, got {}. "
+    "Pass how many frequencies read each row of positions, such as (11, 11, 10) for 32 frequencies."
+)
+ROWS = (
+    "positions must have shape ({}, ...), a row for each count of mrope_section, got {}. "
+    "Stack the rows on the first axis, or leave mrope_section out for a single row."
+)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (
+            lambda: rope.inv_frequencies({"a": THETA, "b": None, "note": "text"}, head_dim=8),
+            ValueError,
+            f"layer_type must be one of ['a'], got None. {LAYER_TYPE}",
+        ),
+        (
+            lambda: rope.inv_frequencies({"a": THETA, "b": None}, head_dim=8, layer_type="b"),
+            ValueError,
+            f"layer_type must be one of ['a'], got 'b'. {LAYER_TYPE}",
+        ),
+        (
+            lambda: rope.inv_frequencies(THETA | {"a": {"b": 1}}, head_dim=8, layer_type="full"),
+            ValueError,
+            f"layer_type must be None for rope_parameters without layer types, got 'full'. {LAYER_TYPE}",
+        ),
+        (lambda: rope.cos_sin_rows([True], ONE), TypeError, NUMPY_OR_JAX.format("bool")),
+        (lambda: rope.cos_sin_rows(jnp.ones(3, jnp.complex64), ONE), TypeError, NUMPY_OR_JAX.format("complex64")),
+        (lambda: rope.cos_sin_rows(["1"], ONE), TypeError, NUMPY_OR_JAX.format("<U1")),
+        (lambda: mrope(np.zeros((3, 2)), (2, 1)), ValueError, SECTION.format([2, 1])),
+        (lambda: mrope(np.zeros((3, 2)), (3, 2, -1)), ValueError, SECTION.format([3, 2, -1])),
+        (lambda: mrope(np.zeros((3, 2)), ()), ValueError, SECTION.format([])),
+        (lambda: mrope(np.zeros((3, 2)), (2, 1, 1.0)), TypeError, SECTION.format("(2, 1, 1.0)")),
+        (lambda: mrope(np.zeros((3, 2)), (3, True, 0)), TypeError, SECTION.format("(3, True, 0)")),
+        (lambda: mrope(np.zeros((3, 2)), 4), TypeError, SECTION.format("4")),
+        (lambda: mrope(np.zeros((2, 3)), (2, 1, 1)), ValueError, ROWS.format(3, (2, 3))),
+        (lambda: mrope(np.zeros(()), (2, 2)), ValueError, ROWS.format(2, ())),
+        (
+            lambda: rope.cos_sin_rows(3, ONE, mrope_layout="mixed"),
+            ValueError,
+            "mrope_layout must be 'interleaved' or 'sectioned', got 'mixed'. "
+            "Pass 'interleaved' for Qwen3-VL and Qwen3.5, 'sectioned' for Qwen2-VL and Qwen2.5-VL.",
+        ),
+    ],
+)
+def test_whole_errors(call, error, message):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == message
+
+
+def mrope(positions, section):
+    return rope.cos_sin_rows(positions, np.geomspace(1, 1e-3, 4), mrope_section=section)
 
 
 def test_frequencies_are_not_traced():
@@ -393,7 +610,7 @@ def test_mrope_positions_go_on_where_the_cache_ends():
 
 
 def test_mrope_positions_stay_below_the_number_of_tokens():
-    """Why a table as long as the longest sequence is long enough."""
+    """Why a table as long as the longest sequence is enough, with time in frames."""
     rng = np.random.default_rng(0)
     for _ in range(50):
         grids = [tuple(rng.integers(1, 6, 3).tolist()) for _ in range(4)]

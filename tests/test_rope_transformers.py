@@ -2,10 +2,14 @@
 
 import copy
 import importlib
+import inspect
 import itertools
 import math
+import pathlib
+import re
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -251,6 +255,152 @@ def test_fixed_alpha_is_that_of_hunyuan():
     np.testing.assert_allclose(inv_freq, want.numpy(), rtol=(math.log(1e8) + 8) * 2**-24)
 
 
+MERGE = 2  # spatial_merge_size
+
+
+def configurations():
+    """One of each class of transformers that has RoPE, as it is without arguments."""
+    transformers = pytest.importorskip("transformers")
+    root = pathlib.Path(transformers.__file__).parent
+    for file in sorted(root.glob("models/*/configuration_*.py")):
+        if "rope_parameters" not in file.read_text():
+            continue
+        module = importlib.import_module(".".join(("transformers", *file.relative_to(root).with_suffix("").parts)))
+        for cls in vars(module).values():
+            if inspect.isclass(cls) and cls.__module__ == module.__name__ and hasattr(cls, "rope_parameters"):
+                yield cls()
+
+
+def test_layer_types_are_told_as_every_configuration_of_transformers_does():
+    if not hasattr(rope_utils.RotaryEmbeddingConfigMixin, "nested_rope_parameter_keys"):
+        pytest.skip("this version of transformers doesn't say which keys are layer types")
+    with_layer_types = without = 0
+    for config in configurations():
+        parameters = config.rope_parameters or {}
+        # Names that no layer has by default count too: every dict in there is one of a layer type.
+        layer_types = [name for name, value in parameters.items() if isinstance(value, dict)]
+        declared = config.nested_rope_parameter_keys(parameters)
+        assert bool(layer_types) == bool(declared), type(config)
+        if not declared:
+            without += 1
+            if parameters.get("rope_type") in ("default", "linear"):
+                more = {
+                    "partial_rotary_factor": 1.0,
+                    "note": {"a": 1},
+                    "empty": None,
+                }  # the class may mean another size
+                rope.inv_frequencies(parameters | more, head_dim=2000)
+            continue
+        with_layer_types += 1
+        with pytest.raises(ValueError, match=re.escape(f"layer_type must be one of {layer_types}, got None. ")):
+            rope.inv_frequencies(parameters, head_dim=2000)
+        for name in layer_types:
+            got = rope.inv_frequencies(parameters, head_dim=2000, layer_type=name)
+            want = rope.inv_frequencies(parameters[name], head_dim=2000)
+            np.testing.assert_array_equal(got[0], want[0])
+        for name in set(declared) - set(layer_types):
+            assert parameters[name] is None
+            with pytest.raises(ValueError, match="layer_type must be one of"):
+                rope.inv_frequencies(parameters, head_dim=2000, layer_type=name)
+    assert with_layer_types >= 15 and without >= 100
+
+
+MERGED = {  # the rotary embedding that merges, its section and the name of that layout here
+    "qwen3_5": ("Qwen3_5TextRotaryEmbedding", (11, 11, 10), "interleaved"),
+    "qwen3_vl": ("Qwen3VLTextRotaryEmbedding", (24, 20, 20), "interleaved"),
+    "qwen2_vl": ("Qwen2VLRotaryEmbedding", (16, 24, 24), "sectioned"),
+    "neomme": ("NeoMMERotaryEmbedding", (16, 16), "interleaved"),
+}
+
+
+@pytest.mark.parametrize("model", MERGED)
+def test_mrope_rows_are_merged_as_in_transformers(model):
+    """Bit for bit, from our rows for each row of positions."""
+    name, section, layout = MERGED[model]
+    modeling = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
+    self = types.SimpleNamespace(mrope_section=section)
+    inv_freq = np.geomspace(1, 1e-5, sum(section))
+    positions = np.random.default_rng(0).uniform(0, 1e6, (len(section), 7))
+    merge = getattr(modeling, name).recomposition_frequencies
+    halves = np.split(np.stack([rope.cos_sin_rows(row, inv_freq) for row in positions]), 2, axis=-1)
+    want = [merge(self, torch.tensor(half)).numpy()[:, : sum(section)] for half in halves]
+    got = rope.cos_sin_rows(positions, inv_freq, mrope_section=section, mrope_layout=layout)
+    np.testing.assert_array_equal(got, np.concatenate(want, axis=1))
+
+
+def positions_of_seconds(t, h, w, interval) -> float:
+    """What a video with time in seconds takes, by the rule that the docstring gives for a table's length."""
+    (rule,) = re.findall(r"max\(h, w, .* interval\)", rope.cos_sin_cache.__doc__)
+    return eval(rule, {"t": t, "h": h, "w": w, "interval": interval})
+
+
+VIDEOS = {  # seconds of a grid of frames; the videos of one sequence, (t, h, w) after the merge
+    "long": (1.0, [(125, 1, 2)]),
+    "short-and-large": (0.5, [(2, 9, 7)]),
+    "two": (2.0, [(12, 3, 2), (60, 2, 2)]),
+    "slow": (7.5, [(28, 3, 3)]),
+}
+TEXT = (5, 3, 4)  # tokens before, between and after
+
+
+@pytest.mark.parametrize("videos", VIDEOS)
+def test_positions_of_video_in_seconds_of_qwen2_5_vl(videos):
+    modeling = pytest.importorskip("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
+    model, (seconds, grids) = modeling.Qwen2_5_VLModel, VIDEOS[videos]
+    tokens_per_second = 4
+    vision = types.SimpleNamespace(spatial_merge_size=MERGE, tokens_per_second=tokens_per_second)
+    self = types.SimpleNamespace(config=types.SimpleNamespace(vision_config=vision))
+    self.get_vision_position_ids = types.MethodType(model.get_vision_position_ids, self)
+    kinds = [0] * TEXT[0]
+    for grid in grids:
+        kinds += [2] * math.prod(grid) + [0] * TEXT[1]
+    kinds = torch.tensor([kinds])
+    thw = torch.tensor([(t, MERGE * h, MERGE * w) for t, h, w in grids])
+    positions, _ = model.get_rope_index(
+        self, torch.zeros_like(kinds), kinds, video_grid_thw=thw, second_per_grid_ts=[seconds] * len(grids)
+    )
+    others = int((kinds == 0).sum())
+    enough = others + sum(positions_of_seconds(*grid, seconds * tokens_per_second) for grid in grids)
+    largest = int(positions.max())
+    assert largest < enough
+    if len(grids) == 1:  # the rule is what the video takes, not a bound far above it
+        assert largest == max(enough - TEXT[1], TEXT[0] + max(grids[0][1:]) + TEXT[1]) - 1
+    if videos != "short-and-large":
+        assert largest >= kinds.shape[1], "the number of tokens is enough, so that this shows nothing"
+
+
+@pytest.mark.parametrize("videos", VIDEOS)
+def test_positions_of_video_in_seconds_of_qwen3_omni(videos):
+    modeling = pytest.importorskip("transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe")
+    model, (seconds, grids) = modeling.Qwen3OmniMoePreTrainedModelForConditionalGeneration, VIDEOS[videos]
+    config = types.SimpleNamespace(
+        image_token_id=1,
+        video_token_id=2,
+        audio_token_id=3,
+        vision_start_token_id=4,
+        audio_start_token_id=5,
+        position_id_per_seconds=13,
+    )
+    self = types.SimpleNamespace(spatial_merge_size=MERGE, config=config)
+    self.get_llm_pos_ids_for_vision = types.MethodType(model.get_llm_pos_ids_for_vision, self)
+    ids = [0] * TEXT[0]
+    for grid in grids:
+        ids += [4] + [2] * math.prod(grid) + [6] + [0] * TEXT[1]  # between a start and an end
+    ids = torch.tensor([ids])
+    thw = torch.tensor([(t, MERGE * h, MERGE * w) for t, h, w in grids])
+    positions, _ = model.get_rope_index(
+        self, ids, None, thw, torch.ones_like(ids), second_per_grids=torch.tensor([seconds] * len(grids))
+    )
+    others = int((ids != 2).sum())
+    enough = others + sum(positions_of_seconds(*grid, seconds * config.position_id_per_seconds) for grid in grids)
+    assert positions.max() == enough - 1  # text goes on behind the last frame
+    fractions = positions.numpy() % 1
+    assert fractions.any() == (videos in ("short-and-large", "slow"))
+    rows = rope.cos_sin_rows(jnp.asarray(positions.numpy()), np.array([1.0, 0.5, 0.25, 0.1]), mrope_section=(2, 1, 1))
+    want = np.cos(positions.numpy()[0].astype(np.float64))
+    np.testing.assert_allclose(rows[..., 0], want, atol=2e-7)
+
+
 IMAGE, FRAME = (1, 4, 6), (1, 3, 5)
 LAYOUTS = {
     "text": [9],
@@ -264,7 +414,6 @@ LAYOUTS = {
     "grid-of-frames": [2, (3, 2, 4), 5],
     "more-frames-than-rows": [2, (6, 2, 2), 1, IMAGE],
 }
-MERGE = 2
 
 
 def token_types(segments):
