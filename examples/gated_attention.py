@@ -28,7 +28,7 @@ class Config(NamedTuple):
     num_kv_heads: int
     head_dim: int
     rotary_dim: int
-    mrope_section: tuple[int, int, int]
+    mrope_section: tuple[int, int, int] | None  # None where the model has plain positions alone
     eps: float
 
 
@@ -108,7 +108,6 @@ def forward(
     return combine(parameters, attention(q, k, v), gate)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "cache_length"))
 def prefill(
     parameters: Parameters,
     hidden: jax.Array,
@@ -123,19 +122,36 @@ def prefill(
 
     Args:
       hidden: (B, S, E). What lies beyond a prompt's length is padding, which no token of the prompt sees.
-      lengths: (B,) int32, from 1 to S.
+      lengths: (B,) int32, from 1 to S. Inside a jit of yours their values aren't known: a sequence whose length is
+        outside that range then has NaN outputs and a full cache, so that `decode` gives NaN for it too.
       cache_length: L, the longest sequence, prompt and answer; at least S.
 
     Returns:
       (B, S, E), of no meaning for padding, and the cache.
+
+    Raises:
+      ValueError: cache_length, or a length whose value is known, breaks a rule above.
     """
+    if cache_length < hidden.shape[1]:
+        raise ValueError(
+            f"cache_length must be at least the {hidden.shape[1]} tokens of hidden, got {cache_length}. "
+            "Pass the longest sequence, prompt and answer."
+        )
+    rule = f"lengths must be from 1 to the {hidden.shape[1]} tokens of hidden"
+    _check_known(lengths, 1, hidden.shape[1], rule, "Pass the number of each prompt's tokens without padding.")
+    return _prefill(parameters, hidden, lengths, positions, cos_sin_cache, config, cache_length=cache_length)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "cache_length"))
+def _prefill(parameters, hidden, lengths, positions, cos_sin_cache, config, *, cache_length):
     q, k, v, gate = project(parameters, hidden, positions, cos_sin_cache, config)
     attended = causal_attention(q, k, v)
     pad = ((0, 0), (0, cache_length - hidden.shape[1]), (0, 0), (0, 0))
-    return combine(parameters, attended, gate), KVCache(jnp.pad(k, pad), jnp.pad(v, pad), lengths)
+    fits = _are_within(lengths, 1, hidden.shape[1])
+    cache = KVCache(jnp.pad(k, pad), jnp.pad(v, pad), jnp.where(fits, lengths, cache_length))
+    return _or_nan(fits, combine(parameters, attended, gate)), cache
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode(
     parameters: Parameters,
     hidden: jax.Array,
@@ -149,34 +165,97 @@ def decode(
     Args:
       hidden: (B, 1, E).
       positions: (B, 1) or (3, B, 1): after images a token's position is less than its place in the cache.
-      cache: with room for one token; it is given up, so that it is written in place.
+      cache: with room for one token; it is given up, so that it is written in place. Outside of a jit of yours its
+        lengths are read first, which waits for the step before. Inside one their values aren't known: a sequence
+        without room then has NaN outputs, and its cache stays as it is and counts as full.
 
     Returns:
       (B, 1, E) and the cache.
+
+    Raises:
+      ValueError: `hidden` has more than one token per sequence, or a length whose value is known leaves no room.
     """
+    if hidden.shape[1] != 1:
+        raise ValueError(
+            f"hidden must have one token per sequence, got {hidden.shape[1]}. Prefill prompts, then decode by token."
+        )
+    rule = f"the lengths of cache must be from 0 to {cache.k.shape[1] - 1}, which leaves room for one more token"
+    _check_known(cache.lengths, 0, cache.k.shape[1] - 1, rule, "Prefill with a larger cache_length, or stop before.")
+    return _decode(parameters, hidden, positions, cos_sin_cache, config, cache)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def _decode(parameters, hidden, positions, cos_sin_cache, config, cache):
     q, k, v, gate = project(parameters, hidden, positions, cos_sin_cache, config)
-    sequences, lengths = jnp.arange(hidden.shape[0]), cache.lengths + 1
-    cache = KVCache(
-        cache.k.at[sequences, cache.lengths].set(k[:, 0]), cache.v.at[sequences, cache.lengths].set(v[:, 0]), lengths
-    )
+    cache_length, sequences = cache.k.shape[1], jnp.arange(hidden.shape[0])
+    has_room = _are_within(cache.lengths, 0, cache_length - 1)
+    at = jnp.where(has_room, cache.lengths, cache_length)  # beyond the end, where a scatter drops what it gets
+    lengths = jnp.where(has_room, cache.lengths + 1, cache_length)
+    cache = KVCache(cache.k.at[sequences, at].set(k[:, 0]), cache.v.at[sequences, at].set(v[:, 0]), lengths)
     attended = jax.nn.dot_product_attention(q, cache.k, cache.v, key_value_seq_lengths=lengths)
-    return combine(parameters, attended, gate), cache
+    return _or_nan(has_room, combine(parameters, attended, gate)), cache
+
+
+def _check_known(lengths: jax.Array, least: int, most: int, rule: str, remedy: str) -> None:
+    if not isinstance(lengths, jax.core.Tracer):
+        known = np.asarray(lengths)
+        if not _are_within(known, least, most).all():
+            raise ValueError(f"{rule}, got {known.tolist()}. {remedy}")
+
+
+def _are_within(lengths, least: int, most: int):
+    return (lengths >= least) & (lengths <= most)
+
+
+def _or_nan(keep: jax.Array, outputs: jax.Array) -> jax.Array:
+    """(B, S, E), NaN in the sequences that (B,) doesn't keep."""
+    return jnp.where(keep[:, None, None], outputs, jnp.nan)
 
 
 # Weights and configurations of transformers
 
 
 def read_config(text_config: Mapping[str, Any], *, max_position: int, dtype) -> tuple[Config, jax.Array]:
-    """Sizes and the table of cosines and sines (max_position, R), from `text_config` of a checkpoint's config.json."""
-    head_dim, parameters = text_config["head_dim"], text_config["rope_parameters"]
-    inv_freq, attention_factor = rope.inv_frequencies(parameters, head_dim=head_dim)
+    """Sizes and the table of cosines and sines, of a checkpoint of Qwen3.5 or Qwen3-Next.
+
+    Args:
+      text_config: `text_config` of config.json, or all of it where there is none, as in Qwen3-Next. The dict of RoPE
+        may be called rope_parameters or rope_scaling, and its values may stand outside of it. What is left out is what
+        transformers' classes take: head_dim 256, rms_norm_eps 1e-6, partial_rotary_factor 0.25, rope_theta 1e4 and,
+        for a model_type of Qwen3.5, mrope_section (11, 11, 10).
+      max_position: rows of the table; for dynamic and longrope also the longest sequence.
+      dtype: of the table.
+
+    Returns:
+      The sizes, with mrope_section None for plain positions alone, and the table (max_position, R).
+
+    Raises:
+      ValueError: a number of heads is missing, or `rope.inv_frequencies` refuses what the configuration says.
+    """
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        if text_config.get(name) is None:
+            raise ValueError(
+                f"text_config must have {name}, got {sorted(text_config)}. "
+                "Pass config.json's text_config, or all of config.json where it has none."
+            )
+    given = {name: value for name, value in text_config.items() if value is not None}
+    parameters = given.get("rope_scaling") or given.get("rope_parameters") or {}
+    beside = {name: given.get(name) for name in ("max_position_embeddings", "original_max_position_embeddings")}
+    for name, default in (("rope_theta", 1e4), ("partial_rotary_factor", 0.25)):
+        beside[name] = given.get(name, default if parameters.get(name) is None else None)
+    head_dim = given.get("head_dim", 256)
+    inv_freq, attention_factor = rope.inv_frequencies(
+        parameters, head_dim=head_dim, sequence_length=max_position, **beside
+    )
+    is_qwen3_5 = given.get("model_type", "").startswith("qwen3_5")
+    section = parameters.get("mrope_section") or ((11, 11, 10) if is_qwen3_5 else None)
     config = Config(
-        num_q_heads=text_config["num_attention_heads"],
-        num_kv_heads=text_config["num_key_value_heads"],
+        num_q_heads=given["num_attention_heads"],
+        num_kv_heads=given["num_key_value_heads"],
         head_dim=head_dim,
         rotary_dim=2 * len(inv_freq),
-        mrope_section=tuple(parameters["mrope_section"]),
-        eps=text_config["rms_norm_eps"],
+        mrope_section=section and tuple(section),
+        eps=given.get("rms_norm_eps", 1e-6),
     )
     return config, rope.cos_sin_cache(inv_freq, attention_factor, max_position=max_position, dtype=dtype)
 

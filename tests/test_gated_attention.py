@@ -1,6 +1,8 @@
 """The example's gated attention layer against transformers' Qwen3.5 attention."""
 
+import copy
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -217,6 +219,114 @@ def test_prefill_and_decode(dtype, multimodal):
         else:
             want = their_tokens(dtype, hidden, positions, sequence)
             check_bfloat16(got, want, exact, f"sequence {sequence}")
+
+
+def test_plain_positions_of_qwen3_next():
+    """Its layer, from the sizes and the table of its own configuration."""
+    next_modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    from transformers import Qwen3NextConfig
+
+    sizes = {name: getattr(text_config(), name) for name in (*SIZES, "hidden_size", "max_position_embeddings")}
+    settings = sizes | {"num_hidden_layers": 4, "attn_implementation": "eager", "rope_theta": 1e4}
+    their_config = Qwen3NextConfig(**settings, partial_rotary_factor=0.5, rope_scaling=None)
+    torch.manual_seed(0)
+    layer = next_modeling.Qwen3NextAttention(their_config, layer_idx=3).eval()
+    hidden, positions, _ = inputs(False)
+    length = hidden.shape[1]
+    mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
+    at = next_modeling.Qwen3NextRotaryEmbedding(their_config)(torch.zeros(()), torch.as_tensor(positions[0]))
+    with torch.no_grad():
+        want, _ = layer(to_torch(hidden, "float32"), at, mask)
+
+    config, table = gated_attention.read_config(their_config.to_dict(), max_position=MAX_POSITION, dtype=jnp.float32)
+    assert config.mrope_section is None and config.rotary_dim == 16
+    parameters = gated_attention.from_state_dict(layer.state_dict(), config)
+    got = jax.jit(gated_attention.forward, static_argnames="config")(parameters, hidden, positions[0], table, config)
+    check_float32(values(got), values(want), "output")
+
+
+# Configurations
+
+SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")
+MODELS = {  # the configuration's class, and what mRoPE is where the configuration doesn't say it
+    "qwen3_5_text": ("qwen3_5.configuration_qwen3_5.Qwen3_5TextConfig", (11, 11, 10)),
+    "qwen3_5_moe_text": ("qwen3_5_moe.configuration_qwen3_5_moe.Qwen3_5MoeTextConfig", (11, 11, 10)),
+    "qwen3_next": ("qwen3_next.configuration_qwen3_next.Qwen3NextConfig", None),
+}
+PUBLISHED = {  # what config.json says of RoPE, in the spellings of checkpoints
+    "new": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}},
+    "beside": {"rope_theta": 10000000, "rope_scaling": None, "partial_rotary_factor": 0.25},
+    "half-beside": {"rope_parameters": {"rope_theta": 1e7}, "partial_rotary_factor": 0.25},
+    "left-out": {},
+    "theta-alone": {"rope_theta": 5e6},
+    "old-type": {"rope_theta": 1e7, "rope_scaling": {"type": "default", "partial_rotary_factor": 0.25}},
+    "yarn": {
+        "rope_theta": 1e7,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192},
+    },
+    "both": {
+        "rope_parameters": {"rope_theta": 5.0},
+        "rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 1e6},
+    },
+    "nulls": {"rope_scaling": None, "rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 0.25}},
+    "dynamic": {"rope_theta": 1e7, "rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16},
+}
+
+
+def published(model: str, spelling: str) -> dict:
+    """As in a config.json, without what the class has as its defaults."""
+    return {"model_type": model, "num_attention_heads": 16, "num_key_value_heads": 2} | PUBLISHED[spelling]
+
+
+def config_of(model: str, settings: dict):
+    module, _, name = MODELS[model][0].rpartition(".")
+    settings = {name: copy.deepcopy(value) for name, value in settings.items() if name != "model_type"}
+    return getattr(importlib.import_module(f"transformers.models.{module}"), name)(**settings)
+
+
+@pytest.mark.parametrize("spelling", PUBLISHED)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_config_json_is_read_as_transformers_reads_it(model, spelling):
+    """Sizes and table of the file as it is, of the class made from it, and of transformers' own frequencies."""
+    raw = published(model, spelling)
+    before = copy.deepcopy(raw)
+    theirs = config_of(model, raw)
+    read = [gated_attention.read_config(x, max_position=40, dtype=jnp.float32) for x in (raw, theirs.to_dict())]
+    assert raw == before
+    assert read[0][0] == read[1][0]
+    np.testing.assert_array_equal(read[0][1], read[1][1])
+
+    config, table = read[0]
+    assert config == gated_attention.Config(16, 2, theirs.head_dim, 64, MODELS[model][1], theirs.rms_norm_eps)
+    name = {"qwen3_next": "Qwen3NextRotaryEmbedding", "qwen3_5_text": "Qwen3_5TextRotaryEmbedding"}
+    their_module = type(theirs).__module__.replace("configuration", "modeling")
+    embedding = getattr(importlib.import_module(their_module), name.get(model, "Qwen3_5MoeTextRotaryEmbedding"))(theirs)
+    if MODELS[model][1]:
+        assert tuple(embedding.mrope_section) == config.mrope_section
+    cos, sin = (x[0, :, :32].numpy() for x in embedding(torch.zeros(1), torch.arange(40)[None]))
+    np.testing.assert_allclose(table, np.concatenate([cos, sin], axis=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("section", [[24, 4, 4], None])
+@pytest.mark.parametrize("place", ["rope_parameters", "rope_scaling"])
+def test_a_section_that_is_given_is_taken(place, section):
+    parameters = {"rope_theta": 1e7, "mrope_section": section, "mrope_interleaved": True, "type": "mrope"}
+    for model, (_, default) in MODELS.items():
+        raw = published(model, "left-out") | {place: parameters}
+        config, _ = gated_attention.read_config(raw, max_position=8, dtype=jnp.float32)
+        assert config.mrope_section == (tuple(section) if section else default)
+
+
+@pytest.mark.parametrize("missing", ["num_attention_heads", "num_key_value_heads"])
+def test_a_size_that_has_no_default_is_asked_for(missing):
+    raw = published("qwen3_next", "new")
+    del raw[missing]
+    with pytest.raises(ValueError, match="text_config must have") as caught:
+        gated_attention.read_config(raw, max_position=8, dtype=jnp.float32)
+    assert str(caught.value) == (
+        f"text_config must have {missing}, got {sorted(raw)}. "
+        "Pass config.json's text_config, or all of config.json where it has none."
+    )
 
 
 # Loading

@@ -1,0 +1,146 @@
+"""The example's KV cache at its ends: lengths that don't fit are refused where they are known, and NaN where not."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from examples import gated_attention
+from examples.gated_attention import KVCache
+
+BATCH, LENGTH, HIDDEN_SIZE = 3, 5, 32
+
+
+@pytest.fixture(autouse=True)
+def as_users_run_it():
+    """Standard promotion, without which jax.nn.dot_product_attention doesn't run, and no TF32 on a GPU."""
+    with jax.numpy_dtype_promotion("standard"), jax.default_matmul_precision("highest"):
+        yield
+
+
+@functools.cache
+def model():
+    config, table = gated_attention.read_config(gated_attention.TEXT_CONFIG, max_position=16, dtype=jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 2)
+    hidden = jax.random.normal(keys[1], (BATCH, 8, HIDDEN_SIZE))
+    return gated_attention.random_parameters(keys[0], HIDDEN_SIZE, config, jnp.float32), hidden, table, config
+
+
+def prefill(lengths, cache_length=6):
+    parameters, hidden, table, config = model()
+    positions = jnp.tile(jnp.arange(LENGTH), (BATCH, 1))
+    return gated_attention.prefill(
+        parameters, hidden[:, :LENGTH], lengths, positions, table, config, cache_length=cache_length
+    )
+
+
+def decode(cache, hidden=None):
+    parameters, every, table, config = model()
+    hidden = every[:, -1:] if hidden is None else hidden
+    return gated_attention.decode(parameters, hidden, cache.lengths[:, None], table, config, cache)
+
+
+def filled(lengths) -> KVCache:
+    """A cache of 6 places."""
+    rng = np.random.default_rng(0)
+    k, v = (jnp.asarray(rng.normal(size=(BATCH, 6, 2, 64)), jnp.float32) for _ in "kv")
+    return KVCache(k, v, jnp.array(lengths, jnp.int32))
+
+
+def inside_jit(function, known):
+    """With an argument that is no argument of the jit."""
+    return jax.jit(lambda: function(known))()
+
+
+LENGTHS = (
+    "lengths must be from 1 to the 5 tokens of hidden, got {}. Pass the number of each prompt's tokens without padding."
+)
+ROOM = (
+    "the lengths of cache must be from 0 to 5, which leaves room for one more token, got {}. "
+    "Prefill with a larger cache_length, or stop before."
+)
+SMALL = "cache_length must be at least the 5 tokens of hidden, got 4. Pass the longest sequence, prompt and answer."
+TOKENS = "hidden must have one token per sequence, got 2. Prefill prompts, then decode by token."
+CALLS = {
+    "prompt-too-long": (lambda: prefill(jnp.array([3, 6, 5])), LENGTHS.format([3, 6, 5])),
+    "prompt-empty": (lambda: prefill(np.array([3, 0, 5])), LENGTHS.format([3, 0, 5])),
+    "prompt-negative": (lambda: prefill(jnp.array([-1, 1, 5])), LENGTHS.format([-1, 1, 5])),
+    "prompt-known-inside-jit": (lambda: inside_jit(prefill, jnp.array([3, 6, 5])), LENGTHS.format([3, 6, 5])),
+    "full-inside-jit": (lambda: inside_jit(decode, filled([3, 6, 5])), ROOM.format([3, 6, 5])),
+    "cache-too-small": (lambda: prefill(jnp.array([3, 1, 5]), 4), SMALL),
+    "cache-too-small-inside-jit": (lambda: jax.jit(lambda n: prefill(n, 4))(jnp.array([3, 1, 5])), SMALL),
+    "full": (lambda: decode(filled([3, 6, 5])), ROOM.format([3, 6, 5])),
+    "overfull": (lambda: decode(filled([3, 9, 5])), ROOM.format([3, 9, 5])),
+    "negative": (lambda: decode(filled([3, -1, 5])), ROOM.format([3, -1, 5])),
+    "two-tokens": (lambda: decode(filled([3, 1, 4]), model()[1][:, :2]), TOKENS),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_what_does_not_fit_is_refused(case):
+    call, message = CALLS[case]
+    with pytest.raises(ValueError, match=r"must .*, got ") as caught:
+        call()
+    assert str(caught.value) == message
+
+
+def test_a_refused_cache_is_not_given_up():
+    cache = filled([3, 6, 5])
+    with pytest.raises(ValueError, match="leaves room"):
+        decode(cache)
+    assert not any(x.is_deleted() for x in cache)
+
+
+@pytest.mark.parametrize("length", [6, 7, 2**31 - 1, -1, -6])
+def test_a_full_sequence_inside_jit_is_nan_and_its_neighbours_keep_their_bits(length):
+    step = jax.jit(decode)
+    want, want_cache = step(filled([3, 1, 5]))
+    got, cache = step(filled([3, length, 5]))
+    assert np.isnan(got[1]).all() and np.isfinite(want).all()
+    np.testing.assert_array_equal(cache.lengths, [4, 6, 6])
+    before = filled([3, length, 5])
+    for x, y, old in zip(cache[:2], want_cache[:2], before[:2], strict=True):
+        np.testing.assert_array_equal(x[1], old[1])
+        np.testing.assert_array_equal(x[::2], y[::2])
+    np.testing.assert_array_equal(got[::2], want[::2])
+    assert np.isnan(step(cache)[0][1:]).all(), "what was full isn't any more"
+
+
+@pytest.mark.parametrize("length", [6, 9, 0, -2])
+def test_a_bad_prompt_inside_jit_is_nan_from_then_on(length):
+    run = jax.jit(prefill)
+    want, want_cache = run(jnp.array([3, 2, 5]))
+    got, cache = run(jnp.array([3, length, 5]))
+    assert np.isnan(got[1]).all() and np.isfinite(want).all()
+    np.testing.assert_array_equal(got[::2], want[::2])
+    token, _ = jax.jit(decode)(cache)
+    want_token, _ = jax.jit(decode)(want_cache)
+    assert np.isnan(token[1]).all() and np.isfinite(want_token).all()
+    np.testing.assert_array_equal(token[::2], want_token[::2])
+
+
+def test_a_loop_inside_jit_ends_in_nan_where_one_outside_raises():
+    outputs, cache = prefill(jnp.array([5, 3, 4]), cache_length=7)
+    inside = jax.jit(lambda cache: jax.lax.scan(lambda cache, _: decode(cache)[::-1], cache, length=4)[1])(cache)
+    assert np.isfinite(outputs).all()
+    for token in range(2):
+        outside, cache = decode(cache)
+        np.testing.assert_allclose(inside[token], outside, atol=1e-5)
+    np.testing.assert_array_equal(np.isnan(inside[2:]).all(axis=(2, 3)), [[True, False, False], [True, False, True]])
+    with pytest.raises(ValueError, match=r"got \[7, 5, 6\]"):
+        decode(cache)
+
+
+def test_the_module_refuses_too():
+    pytest.importorskip("flax", reason="the example is a Flax NNX module")
+    from examples import gated_attention_nnx
+
+    parameters, hidden, table, config = model()
+    layer = gated_attention_nnx.GatedAttention(parameters, config)
+    positions = jnp.tile(jnp.arange(LENGTH), (BATCH, 1))
+    with pytest.raises(ValueError, match=r"got \[3, 6, 5\]"):
+        layer.prefill(hidden[:, :LENGTH], jnp.array([3, 6, 5]), positions, table, cache_length=6)
+    with pytest.raises(ValueError, match=r"got \[3, 6, 5\]"):
+        layer.decode(hidden[:, -1:], positions[:, :1], table, filled([3, 6, 5]))
