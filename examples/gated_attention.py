@@ -220,7 +220,8 @@ def read_config(text_config: Mapping[str, Any], *, max_position: int, dtype) -> 
 
     Args:
       text_config: `text_config` of config.json, or all of it where there is none, as in Qwen3-Next. The dict of RoPE
-        may be called rope_parameters or rope_scaling, and its values may stand outside of it. What is left out is what
+        may be called rope_parameters or rope_scaling, and its values may stand outside of it; the dict's own count
+        where both are there. What is left out is what
         transformers' classes take: head_dim 256, rms_norm_eps 1e-6, partial_rotary_factor 0.25, rope_theta 1e4 and,
         for a model_type of Qwen3.5, mrope_section (11, 11, 10).
       max_position: rows of the table; for dynamic and longrope also the longest sequence.
@@ -242,7 +243,7 @@ def read_config(text_config: Mapping[str, Any], *, max_position: int, dtype) -> 
     parameters = given.get("rope_scaling") or given.get("rope_parameters") or {}
     beside = {name: given.get(name) for name in ("max_position_embeddings", "original_max_position_embeddings")}
     for name, default in (("rope_theta", 1e4), ("partial_rotary_factor", 0.25)):
-        beside[name] = given.get(name, default if parameters.get(name) is None else None)
+        beside[name] = None if parameters.get(name) is not None else given.get(name, default)
     head_dim = given.get("head_dim", 256)
     inv_freq, attention_factor = rope.inv_frequencies(
         parameters, head_dim=head_dim, sequence_length=max_position, **beside

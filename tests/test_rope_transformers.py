@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import importlib.metadata
 import inspect
 import itertools
 import math
@@ -363,7 +364,9 @@ def test_positions_of_video_in_seconds_of_qwen2_5_vl(videos):
     enough = others + sum(positions_of_seconds(*grid, seconds * tokens_per_second) for grid in grids)
     largest = int(positions.max())
     assert largest < enough
-    if len(grids) == 1:  # the rule is what the video takes, not a bound far above it
+    version = importlib.metadata.version("transformers")
+    cuts_seconds = tuple(map(int, version.split(".")[:2])) < (5, 23)  # to whole ones
+    if len(grids) == 1 and not (cuts_seconds and seconds % 1):  # the rule is what the video takes, no more
         assert largest == max(enough - TEXT[1], TEXT[0] + max(grids[0][1:]) + TEXT[1]) - 1
     if videos != "short-and-large":
         assert largest >= kinds.shape[1], "the number of tokens is enough, so that this shows nothing"
