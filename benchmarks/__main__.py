@@ -148,17 +148,17 @@ def measure(options: argparse.Namespace) -> int:
         case "run":
             return run_suites(options)
         case "decode":
-            from benchmarks import decode
+            from benchmarks import decode, providers
 
             layers = [
                 decode.Layer(q, kv, options.head_dim, options.rotary_dim, options.context, dtype=options.dtype)
                 for q, kv in options.heads or ((16, 2),)
             ]
-            names = [name for name in options.implementations if name in decode.IMPLEMENTATIONS]
+            names = [name for name in options.implementations if name in providers.JAX_OPS]
             recorded = record.new_run(options.output, options.commit)
             return decode.run(layers, options.tokens or decode.TOKENS, names, options.steps, recorded)
         case "profile":
-            from benchmarks import tracing
+            from benchmarks import profile
 
             if options.output.exists() and any(options.output.iterdir()):
                 raise ValueError(f"the folder of a trace must be new or empty, got {options.output}.")
@@ -172,7 +172,7 @@ def measure(options: argparse.Namespace) -> int:
             )
             # Without a GPU the kernels don't run, and the oracle is interpreted.
             names = [name for name in options.implementations if not on_cpu or name.startswith("xla")]
-            return tracing.profile([task.case for task in chosen], names, options.repeats, options.output)
+            return profile.profile([task.case for task in chosen], names, options.repeats, options.output)
         case "verify":
             from benchmarks.verify import verify
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from tests import tolerances
@@ -95,3 +96,14 @@ def agreement(implementation: str, case: Case, got, want, *, platform: str) -> A
         and compare_bits("gate_out", got[2], want[2]).differing == 0
     )
     return Agreement(compared.elements, compared.differing, promised, rest, rotated, kept, compared.first)
+
+
+@jax.jit
+def _relative_error(got: jax.Array, want: jax.Array) -> jax.Array:
+    got, want = (x.astype(jnp.float32).reshape(-1) for x in (got, want))
+    return jnp.linalg.norm(got - want) / jnp.linalg.norm(want)
+
+
+def relative_error(got: jax.Array, want: jax.Array) -> float:
+    """|got - want| / |want| in the norm of the whole array."""
+    return float(_relative_error(got, want))

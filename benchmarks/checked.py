@@ -7,8 +7,8 @@ import jax
 
 from benchmarks.agreement import Agreement
 from benchmarks.progress import say
-from benchmarks.providers import Builder, Call, to_jax
-from tests.cases import Case, Inputs
+from benchmarks.providers import Call, to_jax
+from tests.cases import Case
 
 
 class Checked(NamedTuple):
@@ -18,14 +18,15 @@ class Checked(NamedTuple):
     checked: dict[str, object]
 
 
-def check(
-    case: Case, inputs: Inputs, builders: Mapping[str, Builder], compare: Callable[[str, Any], Agreement]
-) -> tuple[dict[str, Checked], bool]:
-    """The calls that keep their promise, and whether all do. One that can't run the case is named and left out."""
+Checks = tuple[dict[str, Checked], bool]  # the calls that keep their promise, and whether all do
+
+
+def check(case: Case, builds: Mapping[str, Callable[[], Call]], compare: Callable[[str, Any], Agreement]) -> Checks:
+    """Builds, runs and compares calls. One that can't run the case is named and left out."""
     calls, kept = {}, True
-    for name, build in builders.items():
+    for name, build in builds.items():
         try:
-            call = build(case, inputs)
+            call = build()
             result = compare(name, finished(call))  # nothing else holds the outputs
         except NotImplementedError as error:
             say(f"{case.id}: {name} skipped: {error}")

@@ -3,18 +3,18 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 
-import pallas_qk
-from benchmarks import block, record, table
+from benchmarks import gradients, record, table
 from benchmarks.progress import progress, say
+from benchmarks.providers import JAX_OPS, Op
 from benchmarks.suites import INTERLEAVED
-from tests.cases import Case
+from tests import forms
+from tests.cases import Case, make_inputs
 
-IMPLEMENTATIONS = (*pallas_qk.IMPLEMENTATIONS, "xla_plain")
 OPS = ("forward", "backward")
 REPEATS = 3
 ENOUGH_MS = 5000.0  # of compiling one shape: then it isn't repeated
@@ -29,43 +29,16 @@ class Stages(NamedTuple):
     compile_ms: float
 
 
-def function(implementation: str, case: Case, op: str) -> Callable:
+def function(implementation: str, case: Case, op: str) -> Op:
     """The op, or the gradients of its four differentiable arrays, as a new function that no cache knows."""
-
-    def forward(*arrays):
-        if implementation == "xla_plain":
-            return block.plain_op(*arrays, packed=False, **case.static_arguments)
-        return pallas_qk.fused_qk_rmsnorm_rope_gate(
-            *arrays,
-            **case.static_arguments,  # type: ignore[arg-type]
-            implementation=implementation,
-        )
-
-    def backward(arrays, cotangents):
-        return jax.vjp(lambda *first: forward(*first, *arrays[4:]), *arrays[:4])[1](cotangents)
-
-    return forward if op == "forward" else backward
+    forward = JAX_OPS[implementation](case)
+    return forward if op == "forward" else gradients.gradients(forward)
 
 
-def abstract_arguments(case: Case, op: str) -> tuple:
-    """Shapes and dtypes of the arguments; nothing is allocated."""
-
-    def array(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    num_tokens, head_dim = case.num_tokens, case.head_dim
-    q, k = case.num_q_heads * head_dim, case.num_kv_heads * head_dim
-    arrays = (
-        array((num_tokens, 2 * q), case.dtype),
-        array((num_tokens, k), case.dtype),
-        array((head_dim,), case.weight_dtype or case.dtype),
-        array((head_dim,), case.weight_dtype or case.dtype),
-        array((case.max_position, case.rotary_dim), case.cache_dtype or case.dtype),
-        array((num_tokens,) if case.mrope_section is None else (3, num_tokens), case.positions_dtype),
-    )
-    if op == "forward":
-        return arrays
-    return arrays, tuple(array((num_tokens, width), case.dtype) for width in (q, k, q))
+def abstract_arguments(case: Case, op: str) -> Sequence:
+    """Shapes and dtypes of the arguments."""
+    cotangents = [jax.eval_shape(lambda: gradients.cotangents(case))] if op == "backward" else []
+    return *cotangents, *jax.eval_shape(lambda: forms.arguments(case, make_inputs(case)))
 
 
 def stages(implementation: str, case: Case, op: str) -> Stages:
@@ -90,7 +63,7 @@ def run(cases: Sequence[Case], implementations: Sequence[str], recorded: record.
 
     Every repeat is another number of tokens, so that nothing of it was compiled before.
     """
-    names = [name for name in implementations if name in IMPLEMENTATIONS]
+    names = [name for name in implementations if name in JAX_OPS]
     rows = [["D", "R", "", "op", "implementation", "trace ms", "lower ms", "compile ms"]]
     work = [(case, op, name) for case in cases for op in OPS for name in names]
     imported = set()

@@ -27,12 +27,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-import pallas_qk
-from benchmarks import record, table, tracing, xla_plain
+from benchmarks import record, table, xplane
 from benchmarks.progress import progress, say
+from benchmarks.providers import JAX_OPS
 from tests.cases import Case, cos_sin_table
 
-IMPLEMENTATIONS = (*pallas_qk.IMPLEMENTATIONS, "xla_plain")
 TOKENS = (1, 4, 16, 64)  # sequences: each step is a token of each
 
 PROGRAMS: dict[str, dict[str, Any]] = {
@@ -99,21 +98,14 @@ def initial(layer: Layer, num_sequences: int, seed: int = 0) -> tuple[dict[str, 
 def step(implementation: str, layer: Layer, parameters: dict[str, jax.Array], state: State) -> State:
     """One token of every sequence through the layer, beside a residual; positions go round in the cache."""
     num_sequences = state.hidden.shape[0]
-    arguments: dict[str, Any] = layer.case(num_sequences).static_arguments | {"norm_beta": 1.0}
-    op: Callable
-    if implementation == "xla_plain":
-        op = xla_plain.fused_qk_rmsnorm_rope_gate
-    else:
-        op = functools.partial(pallas_qk.fused_qk_rmsnorm_rope_gate, implementation=implementation)
+    op = JAX_OPS[implementation](dataclasses.replace(layer.case(num_sequences), norm_beta=1.0))
     with jax.named_scope("input_norm"):
         hidden32 = state.hidden.astype(jnp.float32)
         inv_rms = jax.lax.rsqrt(jnp.mean(hidden32 * hidden32, axis=-1, keepdims=True) + 1e-6)
         x = (hidden32 * inv_rms).astype(layer.dtype)
     with jax.named_scope("projections"):
         q_gate, k, v = (x @ parameters[name] for name in ("q_gate", "k", "v"))
-    q, k, gate = op(
-        q_gate, k, parameters["q_norm"], parameters["k_norm"], parameters["table"], state.positions, **arguments
-    )
+    q, k, gate = op(q_gate, k, parameters["q_norm"], parameters["k_norm"], parameters["table"], state.positions)
     with jax.named_scope("cache"):
         place = (jnp.arange(num_sequences), state.positions)
         heads = (num_sequences, layer.num_kv_heads, layer.head_dim)
@@ -252,8 +244,7 @@ def profiled(program: Step, parameters: dict[str, jax.Array], state: State) -> P
             state = jax.block_until_ready(program(parameters, state))
 
     state = jax.block_until_ready(program(parameters, state))
-    with tempfile.TemporaryDirectory(prefix="pallas_qk_trace_") as directory:
-        trace = tracing.record_trace(run, pathlib.Path(directory))
+    trace = xplane.profile(run, host=True)
     counts = (
         sum(kernel.duration_ns for kernel in trace.kernels) / 1e3,
         len(trace.kernels),

@@ -9,10 +9,11 @@ import jax
 import pallas_qk
 from benchmarks import suites, table
 from benchmarks.agreement import Agreement, agreement
+from benchmarks.floor import minimum_bytes
 from benchmarks.progress import progress
-from benchmarks.providers import oracle, pallas_qk_builder, to_jax
+from benchmarks.providers import PROVIDERS, oracle, to_jax
 from benchmarks.timing import measure
-from tests.cases import make_inputs, minimum_bytes
+from tests.cases import make_inputs
 
 
 def demo(platform: str) -> int:
@@ -26,7 +27,7 @@ def demo(platform: str) -> int:
             platform="cpu" if platform == "cpu" else None,
         ).name
         inputs = make_inputs(case)
-        call = pallas_qk_builder(name)(case, inputs)
+        call = PROVIDERS[name](case, inputs)
         result = agreement(name, case, call(), to_jax(oracle(case, inputs)()), platform=platform)
         results.setdefault(case.dtype, []).append(result)
         time_us = measure(case, {name: call})[name].p50_us if platform == "gpu" else wall_time_us(call)

@@ -1,11 +1,13 @@
-"""What is timed and compared: name -> builder(case, inputs), which returns a zero-argument call of the op.
+"""What is timed and compared, by name.
 
-A plain dict: a script adds an entry, or passes calls of its own to `benchmarks.timing.measure`.
+JAX_OPS are functions of JAX arrays, which can be differentiated and be part of a larger program. PROVIDERS are they and
+what runs on torch tensors: name -> builder(case, inputs), which returns a zero-argument call of the op. Both are plain
+dicts: a script adds an entry, or passes calls of its own to `benchmarks.timing.measure`.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,10 +17,55 @@ import pallas_qk
 from benchmarks import xla_plain
 from benchmarks.timing import wait
 from pallas_qk import dlpack
+from tests import forms
 from tests.cases import Case, Inputs, make_inputs
 
+Op = Callable[..., Any]  # of the arrays of a case in its form, `tests.forms.arguments`
 Call = Callable[[], Any]
 Builder = Callable[[Case, Inputs], Call]
+
+
+def _plain(case: Case) -> Op:
+    """What a user would write, with a gate that XLA places, from separate arrays or a packed one."""
+    static: dict[str, Any] = case.static_arguments
+    op = xla_plain.fused_qkv_rmsnorm_rope_gate if case.packed else xla_plain.fused_qk_rmsnorm_rope_gate
+    return functools.partial(op, **static)
+
+
+JAX_OPS: dict[str, Callable[[Case], Op]] = {
+    **{name: functools.partial(forms.op, implementation=name) for name in pallas_qk.IMPLEMENTATIONS},
+    "xla_plain": _plain,
+}
+
+
+def oracle(case: Case, inputs: Inputs) -> Call:
+    """The Triton kernel of the serving stacks' design, on torch tensors over the same memory."""
+    from torch_ref import triton_oracle
+
+    static: dict[str, Any] = case.static_arguments
+    return functools.partial(triton_oracle.fused_qk_rmsnorm_rope_gate, *torch_inputs(inputs), **static)
+
+
+def jitted(function: Op, *arrays: Any) -> Call:
+    return functools.partial(jax.jit(function), *arrays)
+
+
+def _jitted_op(name: str, case: Case, inputs: Inputs) -> Call:
+    return jitted(JAX_OPS[name](case), *forms.arguments(case, inputs))
+
+
+PROVIDERS: dict[str, Builder] = {"oracle": oracle, **{name: functools.partial(_jitted_op, name) for name in JAX_OPS}}
+
+
+def torch_inputs(inputs: Inputs) -> list[Any]:
+    """The same memory as torch tensors."""
+    return [dlpack.to_torch(array) for array in jax.block_until_ready(list(inputs))]
+
+
+def to_jax(outputs) -> list[jax.Array]:
+    """The outputs of the oracle as JAX arrays over the same memory, finished."""
+    wait(outputs)
+    return [dlpack.from_torch(tensor) for tensor in outputs]
 
 
 _REPEATED_TOKENS = 65536
@@ -36,57 +83,3 @@ def repeated_inputs(case: Case) -> Inputs:
     tile = jax.jit(lambda x: jnp.tile(x, (1,) * (x.ndim - 1) + (repeats,)))
     rows = jax.jit(lambda x: jnp.tile(x, (repeats, 1)))
     return dataclasses.replace(part, q_gate=rows(part.q_gate), k=rows(part.k), positions=tile(part.positions))
-
-
-def torch_inputs(inputs: Inputs) -> list[Any]:
-    """The same memory as torch tensors."""
-    return [dlpack.to_torch(array) for array in jax.block_until_ready(list(inputs))]
-
-
-def oracle(case: Case, inputs: Inputs) -> Call:
-    """The Triton kernel of the serving stacks' design, on torch tensors over the same memory."""
-    from torch_ref import triton_oracle
-
-    static: dict[str, Any] = case.static_arguments
-    return functools.partial(triton_oracle.fused_qk_rmsnorm_rope_gate, *torch_inputs(inputs), **static)
-
-
-def to_jax(outputs) -> list[jax.Array]:
-    """The outputs of the oracle as JAX arrays over the same memory, finished."""
-    wait(outputs)
-    return [dlpack.from_torch(tensor) for tensor in outputs]
-
-
-def pallas_qk_builder(implementation: str) -> Builder:
-    """The public op by one of its implementations, under jit."""
-
-    def build(case: Case, inputs: Inputs) -> Call:
-        static: dict[str, Any] = case.static_arguments
-        op = functools.partial(pallas_qk.fused_qk_rmsnorm_rope_gate, **static, implementation=implementation)
-        return functools.partial(jax.jit(op), *inputs)
-
-    return build
-
-
-def plain(case: Case, inputs: Inputs) -> Call:
-    """What a user would write, under jit."""
-    static: dict[str, Any] = case.static_arguments
-    op = functools.partial(xla_plain.fused_qk_rmsnorm_rope_gate, **static)
-    return functools.partial(jax.jit(op), *inputs)
-
-
-PROVIDERS: dict[str, Builder] = {
-    "oracle": oracle,
-    **{name: pallas_qk_builder(name) for name in pallas_qk.IMPLEMENTATIONS},
-    "xla_plain": plain,
-}
-
-
-def copies(total_bytes: int) -> Mapping[str, Call]:
-    """Elementwise copies that move `total_bytes`, half of them read and half written, in several tile sizes.
-
-    The fastest of them is the ceiling. Kernels, not memcpy nodes: a memcpy is up to 1.5 times slower at 1 GB.
-    """
-    from benchmarks import gpu_kernels
-
-    return gpu_kernels.copy_calls(total_bytes)

@@ -1,20 +1,18 @@
 """`run`: compares, times and records every case of the suites of device times."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from benchmarks import backward, block, record, table
-from benchmarks.agreement import Agreement, agreement
-from benchmarks.checked import Checked, check
-from benchmarks.gpu_kernels import copied_words
+from benchmarks import record, table
+from benchmarks.gpu_kernels import copied_words, copy_calls
+from benchmarks.operations import OPERATIONS
 from benchmarks.progress import progress, say
-from benchmarks.providers import PROVIDERS, Builder, Call, copies, repeated_inputs, to_jax
+from benchmarks.providers import Builder, Call, repeated_inputs
 from benchmarks.suites import Task
 from benchmarks.timing import Samples, measure
-from tests.cases import Case, Inputs, minimum_bytes
+from tests.cases import Case
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,49 +22,6 @@ class Settings:
     repeats: int | None = None
     rounds: int = 5
     caches: tuple[str, ...] = ("hot",)
-
-
-class Op(NamedTuple):
-    """Something that can be timed.
-
-    check(case, inputs, providers) gives the calls that agree with what they are compared with, and whether all do;
-    minimum_bytes(case) what any implementation must move; memory is how many times that the GPU must hold at once.
-    """
-
-    check: Callable[[Case, Inputs, Mapping[str, Builder]], tuple[dict[str, Checked], bool]]
-    minimum_bytes: Callable[[Case], int]
-    memory: float
-
-
-def check_forward(case: Case, inputs: Inputs, providers: Mapping[str, Builder]) -> tuple[dict[str, Checked], bool]:
-    """The calls that agree with the oracle as promised, and whether none broke its promise."""
-    oracle = PROVIDERS["oracle"](case, inputs)
-    want = to_jax(oracle())
-    builders = {name: build for name, build in providers.items() if name != "oracle"}
-
-    def compare(name: str, got) -> Agreement:
-        return agreement(name, case, got, want, platform="gpu")
-
-    calls, kept = check(case, inputs, builders, compare)
-    if "oracle" in providers:
-        checked = {"against": "none: the reference", "elements": 0, "differing": 0}
-        calls = {"oracle": Checked(oracle, checked), **calls}
-    return calls, kept
-
-
-def check_backward(case: Case, inputs: Inputs, providers: Mapping[str, Builder]) -> tuple[dict[str, Checked], bool]:
-    """The calls whose gradients are the float32 ones, rounded; what has no backward is left out."""
-    want = backward.expected(case, inputs)
-    builders = {name: backward.PROVIDERS[name] for name in providers if name in backward.PROVIDERS}
-    return check(case, inputs, builders, lambda name, got: backward.agreement(case, got, want))
-
-
-# Inputs, two results and the copy's two buffers lie in memory at once; float32 gradients take twice as much.
-OPS = {
-    "forward": Op(check_forward, minimum_bytes, 2.5),
-    "backward": Op(check_backward, lambda case: minimum_bytes(case, "backward"), 5.0),
-    **{name: Op(kind.check, kind.minimum_bytes, 5.0 if kind.backward else 3.0) for name, kind in block.KINDS.items()},
-}
 
 
 def run(
@@ -102,9 +57,9 @@ def time_task(
     task: Task, providers: Mapping[str, Builder], settings: Settings, recorded: record.Run
 ) -> Iterator[tuple[str, dict[str, Samples], bool]]:
     """For each cache (name, samples, whether all promises were kept), its rows appended before."""
-    op, case = OPS[task.op], task.case
-    total_bytes = op.minimum_bytes(case)
-    calls, kept = op.check(case, repeated_inputs(case), providers)
+    operation, case = OPERATIONS[task.op], task.case
+    total_bytes = operation.minimum_bytes(case)
+    calls, kept = operation.check(case, repeated_inputs(case), providers)
     # The copies were compared with their source, in words of four bytes, when they were built.
     copied = {"against": "its source", "elements": copied_words(total_bytes), "differing": 0}
     checked = {"copy": copied, **{name: call.checked for name, call in calls.items()}}
@@ -119,7 +74,8 @@ def time_task(
 
 def too_large(task: Task) -> str | None:
     """Why the case can't be held by the GPU; None if it can."""
-    needed, held = OPS[task.op].memory * OPS[task.op].minimum_bytes(task.case), gpu_memory()
+    operation, held = OPERATIONS[task.op], gpu_memory()
+    needed = operation.memory * operation.minimum_bytes(task.case)
     return f"it needs some {needed / 1e9:.0f} GB of GPU memory, got {held / 1e9:.0f}" if needed > 0.95 * held else None
 
 
@@ -135,7 +91,7 @@ def out_of_memory(error: Exception) -> bool:
 
 def time(case: Case, calls: Mapping[str, Call], total_bytes: int, settings: Settings, cache: str) -> dict[str, Samples]:
     """The samples of each call and of "copy", the fastest tile size of the copy ceiling."""
-    ceiling = copies(total_bytes)
+    ceiling = copy_calls(total_bytes)
     samples = measure(case, {**calls, **ceiling}, repeats=settings.repeats, rounds=settings.rounds, cache=cache)
     copy = min((samples.pop(name) for name in ceiling), key=lambda sample: sample.p50_us)
     return {"copy": copy, **samples}

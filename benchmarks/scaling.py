@@ -4,7 +4,6 @@ Weak: each GPU holds as many tokens whatever their number, so the time should st
 it should fall with the number of GPUs. Weights and table are replicated, and no collective is needed.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -13,11 +12,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_qk
-from benchmarks import record, table
+from benchmarks import record, table, xplane
+from benchmarks.floor import minimum_bytes
 from benchmarks.progress import progress, say
-from benchmarks.providers import Call, repeated_inputs
-from benchmarks.timing import KernelEvent, MeasurementError, profile, read_devices, split_calls
-from tests.cases import Case, minimum_bytes
+from benchmarks.providers import JAX_OPS, Call, jitted, repeated_inputs
+from benchmarks.timing import split_calls
+from benchmarks.xplane import Kernel, MeasurementError
+from tests.cases import Case
 
 TOKENS = 65536  # of each GPU (weak), of all together (strong)
 WARMUP_CALLS, REPEATS = 4, 40
@@ -35,15 +36,10 @@ def call(implementation: str, case: Case, devices: Sequence[jax.Device]) -> Call
     arrays = [
         jax.device_put(x, NamedSharding(mesh, layout)) for x, layout in zip(repeated_inputs(case), layouts, strict=True)
     ]
-    op = functools.partial(
-        pallas_qk.fused_qk_rmsnorm_rope_gate,
-        **case.static_arguments,  # type: ignore[arg-type]
-        implementation=implementation,
-    )
-    return functools.partial(jax.jit(op), *arrays)
+    return jitted(JAX_OPS[implementation](case), *arrays)
 
 
-def measure(call: Call) -> dict[str, list[KernelEvent]]:
+def measure(call: Call) -> dict[str, list[Kernel]]:
     """The kernels of WARMUP_CALLS + REPEATS calls on each GPU that ran any."""
     for _ in range(2):
         jax.block_until_ready(call())
@@ -52,10 +48,10 @@ def measure(call: Call) -> dict[str, list[KernelEvent]]:
         for _ in range(WARMUP_CALLS + REPEATS):
             jax.block_until_ready(call())
 
-    return profile(run, read_devices)
+    return xplane.profile(run).by_device()
 
 
-def slowest_us(devices: dict[str, list[KernelEvent]], expected: int) -> np.ndarray:
+def slowest_us(devices: dict[str, list[Kernel]], expected: int) -> np.ndarray:
     """For each counted call the device time on the GPU that took longest, microseconds.
 
     Raises:
@@ -76,7 +72,7 @@ def run(
     heads: Sequence[tuple[int, int]],
     *,
     tokens: int = TOKENS,
-    measured: Callable[[Call], dict[str, list[KernelEvent]]] = measure,
+    measured: Callable[[Call], dict[str, list[Kernel]]] = measure,
 ) -> int:
     """Appends a row for each kind, number of GPUs and implementation, and prints them; 0, also where one GPU is all."""
     devices = jax.devices()

@@ -22,7 +22,7 @@ def size_heads() -> tuple[tuple[int, int], ...]:
 
 
 class Suite(NamedTuple):
-    """What is timed by default: operations (the keys of `run.OPS`), tokens and heads."""
+    """What is timed by default: operations (the keys of `operations.OPERATIONS`), tokens and heads."""
 
     ops: tuple[str, ...]
     tokens: tuple[int, ...]

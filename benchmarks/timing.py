@@ -1,4 +1,4 @@
-"""Kernel times from the JAX profiler's own data, attributed to the providers that launched them.
+"""Device times of calls: the kernels of a profile, attributed to the providers that launched them.
 
 All providers run interleaved in one process under one trace. Each section (a few uncounted calls, then the counted
 ones of one provider) begins with a marker kernel on an idle device, so the device's own timeline says which kernels
@@ -6,20 +6,16 @@ belong to whom: no name of a provider's kernel is assumed. Whatever does not fit
 """
 
 import dataclasses
-import glob
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
 
 import jax
 import numpy as np
-from jax.profiler import ProfileData
 
-from tests.cases import Case, minimum_bytes
-
-T = TypeVar("T")
+from benchmarks import xplane
+from benchmarks.floor import minimum_bytes
+from benchmarks.xplane import Kernel, MeasurementError
+from tests.cases import Case
 
 MARKER_NAME = "benchmark_section_marker"  # as gpu_kernels.py names them
 FLUSH_NAME = "benchmark_flush_l2"
@@ -27,19 +23,6 @@ WARMUP_CALLS = 2  # of each section: the first ones find another provider's outp
 FLUSH_BYTES = 256 * 2**20  # five times the L2 of an H200
 _LEAD_MARKERS = 2  # the profiler may miss the first kernels after it attaches
 _ATTEMPTS = 3
-
-
-class MeasurementError(RuntimeError):
-    """The profile does not hold what was run."""
-
-
-@dataclasses.dataclass(frozen=True)
-class KernelEvent:
-    """One kernel, copy or memset on the device's timeline."""
-
-    name: str
-    start_ns: float
-    duration_ns: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +96,7 @@ def measure(
 
     for attempt in range(_ATTEMPTS):  # the profiler may drop events: measure anew rather than fill in
         try:
-            return attribute(trace(run), sections, WARMUP_CALLS, repeats)
+            return attribute(xplane.profile(run).kernels, sections, WARMUP_CALLS, repeats)
         except MeasurementError as error:
             if attempt == _ATTEMPTS - 1:
                 raise MeasurementError(f"{case.id}: {error}") from error
@@ -129,57 +112,7 @@ def wait(outputs: object) -> None:
         torch.cuda.synchronize()
 
 
-def trace(run: Callable[[], None]) -> list[KernelEvent]:
-    """Runs under the JAX profiler; everything the device did meanwhile."""
-    return profile(run, read_kernel_events)
-
-
-def profile(run: Callable[[], None], read: Callable[[str], T]) -> T:
-    """Runs under the JAX profiler and reads its .xplane.pb file, which is gone afterwards."""
-    options = jax.profiler.ProfileOptions()
-    options.host_tracer_level = 0  # only the device's timeline is read
-    options.python_tracer_level = 0
-    options.enable_hlo_proto = False
-    with tempfile.TemporaryDirectory(prefix="pallas_qk_trace_") as directory:
-        with jax.profiler.trace(directory, profiler_options=options):
-            run()
-        return read(xplane_path(directory))
-
-
-def xplane_path(directory: str) -> str:
-    """The one .xplane.pb file that a trace wrote under a directory."""
-    paths = glob.glob(os.path.join(directory, "**", "*.xplane.pb"), recursive=True)
-    if len(paths) != 1:
-        raise MeasurementError(f"the profiler must write one .xplane.pb file, got {len(paths)}")
-    return paths[0]
-
-
-def read_kernel_events(path: str) -> list[KernelEvent]:
-    """The events on the streams of every GPU in an .xplane.pb file, in order of their start."""
-    return sorted((e for events in read_devices(path).values() for e in events), key=lambda event: event.start_ns)
-
-
-def read_devices(path: str) -> dict[str, list[KernelEvent]]:
-    """The same for each GPU that ran something, by the name of its plane."""
-    devices: dict[str, list[KernelEvent]] = {}
-    seen = []
-    for plane in ProfileData.from_file(path).planes:
-        for line in plane.lines:
-            seen.append(f"{plane.name} / {line.name}")
-            if plane.name.startswith("/device:GPU") and line.name.startswith("Stream"):
-                events = [KernelEvent(event.name, event.start_ns, event.duration_ns) for event in line.events]
-                if events:
-                    devices.setdefault(plane.name, []).extend(events)
-    if not devices:
-        raise MeasurementError(
-            "the profile must hold kernels on a line 'Stream…' of a plane '/device:GPU…', got the lines "
-            f"{seen or 'none'}. JAX must find CUPTI, "
-            "and no other client of it may run (torch.profiler, ncu, compute-sanitizer)."
-        )
-    return {name: sorted(events, key=lambda event: event.start_ns) for name, events in devices.items()}
-
-
-def attribute(events: Sequence[KernelEvent], sections: Sequence[str], warmup: int, repeats: int) -> dict[str, Samples]:
+def attribute(events: Sequence[Kernel], sections: Sequence[str], warmup: int, repeats: int) -> dict[str, Samples]:
     """Cuts the timeline at the marker kernels and sums each call's kernels.
 
     Args:
@@ -192,7 +125,7 @@ def attribute(events: Sequence[KernelEvent], sections: Sequence[str], warmup: in
       MeasurementError: a section holds no kernels or no multiple of warmup + repeats, its calls differ from each
         other, or a provider's sections differ.
     """
-    from_marker: list[list[KernelEvent]] = []
+    from_marker: list[list[Kernel]] = []
     for event in events:
         if event.name.startswith(MARKER_NAME):
             from_marker.append([])
@@ -216,7 +149,7 @@ def attribute(events: Sequence[KernelEvent], sections: Sequence[str], warmup: in
     return {name: Samples(tuple(times[name]), kernels[name]) for name in times}
 
 
-def split_calls(name: str, section: Sequence[KernelEvent], num_calls: int) -> list[Sequence[KernelEvent]]:
+def split_calls(name: str, section: Sequence[Kernel], num_calls: int) -> list[Sequence[Kernel]]:
     """Cuts one section into its calls: as many kernels in each, the same ones."""
     per_call, left = divmod(len(section), num_calls)
     counts = Counter(event.name for event in section)

@@ -7,7 +7,7 @@ import jax
 
 from benchmarks.agreement import Agreement, agreement
 from benchmarks.progress import progress, say
-from benchmarks.providers import oracle, pallas_qk_builder, to_jax
+from benchmarks.providers import PROVIDERS, oracle, to_jax
 from tests.cases import Case, Inputs, make_inputs
 
 
@@ -40,7 +40,7 @@ def verify(cases: Sequence[Case], implementations: Sequence[str], platform: str)
 def compare(name: str, case: Case, inputs: Inputs, want, platform: str) -> Agreement | str:
     """One implementation's agreement, or in words why it can't run the case."""
     try:
-        got = jax.block_until_ready(pallas_qk_builder(name)(case, inputs)())
+        got = jax.block_until_ready(PROVIDERS[name](case, inputs)())
     except NotImplementedError as error:
         return f"skipped: {error}"
     return agreement(name, case, got, want, platform=platform)

@@ -5,6 +5,7 @@ positions.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,3 +53,12 @@ def fused_qk_rmsnorm_rope_gate(
     q = rotate(rms_norm(q, q_weight, eps, norm_beta), cos, sin)
     k = rotate(rms_norm(k.reshape(num_tokens, num_kv_heads, head_dim), k_weight, eps, norm_beta), cos, sin)
     return q.reshape(num_tokens, -1), k.reshape(num_tokens, -1), gate.reshape(num_tokens, -1)
+
+
+def fused_qkv_rmsnorm_rope_gate(qkv: jax.Array, *others: Any, **static: Any) -> tuple[jax.Array, ...]:
+    """Takes and gives what `pallas_qk.fused_qkv_rmsnorm_rope_gate` does; the projection is cut by slices."""
+    q_width = 2 * static["num_q_heads"] * static["head_dim"]
+    kv_width = static["num_kv_heads"] * static["head_dim"]
+    q_gate, k, v = jnp.split(qkv, [q_width, q_width + kv_width], axis=-1)
+    q, k, gate = fused_qk_rmsnorm_rope_gate(q_gate, k, *others, **static)
+    return q, k, v, gate

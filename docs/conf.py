@@ -7,7 +7,15 @@ version = release = pallas_qk.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "README"
-PAGES = ["docs/api", "docs/porting", "benchmarks/README", "docs/testing", "CONTRIBUTING", "CHANGELOG"]
+PAGES = [
+    "docs/api",
+    "docs/porting",
+    "benchmarks/README",
+    "docs/testing",
+    "docs/tried_and_lost",
+    "CONTRIBUTING",
+    "CHANGELOG",
+]
 include_patterns = [f"{page}.*" for page in (root_doc, *PAGES)]
 exclude_patterns = [".*", "docs/_build"]
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from pallas_qk import _checks, _implementations
-from pallas_qk._config import Options, Spec
+from pallas_qk import _array_checks, _checks, _implementations, _mesh_checks
 from pallas_qk._implementations import IMPLEMENTATIONS, Choice
-from pallas_qk._operands import Call, Inputs, Outputs
+from pallas_qk._options import Options, Spec
+from pallas_qk._rows import Call, Inputs, Outputs
 
 
 def fused_qk_rmsnorm_rope_gate(
@@ -47,7 +47,8 @@ def fused_qk_rmsnorm_rope_gate(
     array by `__jax_array__`, such as `flax.nnx.Param`, are taken for every array.
 
     Args:
-      q_gate: (..., Hq*2*D) or (..., Hq, 2*D), each head [q | gate]; float16, bfloat16 or float32. An axis may be empty.
+      q_gate: (..., Hq*2*D) or (..., Hq, 2*D), each head [q | gate]; float16, bfloat16 or float32. Leading
+        axes may have size 0.
       k: (..., Hkv*D) or (..., Hkv, D), in the form of `q_gate`; its dtype.
       q_weight: (D,); float16, bfloat16 or float32, whatever `q_gate` has.
       k_weight: (D,); float16, bfloat16 or float32.
@@ -64,8 +65,8 @@ def fused_qk_rmsnorm_rope_gate(
       rotary_dim: elements of a head that are rotated, from the first; even and at most `head_dim`.
       mrope_section: three counts that sum to R/2, of the frequencies that read each row of `positions`.
       norm_beta: added to both weights in float32, 1.0 for Gemma-style weights; a Python number.
-      copy_gate: False leaves the gate where it lies: gate_out is then a slice of `q_gate` by XLA, which fuses into what
-        reads it, such as `attended * jax.nn.sigmoid(gate_out)`. Its gradient takes the one backward kernel as ever.
+      copy_gate: if False, the kernel doesn't copy the gate: gate_out is an XLA slice of `q_gate`, which fuses into its
+        consumer, such as `attended * jax.nn.sigmoid(gate_out)`. Its gradient comes from the one backward kernel.
       mrope_layout: "interleaved": frequency j reads row a (1 or 2) where j % 3 == a and j < 3 * mrope_section[a], and
         row 0 elsewhere (Qwen3-VL, Qwen3.5). "sectioned": the first mrope_section[0] frequencies read row 0, the next
         mrope_section[1] row 1, the others row 2 (Qwen2-VL).
@@ -133,7 +134,7 @@ def fused_qk_rmsnorm_rope_gate(
       ((5, 4096), (5, 512), (5, 4096))
     """
     outputs = _call(
-        "q_gate",
+        "fused_qk_rmsnorm_rope_gate",
         Inputs(q_gate, k, q_weight, k_weight, cos_sin_cache, positions),
         "copied" if _checks.check_copy_gate(copy_gate) else "in_place",
         eps,
@@ -185,7 +186,7 @@ def fused_qk_rmsnorm_rope(
       ((2, 5, 16, 128), (2, 5, 8, 128))
     """
     outputs = _call(
-        "q",
+        "fused_qk_rmsnorm_rope",
         Inputs(q, k, q_weight, k_weight, cos_sin_cache, positions),
         None,
         eps,
@@ -243,7 +244,7 @@ def fused_qkv_rmsnorm_rope_gate(
       [(5, 4096), (5, 512), (5, 512), (5, 4096)]
     """
     outputs = _call(
-        "qkv",
+        "fused_qkv_rmsnorm_rope_gate",
         Inputs(qkv, None, q_weight, k_weight, cos_sin_cache, positions),
         "copied" if _checks.check_copy_gate(copy_gate) else "in_place",
         eps,
@@ -295,7 +296,7 @@ def fused_qkv_rmsnorm_rope(
       ((5, 2048), (5, 1024), (5, 1024))
     """
     outputs = _call(
-        "qkv",
+        "fused_qkv_rmsnorm_rope",
         Inputs(qkv, None, q_weight, k_weight, cos_sin_cache, positions),
         None,
         eps,
@@ -309,7 +310,7 @@ def fused_qkv_rmsnorm_rope(
 
 
 def _call(
-    q_name: str,
+    function: str,
     inputs: Inputs,
     gate: str | None,
     eps: float,
@@ -319,9 +320,9 @@ def _call(
     mrope_layout: str,
     implementation: str | None,
 ) -> Outputs:
-    """Each public function: `q_name` is what it calls its first array."""
-    _checks.check_process()
-    inputs = Inputs(*map(_checks.unboxed, inputs))
+    """Each public function, by its name."""
+    _mesh_checks.check_process()
+    inputs = Inputs(*map(_array_checks.unboxed, inputs))
     num_q_heads, num_kv_heads, head_dim, rotary_dim = _checks.check_sizes(*sizes)
     options = Options(
         rotary_dim=rotary_dim,
@@ -330,49 +331,37 @@ def _call(
         mrope_section=_checks.check_mrope_section(mrope_section, rotary_dim),
         mrope_layout=_checks.check_mrope_layout(mrope_layout),
         gate=gate,
-        packed=(num_q_heads, num_kv_heads) if q_name == "qkv" else None,
+        packed=(num_q_heads, num_kv_heads) if _array_checks.FUNCTIONS[function].packed else None,
     )
     _checks.check_implementation(implementation, IMPLEMENTATIONS)
-    split = _checks.check_arrays(
-        q_name,
-        inputs,
-        num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        rotary_dim=rotary_dim,
-        gates=gate is not None,
-        mrope=options.mrope_section is not None,
-    )
-    if inputs.k is None:
-        _checks.check_packed_sharding(inputs.q, gates=gate is not None)
-    else:
-        _checks.check_known_sharding(q_name, inputs.q, num_q_heads, split)
-        _checks.check_known_sharding("k", inputs.k, num_kv_heads, split)
+    array_sizes = _array_checks.sizes_of(options, num_q_heads, num_kv_heads, head_dim)
+    split = _array_checks.check_arrays(function, inputs, array_sizes)
+    _mesh_checks.check_known_shardings(function, inputs, array_sizes, split=split)
     num_tokens = math.prod(inputs.q.shape[: -2 if split else -1])
-    spec = Spec(num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim, str(inputs.q.dtype))
+    open_size = None if isinstance(num_tokens, int) else num_tokens
+    spec = Spec(num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim, str(inputs.q.dtype), open_size)
     _implementations.check_supported(spec, implementation)
     if inputs.positions is not None:
-        inputs = inputs._replace(positions=_checks.canonical_positions(inputs.positions))
-    return _run(inputs, call=Call(options, implementation), split=split)
+        inputs = inputs._replace(positions=_array_checks.canonical_positions(inputs.positions))
+    return _run(inputs, function=function, call=Call(options, implementation), split=split)
 
 
-@functools.partial(jax.jit, static_argnames=("call", "split"))
-def _run(inputs: Inputs, *, call: Call, split: bool) -> Outputs:
+@functools.partial(jax.jit, static_argnames=("function", "call", "split"))
+def _run(inputs: Inputs, *, function: str, call: Call, split: bool) -> Outputs:
     """Jitted here, so that an eager call gives the bits of a call inside `jax.jit`."""
-    from pallas_qk import _vjp  # late: to define primitives it imports jax.extend, and so Pallas (17 ms)
+    from pallas_qk import _derivatives  # late: to define primitives it imports jax.extend, and so Pallas (17 ms)
 
     if inputs.positions is not None and jnp.iinfo(inputs.positions.dtype).bits < 8:
         inputs = inputs._replace(positions=inputs.positions.astype(jnp.int32))  # several lie in one byte
     if call.options.mrope_section is None and inputs.positions is not None:
         inputs = inputs._replace(positions=inputs.positions[None])
-    names = "fused_qk", "v" if call.options.packed else "", "_rmsnorm_rope", "_gate" if call.options.gate else ""
-    with jax.named_scope("".join(names)):
+    with jax.named_scope(function):
         if not split:
-            return _vjp.forward(call, inputs)
+            return _derivatives.forward(call, inputs)
         inputs = inputs._replace(q=_flat(inputs.q), k=_flat(inputs.k))
         (head_dim,) = inputs.q_weight.shape
         return jax.tree.map(
-            lambda x: x.reshape(*x.shape[:-1], x.shape[-1] // head_dim, head_dim), _vjp.forward(call, inputs)
+            lambda x: x.reshape(*x.shape[:-1], x.shape[-1] // head_dim, head_dim), _derivatives.forward(call, inputs)
         )
 
 

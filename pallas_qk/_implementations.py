@@ -4,20 +4,19 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
 import jax
 
 from pallas_qk import _reference
-from pallas_qk._config import Spec, Target
+from pallas_qk._options import Spec, Target
 from pallas_qk._target import cuda_target
 
 IMPLEMENTATIONS = ("mosaic_gpu", "triton", "xla")
 
-_GPU_MODULES = {"mosaic_gpu": "pallas_qk._mosaic_gpu", "triton": "pallas_qk._triton"}
-_GPU_BACKWARD_MODULES = {"mosaic_gpu": "pallas_qk._mosaic_gpu_vjp", "triton": "pallas_qk._triton_vjp"}
+_GPU_FOLDERS = {"mosaic_gpu": "pallas_qk._mosaic_gpu", "triton": "pallas_qk._triton"}
 _SINCE_JAX_0_11 = jax.__version_info__ >= (0, 11)
 # What None tries on an NVIDIA GPU, in this order. JAX deprecates its Triton backend since 0.11.
 _PREFERENCE = ("mosaic_gpu", "triton", "xla") if _SINCE_JAX_0_11 else ("triton", "mosaic_gpu", "xla")
@@ -37,17 +36,8 @@ class Choice(NamedTuple):
 
 
 def module(name: str) -> ModuleType:
-    """The module of an implementation; a GPU backend is imported on first use (70 to 300 ms beyond JAX)."""
-    return _reference if name == "xla" else importlib.import_module(_GPU_MODULES[name])
-
-
-def backward_module(name: str) -> ModuleType:
-    """The module that holds an implementation's `backward`."""
-    return _reference if name == "xla" else importlib.import_module(_GPU_BACKWARD_MODULES[name])
-
-
-def function(name: str, direction: str) -> Callable:
-    return module(name).forward if direction == "forward" else backward_module(name).backward
+    """An implementation: `forward`, `backward`, `unsupported`. A GPU's is imported on first use, in 70 to 300 ms."""
+    return _reference if name == "xla" else importlib.import_module(_GPU_FOLDERS[name])
 
 
 @functools.cache
@@ -57,8 +47,8 @@ def _missing_module(name: str) -> str | None:
 
 def unsupported(name: str, spec: Spec, target: Target) -> str | None:
     """Why an implementation can't run `spec` on an NVIDIA GPU; None if it can."""
-    if name != "xla" and not isinstance(spec.num_tokens, int):
-        return f"it needs sizes that are known when tracing, got {spec.num_tokens}"
+    if name != "xla" and spec.open_size is not None:
+        return f"it needs sizes that are known when tracing, got {spec.open_size}"
     if (missing := _missing_module(name)) is not None:
         return f"it needs the module {missing}, got a Python environment without it"
     return module(name).unsupported(spec, target)
@@ -68,7 +58,7 @@ def choose(spec: Spec, platform: str | None = None) -> Choice:
     """The choice on a platform ("cuda", "cpu", …); None means the default device's."""
     platform = platform or _default_platform()
     if platform != "cuda":
-        return Choice("xla", dict.fromkeys(_GPU_MODULES, f"it needs an NVIDIA GPU, got platform {platform}"))
+        return Choice("xla", dict.fromkeys(_GPU_FOLDERS, f"it needs an NVIDIA GPU, got platform {platform}"))
     target = cuda_target()
     taken = first_supported(spec, target)
     reasons = {name: unsupported(name, spec, target) for name in IMPLEMENTATIONS if name != taken}
@@ -96,7 +86,7 @@ def _default_platform() -> str:
 
 def check_supported(spec: Spec, implementation: str | None) -> None:
     """Refuses a name that can't run `spec` on the NVIDIA GPU that code is made for, however few tokens it gets."""
-    if isinstance(spec.num_tokens, int):
+    if spec.open_size is None:
         spec = dataclasses.replace(spec, num_tokens=min(1, spec.num_tokens))
     if implementation:
         refuse(implementation, unsupported(implementation, spec, cuda_target()))
@@ -105,7 +95,7 @@ def check_supported(spec: Spec, implementation: str | None) -> None:
 def refuse_platforms(implementation: str | None, platforms: Sequence[str]) -> None:
     """Refuses the name of a GPU kernel where code is made for other platforms."""
     others = [platform for platform in platforms if platform != "cuda"]
-    if implementation in _GPU_MODULES and others:
+    if implementation in _GPU_FOLDERS and others:
         raise NotImplementedError(
             f"implementation={implementation!r} must run on an NVIDIA GPU, got platform {', '.join(others)}. "
             "Leave implementation out, or pass 'xla'."

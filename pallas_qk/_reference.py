@@ -1,14 +1,25 @@
 """The op in plain XLA: its definition, the implementation for CPU and TPU, and the fallback.
 
-Arrays as in `_operands`; any leading axes may stand for T.
+Arrays as in `_rows`; any leading axes may stand for T.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_qk._config import Options, Spec, Target, next_power_of_2, tree_order
-from pallas_qk._operands import Gradients, Inputs, Outputs, gradient_types
+from pallas_qk._options import Options, Spec, Target, next_power_of_2, tree_order
+from pallas_qk._rows import (
+    Gradients,
+    Inputs,
+    Outputs,
+    Rows,
+    as_outputs,
+    gradient_types,
+    kinds_of,
+    rows_of,
+    sources_of,
+    weight_of,
+)
 
 
 def unsupported(spec: Spec, target: Target) -> str | None:
@@ -18,42 +29,74 @@ def unsupported(spec: Spec, target: Target) -> str | None:
 
 
 def forward(inputs: Inputs, *, options: Options) -> Outputs:
-    """A gate that stays in place is left out, see `parts`."""
-    x = parts(inputs, options)
+    """Rows without a target stay where they are, see `parts`."""
+    rows, kinds = parts(inputs, options), kinds_of(options)
     cos, sin = _cos_and_sin(inputs, options, past=jnp.nan)
-    q_out = norm_and_rope(x.q, inputs.q_weight, cos, sin, options)
-    k_out = norm_and_rope(x.k, inputs.k_weight, cos, sin, options)
-    return Outputs(q_out, k_out, x.v, x.gate if options.gate == "copied" else None)
+    for name, kind in kinds.items():
+        if kind.weight is not None:
+            rows[name] = norm_and_rope(rows[name], weight_of(inputs, kind), kind.rotation, cos, sin, options)
+    return as_outputs(options, [None if kinds[name].target is None else x for name, x in rows.items()])
 
 
-def parts(inputs: Inputs, options: Options) -> Outputs:
-    """q, k, v and gate as they lie in the inputs."""
-    q, k, v, gate = inputs.q, inputs.k, None, None
-    head_dim = inputs.q_weight.shape[0]
-    if options.packed is not None:
-        num_q_heads, num_kv_heads = options.packed
-        width = head_dim if options.gate is None else 2 * head_dim
-        q_end, k_end = num_q_heads * width, num_q_heads * width + num_kv_heads * head_dim
-        packed, lead = inputs.q, inputs.q.shape[:-1]
-        q = packed[..., :q_end].reshape(*lead, num_q_heads, width)
-        k = packed[..., q_end:k_end].reshape(*lead, num_kv_heads, head_dim)
-        v = packed[..., k_end:].reshape(*lead, num_kv_heads, head_dim)
-    if options.gate is not None:
-        q, gate = q[..., :head_dim], q[..., head_dim:]
-    return Outputs(q, k, v, gate)
+def parts(inputs: Inputs, options: Options) -> dict[str, jax.Array]:
+    """Each kind of rows (T, heads, D), as they lie in the inputs."""
+    (head_dim,) = inputs.q_weight.shape
+    num_heads = dict(zip(("q", "k"), options.packed or (1, 1), strict=True))
+    kinds = rows_of(options, num_heads["q"], num_heads["k"], head_dim)
+    sections: dict[tuple[str, int], jax.Array] = {}  # by array and start: all the heads of what lies side by side
+    for kind in kinds.values():
+        x, start = getattr(inputs, kind.source.array), _start(kind)
+        if options.packed and (kind.source.array, start) not in sections:
+            heads, width = num_heads[kind.heads], kind.source.head
+            x = x[..., start : start + heads * width].reshape(*x.shape[:-1], heads, width)
+        sections.setdefault((kind.source.array, start), x)
+    rows = {}
+    for name, kind in kinds.items():
+        x, lane = sections[kind.source.array, _start(kind)], kind.source.first % kind.source.head
+        rows[name] = x if kind.source.head == head_dim else x[..., lane : lane + head_dim]
+    return rows
 
 
-def norm_and_rope(x: jax.Array, weight: jax.Array, cos: jax.Array, sin: jax.Array, options: Options) -> jax.Array:
-    """RMSNorm of each row of x (T, H, D) and rotation of its first R lanes by cos and sin (T, R/2)."""
+def _start(kind: Rows) -> int:
+    """Where the first head lies that the rows share with others."""
+    return kind.source.first - kind.source.first % kind.source.head
+
+
+def _joined(rows: dict[str, jax.Array], options: Options) -> dict[str, jax.Array]:
+    """The arrays of which `rows` are the parts."""
+    kinds, arrays = kinds_of(options), {}
+    for array, source in sources_of(kinds).items():
+        sections: dict[int, list[jax.Array]] = {}
+        for name in source.kinds:
+            sections.setdefault(_start(kinds[name]), []).append(rows[name])
+        joined = [xs[0] if len(xs) == 1 else jnp.concatenate(xs, axis=-1) for xs in sections.values()]
+        if source.heads is None:
+            flat = [x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1]) for x in joined]
+            joined = [jnp.concatenate(flat, axis=-1)]
+        (arrays[array],) = joined
+    return arrays
+
+
+def norm_and_rope(
+    x: jax.Array,
+    weight: jax.Array,
+    rotation: str | None,
+    cos: jax.Array,
+    sin: jax.Array,
+    options: Options,
+) -> jax.Array:
+    """RMSNorm of each row of x (T, H, D) and `Rows.rotation` of its first R lanes by cos and sin (T, R/2)."""
     head_dim = x.shape[-1]
     x32 = x.astype(jnp.float32)
     mean_square = tree_sum(x32 * x32) / head_dim
     weight = _over_rows(effective_weight(weight, options.norm_beta), x)
     y = x32 * lax.rsqrt(mean_square + options.eps)[..., None] * weight
-    return _rotate(round_trip(y, x.dtype), cos, sin).astype(x.dtype)
+    return _rotate(round_trip(y, x.dtype), rotation, cos, sin).astype(x.dtype)
 
 
-def _rotate(y: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def _rotate(y: jax.Array, rotation: str | None, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    if rotation is None:
+        return y
     half = cos.shape[-1]
     y1, y2, rest = y[..., :half], y[..., half : 2 * half], y[..., 2 * half :]
     cos, sin = cos[..., None, :], sin[..., None, :]
@@ -66,22 +109,27 @@ def _over_rows(weight: jax.Array, x: jax.Array) -> jax.Array:
 
 def backward(inputs: Inputs, cotangents: Outputs, *, options: Options) -> Gradients:
     """Rounding counts as the identity. The table's gradient is left to `unrounded`."""
-    x = parts(inputs, options)
+    x, kinds = parts(inputs, options), kinds_of(options)
     cos, sin = _cos_and_sin(inputs, options, past=None)
-    dq, dq_weight = norm_and_rope_backward(x.q, inputs.q_weight, cos, sin, cotangents.q, options)
-    dk, dk_weight = norm_and_rope_backward(x.k, inputs.k_weight, cos, sin, cotangents.k, options)
+    gradients, dweights = {name: getattr(cotangents, name) for name in kinds}, {}
+    for name, kind in kinds.items():
+        if kind.weight is not None:
+            gradients[name], dweights[kind.weight] = norm_and_rope_backward(
+                x[name], weight_of(inputs, kind), kind.rotation, cos, sin, gradients[name], options
+            )
     types = gradient_types(inputs, options)
-    dq_weight, dk_weight = dq_weight.astype(types.q_weight.dtype), dk_weight.astype(types.k_weight.dtype)
-    if cotangents.gate is not None:
-        dq = jnp.concatenate([dq, cotangents.gate], axis=-1)
-    if cotangents.v is None:
-        return Gradients(dq, dk, dq_weight, dk_weight)
-    sections = [part.reshape(*part.shape[:-2], part.shape[-2] * part.shape[-1]) for part in (dq, dk, cotangents.v)]
-    return Gradients(jnp.concatenate(sections, axis=-1), None, dq_weight, dk_weight)
+    dweights = {name: x.astype(getattr(types, name).dtype) for name, x in dweights.items()}
+    return Gradients(**{"k": None} | _joined(gradients, options) | dweights)
 
 
 def norm_and_rope_backward(
-    x: jax.Array, weight: jax.Array, cos: jax.Array, sin: jax.Array, dout: jax.Array, options: Options
+    x: jax.Array,
+    weight: jax.Array,
+    rotation: str | None,
+    cos: jax.Array,
+    sin: jax.Array,
+    dout: jax.Array,
+    options: Options,
 ) -> tuple[jax.Array, jax.Array]:
     """dx, and dweight (D,) in float32, of `norm_and_rope`.
 
@@ -93,9 +141,10 @@ def norm_and_rope_backward(
     itself stay within float32.
     """
     rotary_dim = 2 * cos.shape[-1]
-    x32, dout = x.astype(jnp.float32), dout.astype(jnp.float32)
-    rotated = lax.optimization_barrier(_rotate(dout[..., :rotary_dim], cos, -sin))
-    dy = jnp.concatenate([rotated, dout[..., rotary_dim:]], axis=-1)
+    x32, dy = x.astype(jnp.float32), dout.astype(jnp.float32)
+    if rotation is not None:
+        rotated = lax.optimization_barrier(_rotate(dy[..., :rotary_dim], rotation, cos, -sin))
+        dy = jnp.concatenate([rotated, dy[..., rotary_dim:]], axis=-1)
     inv_rms = _inv_rms(x32, options.eps)
     dweight = jnp.sum(dy * x32 * inv_rms, axis=tuple(range(x.ndim - 1)))
     # dx = (g - x * r^2/D * sum(g * x)) * r, where r = 1/rms and g = dy * w.
@@ -107,13 +156,16 @@ def norm_and_rope_backward(
 def unrounded(inputs: Inputs, *, options: Options) -> Outputs:
     """The op on float32 arrays, without any rounding to 16 bits: the function whose derivatives are the op's."""
 
-    def norm_and_rope(x, weight):
-        weight = _over_rows(weight + options.norm_beta, x)
-        return _rotate(x * _inv_rms(x, options.eps) * weight, cos, sin)
+    def norm_and_rope(x, kind: Rows):
+        weight = _over_rows(weight_of(inputs, kind) + options.norm_beta, x)
+        return _rotate(x * _inv_rms(x, options.eps) * weight, kind.rotation, cos, sin)
 
-    x = parts(inputs, options)
+    rows = parts(inputs, options)
     cos, sin = _cos_and_sin(inputs, options, past=None)
-    return x._replace(q=norm_and_rope(x.q, inputs.q_weight), k=norm_and_rope(x.k, inputs.k_weight))
+    for name, kind in kinds_of(options).items():
+        if kind.weight is not None:
+            rows[name] = norm_and_rope(rows[name], kind)
+    return as_outputs(options, list(rows.values()))
 
 
 def _inv_rms(x: jax.Array, eps: float) -> jax.Array:

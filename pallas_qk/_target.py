@@ -1,9 +1,11 @@
 """The NVIDIA GPU to make code for: the abstract mesh's device, else the local ones, else a Hopper."""
 
-import jax
-from jax.sharding import AbstractDevice
+import contextlib
 
-from pallas_qk._config import Target
+import jax
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from pallas_qk._options import Target
 
 _AMPERE, _HOPPER, _HOPPER_SMS = (8, 0), (9, 0), 132  # kinds that the table lacks count as Ampere, whose code they run
 # For lowering without the GPU at hand: an abstract device carries a kind and no compute capability.
@@ -39,7 +41,7 @@ _CAPABILITY_OF_KIND = {
 }
 
 
-def abstract_gpu() -> AbstractDevice | None:
+def _abstract_gpu() -> AbstractDevice | None:
     """The GPU that the abstract mesh names."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device if device is not None and device.platform in ("cuda", "gpu") else None
@@ -47,7 +49,7 @@ def abstract_gpu() -> AbstractDevice | None:
 
 def cuda_target() -> Target:
     """Of several local GPUs the oldest: code for it runs on each of them, whichever device the call goes to."""
-    device = abstract_gpu()
+    device = _abstract_gpu()
     if device is not None:
         # A mesh of local GPUs names their kind too, which the table need not have.
         for local in local_gpus():
@@ -65,7 +67,7 @@ def _capability(gpu: jax.Device) -> tuple[int, int]:
 
 def num_sms() -> int:
     """Streaming multiprocessors; of several local GPUs the fewest."""
-    device = abstract_gpu()
+    device = _abstract_gpu()
     if device is not None and device.num_cores:
         return device.num_cores
     return min((d.core_count for d in local_gpus()), default=_HOPPER_SMS)
@@ -80,3 +82,20 @@ def local_gpus() -> list[jax.Device]:
     except (AssertionError, RuntimeError):  # JAX_PLATFORMS=cuda without a GPU or without its plugin
         return []
     return [] if client is None else client.local_devices()
+
+
+@contextlib.contextmanager
+def as_on_a_gpu():
+    """Where Pallas lowers for CUDA: with the GPU that the caller names, else a local one, else a Hopper.
+
+    Pallas asks the abstract mesh, which may name a CPU, and the default device, which may be one.
+    """
+    if _abstract_gpu() is not None:
+        yield
+        return
+    gpu = next(iter(local_gpus()), None)
+    kind, num_cores = ("NVIDIA H100", _HOPPER_SMS) if gpu is None else (gpu.device_kind, gpu.core_count)
+    device = AbstractDevice(device_kind=kind, num_cores=num_cores, platform="cuda")
+    default_device = contextlib.nullcontext() if gpu is None else jax.default_device(gpu)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)), default_device:
+        yield

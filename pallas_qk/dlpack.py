@@ -60,7 +60,7 @@ def from_torch(tensor: torch.Tensor, *, copy: bool = False) -> jax.Array:
         wrapper, a fake tensor, a tensor inside `torch.vmap` or `torch.func`, or one whose storage was freed.
       TypeError: not a tensor, a dtype outside `DTYPES`, or one that JAX would narrow while jax_enable_x64 is off.
       NotImplementedError: the tensor's device isn't one of JAX's.
-      ModuleNotFoundError: torch is not installed; `to_torch` likewise.
+      ModuleNotFoundError: torch is not installed. `to_torch` raises it too.
     """
     _check_torch_is_there("from_torch")
     import jax

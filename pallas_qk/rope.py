@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -23,10 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from pallas_qk import _checks
-
-# Spellings of older checkpoints, as transformers' configurations of Qwen2-VL and Phi-3 read them.
-_ALIASES = {"mrope": "default", "su": "longrope"}
+from pallas_qk import _checks, _rope_kinds
 
 # What every kind reads. A dict that has none of these says nothing of RoPE.
 _COMMON_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
@@ -62,12 +59,12 @@ def inv_frequencies(
       layer_type: which entry to read where `rope_parameters` holds one dict per layer type, such as Gemma 3's
         "full_attention" and "sliding_attention". It holds those where a dict inside it has rope_type, type, rope_theta
         or partial_rotary_factor and it has none of these itself. Any other dict inside it is a key that isn't read.
-      rope_theta: what older configurations hold beside the dict; taken where the dict has none, and refused where it
-        has another value. Gemma 3's older form: `rope_scaling` with rope_theta, and None with
-        rope_theta=rope_local_base_freq.
-      partial_rotary_factor: likewise.
-      max_position_embeddings: likewise.
-      original_max_position_embeddings: likewise.
+      rope_theta: the value that older configurations hold next to the dict. It is taken where the dict has none, and
+        refused where the dict has another. Gemma 3's older form takes two calls: `rope_scaling` with rope_theta, and
+        None with rope_theta=rope_local_base_freq.
+      partial_rotary_factor: as rope_theta.
+      max_position_embeddings: as rope_theta.
+      original_max_position_embeddings: as rope_theta.
 
     Returns:
       float64 of shape (R/2,) in radians per position, where R = int(head_dim * partial_rotary_factor) is the op's
@@ -75,7 +72,7 @@ def inv_frequencies(
 
     Raises:
       ValueError: a value is missing, out of range, or given twice with two values; the kind or layer type is unknown.
-      TypeError: a value isn't of the kind that it should be.
+      TypeError: a value has the wrong type.
 
     Semantics from:
       transformers 5.23.0, `modeling_rope_utils.ROPE_INIT_FUNCTIONS`; the models' own default; alpha of HunYuan's
@@ -104,13 +101,13 @@ def inv_frequencies(
         parameters[name] = value if held is None else held
 
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
-    kind = _KINDS.get(_ALIASES.get(rope_type, rope_type)) if isinstance(rope_type, str) else None
+    kind = _rope_kinds.KINDS.get(_rope_kinds.ALIASES.get(rope_type, rope_type)) if isinstance(rope_type, str) else None
     if kind is None:
-        names = ", ".join(repr(name) for name in (*_KINDS, *_ALIASES))
+        names = ", ".join(repr(name) for name in (*_rope_kinds.KINDS, *_rope_kinds.ALIASES))
         raise ValueError(f"rope_type must be one of {names}, got {rope_type!r}. Compute its frequencies yourself.")
     _check_integer("head_dim", head_dim, 2)
-    rotary_dim = int(head_dim * _number(parameters, "partial_rotary_factor", 1.0))
-    if kind is _proportional:
+    rotary_dim = int(head_dim * _rope_kinds.number(parameters, "partial_rotary_factor", 1.0))
+    if kind is _rope_kinds.KINDS["proportional"]:
         parameters["rotary_dim"], rotary_dim = rotary_dim, head_dim
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise ValueError(
@@ -339,138 +336,6 @@ def _upper_half(x: jax.Array, y: np.ndarray) -> jax.Array:
     return x_high * y_high + (middle >> 16) + (rest >> 16)
 
 
-def _default(parameters: dict, rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
-    return _geometric(_number(parameters, "rope_theta"), rotary_dim), 1.0
-
-
-def _linear(parameters: dict, rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
-    return _geometric(_number(parameters, "rope_theta"), rotary_dim) / _number(parameters, "factor"), 1.0
-
-
-def _proportional(parameters: dict, head_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
-    """The first int(partial_rotary_factor * head_dim) // 2 frequencies of the whole head, and 0 for the rest."""
-    inv_freq = _geometric(_number(parameters, "rope_theta"), head_dim) / _number(parameters, "factor", 1.0)
-    return np.where(np.arange(head_dim // 2) < parameters["rotary_dim"] // 2, inv_freq, 0.0), 1.0
-
-
-def _dynamic(parameters: dict, rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
-    if rotary_dim < 4:
-        raise ValueError(f"rope_type 'dynamic' needs a rotary_dim of at least 4, got {rotary_dim}. Use 'default'.")
-    if parameters.get("alpha"):
-        stretch = _number(parameters, "alpha")
-    else:
-        trained = _number(parameters, "max_position_embeddings")
-        factor = _number(parameters, "factor")
-        length = max(_needed_length("dynamic", sequence_length), trained)
-        stretch = factor * length / trained - (factor - 1)
-    return _geometric(_number(parameters, "rope_theta") * stretch ** (rotary_dim / (rotary_dim - 2)), rotary_dim), 1.0
-
-
-def _yarn(parameters: dict, rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
-    theta = _number(parameters, "rope_theta")
-    trained = _trained_length(parameters)
-    factor = _extension(parameters)
-    if parameters.get("attention_factor") is not None:
-        attention_factor = _number(parameters, "attention_factor")
-    elif parameters.get("mscale") and parameters.get("mscale_all_dim"):
-        attention_factor = _mscale(factor, _number(parameters, "mscale"))
-        attention_factor /= _mscale(factor, _number(parameters, "mscale_all_dim"))
-    else:
-        attention_factor = _mscale(factor, 1.0)
-
-    def frequency_turning(name: str, default: float) -> float:
-        """Index, not whole, of the frequency that makes this many turns over the trained length."""
-        turns = _number(parameters, name, default) if parameters.get(name) else default
-        return rotary_dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    if theta <= 1:
-        raise ValueError(f"rope_theta must be > 1 for rope_type 'yarn', got {theta}. Take it from the configuration.")
-    first, last = frequency_turning("beta_fast", 32.0), frequency_turning("beta_slow", 1.0)
-    if parameters.get("truncate", True):
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, rotary_dim - 1)  # sic: the last frequency is rotary_dim // 2 - 1
-    last = last if first != last else last + 0.001
-    slowed = np.clip((np.arange(rotary_dim // 2) - first) / (last - first), 0, 1)
-    inv_freq = _geometric(theta, rotary_dim)
-    return inv_freq / factor * slowed + inv_freq * (1 - slowed), attention_factor
-
-
-def _mscale(factor: float, mscale: float) -> float:
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
-def _longrope(parameters: dict, rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
-    trained = _trained_length(parameters)
-    which = "long" if _needed_length("longrope", sequence_length) > trained else "short"
-    divisors = parameters.get(f"{which}_factor")
-    rule = f"{which}_factor must be a list of rotary_dim // 2 = {rotary_dim // 2} numbers > 0"
-    remedy = "Check head_dim and partial_rotary_factor against the configuration."
-    if not isinstance(divisors, list | tuple | np.ndarray):
-        raise TypeError(f"{rule}, got {divisors!r:.80}. {remedy}")
-    if len(divisors) != rotary_dim // 2:
-        raise ValueError(f"{rule}, got {len(divisors)}. {remedy}")
-    listed = {f"{which}_factor[{i}]": divisor for i, divisor in enumerate(divisors)}
-    inv_freq = _geometric(_number(parameters, "rope_theta"), rotary_dim) / [_number(listed, name) for name in listed]
-
-    for name in (f"{which}_mscale", "attention_factor"):
-        if parameters.get(name) is not None:
-            return inv_freq, _number(parameters, name)
-    factor = _extension(parameters)
-    return inv_freq, 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
-
-
-def _llama3(parameters: dict, rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
-    factor, trained = _number(parameters, "factor"), _trained_length(parameters)
-    low, high = _number(parameters, "low_freq_factor"), _number(parameters, "high_freq_factor")
-    if low >= high:
-        raise ValueError(
-            f"high_freq_factor must be greater than low_freq_factor, got {high} and {low}. "
-            "Take both from the configuration."
-        )
-    inv_freq = _geometric(_number(parameters, "rope_theta"), rotary_dim)
-    turns = trained * inv_freq / (2 * math.pi)  # over the trained length
-    kept = np.clip((turns - low) / (high - low), 0, 1)
-    return inv_freq / factor * (1 - kept) + inv_freq * kept, 1.0
-
-
-_KINDS: dict[str, Callable[[dict, int, int | None], tuple[np.ndarray, float]]] = {
-    "default": _default,
-    "linear": _linear,
-    "dynamic": _dynamic,
-    "yarn": _yarn,
-    "llama3": _llama3,
-    "longrope": _longrope,
-    "proportional": _proportional,
-}
-
-
-def _geometric(theta: float, rotary_dim: int) -> np.ndarray:
-    return theta ** -(np.arange(0, rotary_dim, 2) / rotary_dim)
-
-
-def _trained_length(parameters: dict) -> float:
-    """The length that the model was trained for before it was extended; transformers fills it in in the same way."""
-    if parameters.get("original_max_position_embeddings") is None:
-        return _number(parameters, "max_position_embeddings")
-    return _number(parameters, "original_max_position_embeddings")
-
-
-def _extension(parameters: dict) -> float:
-    """`factor`, or else the ratio of the extended length to the trained one."""
-    if parameters.get("factor") is None:
-        return _number(parameters, "max_position_embeddings") / _trained_length(parameters)
-    return _number(parameters, "factor")
-
-
-def _needed_length(rope_type: str, sequence_length: int | None) -> int:
-    if sequence_length is None:
-        raise ValueError(
-            f"rope_type {rope_type!r} needs sequence_length, got None. "
-            "Pass the longest length, prompt and answer, that the table is for: it changes the frequencies."
-        )
-    return sequence_length
-
-
 def _pick_layer_type(rope_parameters: Mapping[str, Any] | None, layer_type: str | None) -> dict[str, Any]:
     """A copy of the dict, or of its entry for the layer type where it holds one dict each."""
     if rope_parameters is None:
@@ -492,24 +357,6 @@ def _pick_layer_type(rope_parameters: Mapping[str, Any] | None, layer_type: str 
             "Pass the name of the entry to read, if rope_parameters holds one dict per layer type."
         )
     return dict(entries[layer_type])
-
-
-def _number(parameters: Mapping[str, Any], name: str, default: float | None = None) -> float:
-    """A positive number of the dict; None counts as missing."""
-    value = parameters.get(name)
-    value = default if value is None else value
-    if value is None:
-        raise ValueError(
-            f"{name} must be in rope_parameters or given beside it, got neither. Take it from the configuration; "
-            "transformers' classes hold defaults for what a configuration leaves out."
-        )
-    rule = f"{name} must be a finite number > 0"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{rule}, got {value!r:.80}. Take it from the configuration.")
-    number = float(value)
-    if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{rule}, got {value}. Take it from the configuration.")
-    return number
 
 
 def _is_integer(value: object) -> bool:
@@ -547,7 +394,7 @@ def _check_frequencies(inv_freq: np.ndarray, attention_factor: float) -> tuple[n
             f"inv_freq must have shape (rotary_dim // 2,) and be finite, got {inv_freq!r:.80} of shape "
             f"{inv_freq.shape}. {remedy}"
         )
-    return inv_freq.astype(np.float64), _number({"attention_factor": attention_factor}, "attention_factor")
+    return inv_freq.astype(np.float64), _rope_kinds.number({"attention_factor": attention_factor}, "attention_factor")
 
 
 def _check_mrope(

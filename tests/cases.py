@@ -1,4 +1,4 @@
-"""The cases that tests and benchmarks share, and the inputs of one case.
+"""The cases that tests and benchmarks share, and the inputs and cotangents of one case.
 
 T num_tokens, Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim.
 """
@@ -156,24 +156,11 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     return Inputs(q_gate, k, q_weight, k_weight, cos_sin_table(*_table_of(case)), positions)
 
 
-def minimum_bytes(case: Case, op: str = "forward") -> int:
-    """Bytes that any implementation of "forward" or "backward" must move: inputs read once, outputs written once.
-
-    The floor belongs to the case and never to an implementation. Each token of the forward reads one table row; the
-    backward's, weights and positions are left out (under 1 % and 0.1 %). A gate left in place costs the forward
-    nothing, but its cotangent is moved into dq_gate; v of a packed array is moved in both directions.
-    """
-    itemsize = jnp.dtype(case.dtype).itemsize
-    # Moved from one array to another as they are: read and written.
-    copied = case.num_kv_heads if case.packed else 0
-    if case.gate == "copied" or (case.gate == "in_place" and op == "backward"):
-        copied += case.num_q_heads
-    # x in and out; in the backward the cotangent and x in, dx out.
-    heads = (3 if op == "backward" else 2) * (case.num_q_heads + case.num_kv_heads) + 2 * copied
-    activations = case.num_tokens * heads * case.head_dim * itemsize
-    if op == "backward":
-        return activations
-    return activations + case.num_tokens * case.rotary_dim * jnp.dtype(case.cache_dtype or case.dtype).itemsize
+def make_cotangents(case: Case, seed: int = 0) -> tuple[jax.Array, ...]:
+    """Random cotangents of q_out, k_out and gate_out, (T, heads*D), on the default device."""
+    heads = (case.num_q_heads, case.num_kv_heads, case.num_q_heads)
+    shapes = [(case.num_tokens, h * case.head_dim) for h in heads]
+    return tuple(random_normal(shape, case.dtype, 3 * seed + 100 + i) for i, shape in enumerate(shapes))
 
 
 # One feature or awkward size a case: small enough for interpret mode, together every branch of every layout.
@@ -204,4 +191,18 @@ SMALL_CASES = (
     Case(6, scale=1e4),
     Case(6, scale=1e-20, dtype="float32"),
     Case(6, weight_scale=1e-5, dtype="float16"),
+)
+
+# Each kind of vector that a thread of the Mosaic GPU kernels may hold, and sections that end inside one.
+LAYOUT_CASES = (
+    *(
+        Case(5, 3, 2, head_dim=head_dim, rotary_dim=rotary_dim, dtype=dtype, eps=1e-3 if head_dim < 32 else 1e-6)
+        for head_dim in (2, 3, 6, 16, 32, 64, 80, 96, 128, 192, 256, 512)
+        for rotary_dim in sorted({2, 6, 40, head_dim // 4, head_dim // 2, head_dim})
+        for dtype in ("bfloat16", "float16", "float32")
+        if 2 <= rotary_dim <= head_dim and rotary_dim % 2 == 0 and (head_dim in (80, 256) or dtype != "float16")
+    ),
+    Case(65, 12, 1, head_dim=8, rotary_dim=4),  # rows enough for chunks, and a row for every thread
+    Case(5, 3, 2, mrope_section=(18, 7, 7)),
+    Case(5, 3, 2, head_dim=96, rotary_dim=96, mrope_section=(37, 3, 8), dtype="float16"),
 )

@@ -57,6 +57,13 @@ def gpu():
         pytest.skip(f"needs an NVIDIA GPU, got JAX's default backend {jax.default_backend()!r}")
 
 
+@pytest.fixture
+def on_the_host():
+    """Arrays go to a device of the host, also on a machine with GPUs."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request) -> str:
     """Each implementation by name."""

@@ -1,6 +1,6 @@
 """The op by its definition in float64 NumPy, row by row of the formula, with the error that rounding may add.
 
-Knows nothing of the implementations: no tiles, no tree, no masks.
+Knows nothing of the implementations: no tiles, no tree, no masks. `tests/gradients.py` has its gradients.
 """
 
 import dataclasses
@@ -8,6 +8,8 @@ import dataclasses
 import numpy as np
 
 from tests.cases import Case, Inputs
+from tests.compare import assert_same, assert_within
+from tests.tolerances import ROUNDOFF, SMALLEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,11 +21,6 @@ class Defined:
     gate_out: np.ndarray
     q_bound: np.ndarray
     k_bound: np.ndarray
-
-
-# Unit roundoff and smallest subnormal of each activation dtype.
-_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
-_SUBNORMAL = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-126}  # float32: results may be flushed
 
 
 def mrope_axis(frequency: int, mrope_section: tuple[int, int, int], mrope_layout: str = "interleaved") -> int:
@@ -71,8 +68,19 @@ def _norm_and_rope(case: Case, x, weight, cos, sin):
     size1 = abs(y1 * cos) + abs(y2 * sin)
     size2 = abs(y1 * sin) + abs(y2 * cos)
     size = np.concatenate([size1, size2, abs(y[..., rotary_dim:])], axis=-1)
-    roundoff = _ROUNDOFF[case.dtype]
+    roundoff = ROUNDOFF[case.dtype]
     round_trip = roundoff if case.dtype != "float32" else 0.0
     # rsqrt's float32 argument keeps eps only to its own roundoff, which is part of the 16.
-    bound = (1 + roundoff) * (round_trip + 16 * 2.0**-24) * size + roundoff * abs(out) + 3 * _SUBNORMAL[case.dtype]
-    return out, bound
+    before_out = (1 + roundoff) * (round_trip + 16 * ROUNDOFF["float32"]) * size
+    return out, before_out + roundoff * abs(out) + 3 * SMALLEST[case.dtype]
+
+
+def assert_defined(got, case: Case, inputs: Inputs) -> None:
+    """q_out, k_out and gate_out, (T, heads*D): the former within their bounds, the gate in bits."""
+    q_out, k_out, gate_out = got
+    assert q_out.dtype == k_out.dtype == case.dtype, (q_out.dtype, k_out.dtype)
+    want = define(case, inputs)
+    assert_within("q_out", q_out, want.q_out, want.q_bound)
+    assert_within("k_out", k_out, want.k_out, want.k_bound)
+    gate = inputs.q_gate.reshape(case.num_tokens, case.num_q_heads, 2, case.head_dim)[:, :, 1]
+    assert_same({"gate_out": gate_out}, {"gate_out": gate.reshape(gate_out.shape)})

@@ -40,7 +40,8 @@ GPUS = {  # kind and number of multiprocessors; the kernels that run there
     "NVIDIA H200": (132, ("mosaic_gpu", "triton")),
     "NVIDIA A100-SXM4-80GB": (108, ("triton",)),
     "NVIDIA B200": (148, ("mosaic_gpu", "triton")),
-    "NVIDIA GeForce RTX 5090": (170, ("mosaic_gpu", "triton")),
+    # Since JAX 0.11 its Triton backend knows no such device that is not there.
+    "NVIDIA GeForce RTX 5090": (170, ("mosaic_gpu", "triton") if jax.__version_info__ < (0, 11) else ("mosaic_gpu",)),
 }
 PLATFORMS = ("cpu", "tpu")  # plain XLA
 

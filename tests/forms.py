@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 import pallas_qk
-from pallas_qk import _operands
-from pallas_qk._config import Options
-from tests.cases import Case, Inputs, make_inputs
+from pallas_qk import _rows
+from pallas_qk._options import Options
+from tests.cases import Case, Inputs, make_cotangents, make_inputs, random_normal
 
 
 def plain(case: Case) -> Case:
@@ -43,14 +43,17 @@ def options(case: Case) -> Options:
 
 
 def values(case: Case, seed: int = 1000) -> jax.Array:
-    """v (T, Hkv*D) of a packed array, and its cotangents by another seed."""
-    shape = (case.num_tokens, case.num_kv_heads * case.head_dim)
-    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(case.dtype)
+    """v (T, Hkv*D) of a packed array."""
+    return random_normal((case.num_tokens, case.num_kv_heads * case.head_dim), case.dtype, seed)
 
 
-def inputs_of(case: Case, inputs: Inputs, v: jax.Array | None = None) -> _operands.Inputs:
+def v_cotangents(case: Case, seed: int = 0) -> jax.Array:
+    return values(case, seed + 7)
+
+
+def inputs_of(case: Case, inputs: Inputs, v: jax.Array | None = None) -> _rows.Inputs:
     """The case's inputs in its form, (T, heads*D); gathered rows of the table need positions inside it."""
-    x = _operands.Inputs(*inputs)
+    x = _rows.Inputs(*inputs)
     if case.gate is None:
         x = x._replace(q=split_gates(case, x.q)[0])
     if case.packed:
@@ -73,26 +76,44 @@ def split_gates(case: Case, q_gate: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def outputs_of(case: Case, outputs, v: jax.Array | None = None) -> list[jax.Array]:
-    """What `op(case)` returns where `op(plain(case))` returns `outputs`; cotangents likewise."""
+    """What `op(case)` returns where `op(plain(case))` returns `outputs`."""
     q, k, gate = outputs
     v_out = [values(case) if v is None else v] if case.packed else []
     return [q, k, *v_out, *([] if case.gate is None else [gate])]
 
 
-def gradients_of(case: Case, gradients, dv=None) -> list[jax.Array]:
-    """The gradients of q, k and the weights in the form of `case`, from those of its plain form."""
+def output_names(case: Case) -> list[str]:
+    """Of what `op(case)` returns, in its order: fields of `_rows.Outputs`."""
+    return ["q", "k", *(["v"] if case.packed else []), *([] if case.gate is None else ["gate"])]
+
+
+def as_outputs(case: Case, arrays) -> _rows.Outputs:
+    """What `op(case)` returns, or cotangents of it, by name."""
+    return _rows.Outputs(**dict(zip(output_names(case), arrays, strict=True)))
+
+
+def cotangents_of(case: Case, seed: int = 0) -> list[jax.Array]:
+    """Of what `op(case)` returns."""
+    return outputs_of(case, make_cotangents(case, seed), v_cotangents(case, seed))
+
+
+def gradients_of(case: Case, gradients, seed: int = 0) -> list[jax.Array]:
+    """The gradients of q, k and the weights in the form of `case`, from those of its plain form.
+
+    The cotangents are those of `seed`.
+    """
     q, k, *weights = gradients
     if case.gate is None:
         q = split_gates(case, q)[0]
     if case.packed:
-        return [jnp.concatenate([q, k, dv], axis=-1), *weights]
+        return [jnp.concatenate([q, k, v_cotangents(case, seed)], axis=-1), *weights]
     return [q, k, *weights]
 
 
-def split_heads(case: Case, x: _operands.Inputs | _operands.Outputs):
+def split_heads(case: Case, x: _rows.Inputs | _rows.Outputs):
     """The shapes of the implementations: (T, heads, 2*D or D) for (T, heads*D), and positions (1 or 3, T)."""
     t, d = case.num_tokens, case.head_dim
-    if isinstance(x, _operands.Outputs):
+    if isinstance(x, _rows.Outputs):
         return x._replace(**{n: a.reshape(t, a.shape[-1] // d, d) for n, a in x._asdict().items() if a is not None})
     if not case.packed:
         width = d if case.gate is None else 2 * d
@@ -100,7 +121,7 @@ def split_heads(case: Case, x: _operands.Inputs | _operands.Outputs):
     return x if x.positions is None else x._replace(positions=jnp.atleast_2d(x.positions))
 
 
-def types(case: Case) -> tuple[_operands.Inputs, _operands.Outputs]:
+def types(case: Case) -> tuple[_rows.Inputs, _rows.Outputs]:
     """Of the inputs and the cotangents in the shapes of the implementations."""
 
     def make():
@@ -109,6 +130,6 @@ def types(case: Case) -> tuple[_operands.Inputs, _operands.Outputs]:
             jnp.zeros((case.num_tokens, h, case.head_dim), case.dtype) for h in (case.num_q_heads, case.num_kv_heads)
         )
         v, gate = k if case.packed else None, None if case.gate is None else q
-        return split_heads(case, inputs), _operands.Outputs(q, k, v, gate)
+        return split_heads(case, inputs), _rows.Outputs(q, k, v, gate)
 
     return jax.eval_shape(make)

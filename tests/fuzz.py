@@ -12,6 +12,7 @@ gradients must read row 0 there.
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -33,9 +34,9 @@ import numpy as np
 
 from tests import forms, gpu_memory, gradients, strategies
 from tests.cases import Case
-from tests.compare import compare_bits
+from tests.compare import assert_same, assert_within
 from tests.definition import define
-from tests.run import _kernel, has_gpu, run, run_backward
+from tests.run import cached_kernel, has_gpu, run, run_backward
 
 IMPLEMENTATIONS = ("xla", "mosaic_gpu", "triton")
 SEEDS_A_CASE = 3  # compilation takes nearly all of the time
@@ -47,6 +48,15 @@ MOST_SHOWN = 12  # failures, with their reasons
 
 class MismatchError(AssertionError):
     """What an implementation did wrong."""
+
+
+@contextlib.contextmanager
+def _mismatch(name: str):
+    """What an assertion says, as a failure of `name`."""
+    try:
+        yield
+    except AssertionError as error:
+        raise MismatchError(f"{name}: {error}") from None
 
 
 def check_forward(case: Case, seed: int, implementations=IMPLEMENTATIONS) -> int:
@@ -62,7 +72,7 @@ def check_forward(case: Case, seed: int, implementations=IMPLEMENTATIONS) -> int
         want = define(plain, safe)
     num_elements = 0
     for name in implementations:
-        got = dict(zip(_output_names(case), run(name, case, inputs), strict=True))
+        got = dict(zip(forms.output_names(case), run(name, case, inputs), strict=True))
         num_elements += sum(x.size for x in got.values())
         for rows in ("q", "k"):
             got[rows] = _blanked(f"{name}: {rows}_out", got[rows], past)
@@ -75,10 +85,6 @@ def check_forward(case: Case, seed: int, implementations=IMPLEMENTATIONS) -> int
             if "gate" in got:
                 _assert_bits(f"{name}: gate_out", got["gate"], forms.split_gates(case, safe.q_gate)[1])
     return num_elements
-
-
-def _output_names(case: Case) -> list[str]:
-    return ["q", "k", *(["v"] if case.packed else []), *([] if case.gate is None else ["gate"])]
 
 
 def _blanked(name: str, x: jax.Array, past: np.ndarray) -> jax.Array:
@@ -108,11 +114,8 @@ _blank_on_gpu = jax.jit(_blank_by(jnp))
 
 
 def _assert_bits(name: str, got: jax.Array, want: jax.Array) -> None:
-    if not has_gpu() and np.asarray(got).tobytes() == np.asarray(want).tobytes():
-        return  # without compiling the comparison for each shape
-    comparison = compare_bits(name, got, want)
-    if comparison.differing:
-        raise MismatchError(f"{name}: {comparison}")
+    with _mismatch(name):
+        assert_same(got, want)
 
 
 def _assert_agrees(name: str, case: Case, got: dict[str, jax.Array], want, past: np.ndarray) -> None:
@@ -131,18 +134,15 @@ def _assert_agrees(name: str, case: Case, got: dict[str, jax.Array], want, past:
 def _assert_defined(name: str, got: dict[str, jax.Array], want, past: np.ndarray) -> None:
     for rows, exact, bound in (("q", want.q_out, want.q_bound), ("k", want.k_out, want.k_bound)):
         where = np.tile(past, exact.shape[1] // past.shape[1])
-        error = np.abs(np.asarray(got[rows]).astype(np.float64) - np.where(where, 0.0, exact))
-        worst = np.unravel_index(np.argmax(np.where(np.isnan(error), np.inf, error) - bound), error.shape)
-        if not error[worst] <= bound[worst]:
-            raise MismatchError(f"{name}: {rows}_out{worst}: error {error[worst]}, bound {bound[worst]}")
+        with _mismatch(name):
+            assert_within(f"{rows}_out", got[rows], np.where(where, 0.0, exact), bound)
 
 
 def check_backward(case: Case, seed: int, implementations=IMPLEMENTATIONS) -> int:
     """Compares the gradients of both kernels with plain XLA's at positions inside the table; the number of elements."""
     case = gradient_case(case)
     inputs = strategies.make_inputs(case, seed)
-    *cotangents, dv = make_cotangents(case, seed)
-    cotangents = forms.outputs_of(case, cotangents, dv)
+    cotangents = forms.cotangents_of(case, seed)
     rounded = {"round_dweights": bool((seed + case.num_tokens) % 2)}  # the weights' gradients, to the weights' dtype
     inside = strategies.inside(case, inputs)
     want = split_gradients(case, run_backward("xla", case, inside, cotangents, **rounded))
@@ -153,10 +153,8 @@ def check_backward(case: Case, seed: int, implementations=IMPLEMENTATIONS) -> in
         for copied in {"v", "gate"} & got.keys():
             _assert_bits(f"{name}: d{copied}", got.pop(copied), want[copied])
         for rows, x in got.items():
-            try:
+            with _mismatch(f"{name}: d{rows}"):
                 gradients.assert_agree([x], [want[rows]])
-            except AssertionError as error:
-                raise MismatchError(f"{name}: d{rows}: {error}") from None
     return num_elements
 
 
@@ -165,14 +163,6 @@ def gradient_case(case: Case) -> Case:
     most_tokens = max(1, GRADIENT_ELEMENTS // ((2 * case.num_q_heads + case.num_kv_heads) * case.head_dim))
     case = dataclasses.replace(case, num_tokens=min(case.num_tokens, most_tokens))
     return dataclasses.replace(case, scale=1.0, weight_scale=1.0) if case.dtype == "float16" else case
-
-
-def make_cotangents(case: Case, seed: int) -> list[jax.Array]:
-    """Of q_out, k_out, gate_out and v_out."""
-    rng = np.random.default_rng(seed + 1)
-    heads = (case.num_q_heads, case.num_kv_heads, case.num_q_heads, case.num_kv_heads)
-    normal = [rng.standard_normal((case.num_tokens, h * case.head_dim), np.float32) for h in heads]
-    return [jnp.asarray(x.astype(jnp.dtype(case.dtype))) for x in normal]
 
 
 def split_gradients(case: Case, found) -> dict[str, jax.Array]:
@@ -263,7 +253,7 @@ def work(seed: int, seconds: float, implementations: list[str]) -> None:
                     break
             _say(elements=elements, done=True)
         # What is compiled is not needed again.
-        _kernel.cache_clear()
+        cached_kernel.cache_clear()
         jax.clear_caches()
 
 

@@ -20,16 +20,18 @@ from jax._src.lib import mosaic_gpu_dialect
 from jax.interpreters import mlir
 from jaxlib.mlir import ir, passmanager
 
+from tests.lowering import HOPPER_SMS, lowered
+
 WARP = 32
 
 
-def execute(function, *args, programs: slice = slice(None)):
+def execute(function, *args, programs: slice = slice(None), num_sms: int = HOPPER_SMS):
     """The results of `function(*args)`, which must be Mosaic GPU kernels in a row, with reshapes between them.
 
     Arguments and results are arrays, in any containers.
     `programs` of the first kernel's grid may be picked; the others leave their part of its results zero.
     """
-    program = emitted(function, *args)
+    program = emitted(function, *args, num_sms=num_sms)
     arrays = {_Argument(i): np.asarray(arg) for i, arg in enumerate(jax.tree.leaves(args))}
     for index, kernel in enumerate(program.kernels):
         picked = programs if index == 0 else slice(None)
@@ -79,11 +81,11 @@ class Program(NamedTuple):
         return "\n".join(map(str, self.kernels))
 
 
-def emitted(function, *args) -> Program:
+def emitted(function, *args, num_sms: int = HOPPER_SMS) -> Program:
+    """What is made of `function` for a Hopper of so many multiprocessors."""
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
-    lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
-    program = lowered.compiler_ir()
-    (main,) = program.body.operations
+    program = lowered(function, *shapes, num_sms=num_sms)
+    (main,) = program.compiler_ir().body.operations
     *operations, end = main.regions[0].blocks[0].operations
     calls: list[ir.Operation] = []
     kernels = []
@@ -105,7 +107,7 @@ def emitted(function, *args) -> Program:
         outputs = [_shape_dtype(result.type) for result in call.results]
         kernels.append(Kernel(code, [source(operand) for operand in call.operands], outputs))
         calls.append(call)
-    return Program(kernels, [source(result) for result in end.operands], jax.tree.structure(lowered.out_info))
+    return Program(kernels, [source(result) for result in end.operands], jax.tree.structure(program.out_info))
 
 
 _RESHAPES = ("stablehlo.reshape", "stablehlo.broadcast_in_dim")

@@ -12,9 +12,8 @@ import tempfile
 import venv
 import zipfile
 
-from tests.test_docs import README, python_blocks
+from tests.pages import README, ROOT, python_blocks
 
-ROOT = README.parent
 DIST = ROOT / "dist"
 
 
@@ -33,7 +32,8 @@ def check_files_of(wheel: pathlib.Path) -> None:
     wheel_file = zipfile.ZipFile(wheel)
     names = wheel_file.namelist()
     metadata = {name for name in names if ".dist-info/" in name}
-    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pallas_qk").iterdir() if path.is_file()}
+    files = (path for path in (ROOT / "pallas_qk").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    package = {path.relative_to(ROOT).as_posix() for path in files}
     assert set(names) - metadata == package, f"the wheel must hold {sorted(package)}, got {names}"
     assert any(name.endswith("licenses/LICENSE") for name in metadata), f"the wheel must hold LICENSE, got {names}"
     (description,) = (wheel_file.read(name).decode() for name in metadata if name.endswith("METADATA"))

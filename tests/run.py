@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
 from pallas_qk import _implementations
-from pallas_qk._config import Options
-from pallas_qk._operands import Gradients, Outputs
+from pallas_qk._options import Options
+from pallas_qk._rows import Gradients
 from tests import forms
 from tests.cases import Case, Inputs
+from tests.lowering import HOPPER_SMS
 
 
 def has_gpu() -> bool:
@@ -40,7 +41,7 @@ def run(implementation: str, case: Case, inputs: Inputs, **config) -> tuple[jax.
     if implementation == "xla" or (has_gpu() and not config):
         return forms.op(case, implementation)(*forms.arguments(case, inputs))
     operands = forms.split_heads(case, forms.inputs_of(case, inputs))
-    outputs = _kernel("forward", implementation, forms.options(case), case.num_tokens == 0, **config)(operands)
+    outputs = cached_kernel("forward", implementation, forms.options(case), case.num_tokens == 0, **config)(operands)
     if case.gate == "in_place":
         assert outputs.gate is None
         outputs = outputs._replace(gate=forms.split_gates(case, inputs.q_gate)[1])
@@ -48,19 +49,29 @@ def run(implementation: str, case: Case, inputs: Inputs, **config) -> tuple[jax.
 
 
 def run_backward(
-    implementation: str, case: Case, inputs: Inputs, cotangents, *, round_dweights: bool = False, **config
+    implementation: str,
+    case: Case,
+    inputs: Inputs,
+    cotangents,
+    *,
+    round_dweights: bool = False,
+    num_sms: int | None = None,
+    **config,
 ) -> list[jax.Array]:
     """The gradients of q and k (or of one packed array), flat, and of the weights, by `backward` itself.
 
-    `cotangents` are those of what `run` returns.
+    `cotangents` are those of what `run` returns. With `num_sms` the interpreter runs, on a GPU too, the code for one of
+    so many multiprocessors.
     """
     operands = forms.split_heads(case, forms.inputs_of(case, inputs))
-    names = ["q", "k", *(["v"] if case.packed else []), *([] if case.gate is None else ["gate"])]
-    cotangents = forms.split_heads(case, Outputs(**dict(zip(names, cotangents, strict=True))))
+    cotangents = forms.split_heads(case, forms.as_outputs(case, cotangents))
     options = dataclasses.replace(forms.options(case), round_dweights=round_dweights)
-    gradients: Gradients = _kernel("backward", implementation, options, case.num_tokens == 0, **config)(
-        operands, cotangents
-    )
+    function = cached_kernel("backward", implementation, options, case.num_tokens == 0, num_sms, **config)
+    gradients: Gradients = function(operands, cotangents)
+    q, k, *weights = (x if x is None else (x.shape, x.dtype) for x in operands[:4])
+    wanted = Gradients(q, k, *((shape, dtype if round_dweights else jnp.float32) for shape, dtype in weights))
+    found = Gradients(*(x if x is None else (x.shape, x.dtype) for x in gradients))
+    assert found == wanted, (found, wanted)
     return [*map(_flat, jax.tree.leaves(gradients[:2])), *map(jnp.asarray, gradients[2:])]
 
 
@@ -69,18 +80,19 @@ def _flat(x) -> jax.Array:
     return jnp.asarray(x).reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
-@functools.cache
-def _kernel(direction: str, implementation: str, options: Options, is_empty: bool, **config):
+def kernel(direction: str, implementation: str, options: Options, is_empty: bool, num_sms: int | None = None, **config):
     """`forward` or `backward` of an implementation, compiled, or run by its interpreter."""
-    module = _implementations.module if direction == "forward" else _implementations.backward_module
-    function = functools.partial(getattr(module(implementation), direction), options=options, **config)
-    if has_gpu() or implementation == "xla":
+    function = functools.partial(getattr(_implementations.module(implementation), direction), options=options, **config)
+    if implementation == "xla" or (has_gpu() and num_sms is None):
         return jax.jit(function)
     if implementation == "triton":
         return quick_jit(functools.partial(function, interpret=True))
     from tests.mosaic_interpreter import execute
 
-    return jax.jit(function) if is_empty else functools.partial(execute, function)
+    return jax.jit(function) if is_empty else functools.partial(execute, function, num_sms=num_sms or HOPPER_SMS)
+
+
+cached_kernel = functools.cache(kernel)
 
 
 def primitives(function, *args) -> list[str]:

@@ -95,22 +95,15 @@ def run_kernels() -> None:
 
     from tests import forms
     from tests.cases import make_inputs
-    from tests.gradients import make_cotangents
-    from tests.test_choice import GPU_IMPLEMENTATIONS
+    from tests.gradients import outputs_and_gradients
+    from tests.lowering import GPU_IMPLEMENTATIONS
 
     for case in CASES:
         arrays = forms.arguments(case, make_inputs(case))
-        floats = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
-        positions = arrays[len(floats) :]
-        cotangents = tuple(forms.outputs_of(case, make_cotangents(case)))
+        floats = sum(jnp.issubdtype(x.dtype, jnp.floating) for x in arrays)
         for op in (forms.op(case, name) for name in GPU_IMPLEMENTATIONS):
-
-            @jax.jit
-            def both(floats, positions, cotangents, op=op):
-                outputs, transpose = jax.vjp(lambda *floats: op(*floats, *positions), *floats)
-                return outputs, transpose(cotangents)[:-1]  # the table's gradient is XLA's
-
-            jax.block_until_ready(both(floats, positions, cotangents))
+            both = outputs_and_gradients(op, of=floats - 1, arguments=len(arrays))  # the table's gradient is XLA's
+            jax.block_until_ready(jax.jit(both)(*arrays, *forms.cotangents_of(case)))
     print(DONE)
 
 

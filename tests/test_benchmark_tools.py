@@ -1,6 +1,6 @@
-"""What stands around the timed runs: peers, blocks, compile times, several GPUs, profiles, decode steps, pictures."""
+"""What stands around the timed runs: peers, blocks, floors, compiling, several GPUs, profiles, decoding, pictures."""
 
-import functools
+import dataclasses
 import importlib.util
 import json
 import re
@@ -14,11 +14,15 @@ import pytest
 from jax.profiler import ProfileData
 
 import pallas_qk
-from benchmarks import block, compare, compilation, decode, plot, record, scaling, table, tracing
+from benchmarks import block, compare, compilation, decode, operations, plot, profile, record, scaling, table, xplane
 from benchmarks.__main__ import main
-from benchmarks.providers import plain
-from benchmarks.timing import KernelEvent, MeasurementError
-from tests.cases import Case, make_inputs, minimum_bytes
+from benchmarks.floor import minimum_bytes
+from benchmarks.operations import OPERATIONS
+from benchmarks.providers import JAX_OPS, PROVIDERS
+from benchmarks.xplane import Kernel, MeasurementError
+from tests import forms
+from tests.cases import Case, make_inputs
+from tests.gradients import outputs_and_gradients
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or importlib.util.find_spec("torch") is None,
@@ -123,14 +127,14 @@ def test_a_peer_refuses_what_it_would_get_wrong(tmp_path):
 def play_library(monkeypatch, spoil=lambda gate: gate) -> None:
     """In the library's place plain jnp with one result changed."""
 
-    def library_op(implementation, *, copy_gate, packed):
-        def op(*arrays, **static):
-            *outputs, gate = block.plain_op(*arrays, packed=packed, **static)
+    def library(case):
+        def op(*arrays):
+            *outputs, gate = JAX_OPS["xla_plain"](case)(*arrays)
             return *outputs, spoil(gate)
 
         return op
 
-    monkeypatch.setattr(block, "library_op", library_op)
+    monkeypatch.setitem(JAX_OPS, "xla", library)
 
 
 @needs_triton
@@ -142,19 +146,19 @@ def test_a_block_is_timed_only_if_it_is_right(monkeypatch, as_users_run_it, caps
         # Here "xla" is plain jnp too, which keeps to distances, not to bits.
         monkeypatch.setattr(block, "agreement", lambda name, *rest, **kw: AGREEMENT("xla_plain", *rest, **kw))
         play_library(monkeypatch)
-        calls, kept = block.KINDS[kind].check(SMALL, inputs, providers)
+        calls, kept = OPERATIONS[kind].check(SMALL, inputs, providers)
         assert kept and list(calls) == ["xla", "xla_in_place", "xla_plain"]
         assert (
             len(calls["xla"].call())
             == {
                 "block": 3,
                 "block_packed": 4,
-                "block_backward": 5,  # of q_gate, k, attended and two weights
+                "block_backward": 5,  # of attended, q_gate, k and two weights
                 "block_packed_backward": 4,
             }[kind]
         )
         play_library(monkeypatch, spoil=lambda gate: gate + 1)
-        calls, kept = block.KINDS[kind].check(SMALL, inputs, providers)
+        calls, kept = OPERATIONS[kind].check(SMALL, inputs, providers)
     assert not kept and list(calls) == ["xla_plain"]
     assert "BROKEN" in capsys.readouterr().out
 
@@ -165,29 +169,62 @@ AGREEMENT = block.agreement
 @needs_triton
 def test_the_op_without_its_gate_is_compared_and_timed_beside_the_whole_oracle(monkeypatch, as_users_run_it):
     providers = dict.fromkeys(["oracle", "xla", "xla_plain"])
-    monkeypatch.setattr(block, "agreement", lambda name, *rest, **kw: AGREEMENT("xla_plain", *rest, **kw))
+    monkeypatch.setattr(operations, "agreement", lambda name, *rest, **kw: AGREEMENT("xla_plain", *rest, **kw))
     with jax.default_device(jax.devices("cpu")[0]):
         inputs = make_inputs(SMALL)
         play_library(monkeypatch, spoil=jnp.negative)  # the gate isn't made, so what it would hold is no matter
-        calls, kept = block.KINDS["gate_in_place"].check(SMALL, inputs, providers)
+        calls, kept = OPERATIONS["gate_in_place"].check(SMALL, inputs, providers)
         assert kept and list(calls) == ["oracle", "xla"]
         assert [len(calls[name].call()) for name in calls] == [3, 2]
 
 
 def test_packed_plain_op_cuts_q_gate_k_and_v(as_users_run_it):
-    inputs = make_inputs(SMALL)
-    (qkv,), others = block.activations_and_others(SMALL, inputs, packed=True)
-    packed = functools.partial(block.plain_op, packed=True, **SMALL.static_arguments)
-    q, k, v, gate = jax.jit(packed)(qkv, *others)
-    want = plain(SMALL, inputs)()
+    inputs, packed = make_inputs(SMALL), dataclasses.replace(SMALL, packed=True)
+    q, k, v, gate = PROVIDERS["xla_plain"](packed, inputs)()
+    want = PROVIDERS["xla_plain"](SMALL, inputs)()
     assert all(np.array_equal(a, b) for a, b in zip((q, k, gate), want, strict=True))
-    assert np.array_equal(v, block.attended_and_v(SMALL)[1])
+    assert np.array_equal(v, forms.values(SMALL))
+
+
+# --- the floor ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (Case(1), 34_944),  # 64 q, gate, q_out and gate_out rows, 4 k rows of 512 bytes; 128 bytes of table
+        (Case(16384, 32, 2), 16384 * (132 * 512 + 128)),
+        (Case(3, 5, 2, 80, 40, "float16", cache_dtype="float32"), 3 * (24 * 160 + 160)),
+        (Case(2, 1, 1, 64, 64, "float32"), 2 * (6 * 256 + 256)),
+        (Case(16384, gate="in_place"), 16384 * (36 * 512 + 128)),
+        (Case(16384, gate=None), 16384 * (36 * 512 + 128)),
+        (Case(16384, packed=True), 16384 * ((68 + 4) * 512 + 128)),
+        (Case(16384, packed=True, gate="in_place"), 16384 * ((36 + 4) * 512 + 128)),
+        (Case(16384, gathered=True), 16384 * (68 * 512 + 128)),
+    ],
+)
+def test_minimum_bytes(case, expected):
+    assert minimum_bytes(case) == expected
+
+
+def test_backward_bytes_count_q_k_and_three_cotangents_in_and_two_gradients_out():
+    case = Case(7, 3, 2, head_dim=64, rotary_dim=16)
+    assert minimum_bytes(case, "backward") == 7 * (3 * (1 + 1 + 1 + 2) + 2 * (1 + 1 + 1)) * 64 * 2
+    floors = {
+        form: minimum_bytes(dataclasses.replace(case, **dict(form)), "backward") // (7 * 64 * 2)
+        for form in ((("gate", "in_place"),), (("gate", None),), (("packed", True),))
+    }
+    # The gate's cotangent is moved wherever the gate lay; v's beside those of q and k.
+    assert list(floors.values()) == [3 * 5 + 2 * 3, 3 * 3 + 2 * 3, 3 * 5 + 2 * 5]
 
 
 def test_bytes_of_blocks():
     case = Case(10, 4, 2, 64, 32)
     row, table_row = 10 * 64 * 2, 10 * 32 * 2
-    assert {name: kind.minimum_bytes(case) for name, kind in block.KINDS.items()} == {
+    found = {name: operation.minimum_bytes(case) for name, operation in OPERATIONS.items()}
+    assert found == {
+        "forward": (4 * 4 + 2 * 2) * row + table_row,
+        "backward": (5 * 4 + 3 * 2) * row,
         "gate_in_place": (2 * 4 + 2 * 2) * row + table_row,
         "block": (5 * 4 + 2 * 2) * row + table_row,
         "block_packed": (5 * 4 + 4 * 2) * row + table_row,
@@ -195,7 +232,63 @@ def test_bytes_of_blocks():
         "block_packed_backward": (8 * 4 + 5 * 2) * row,
     }
     # With its gate copied the op moves two more rows of each query head.
-    assert minimum_bytes(case) - block.KINDS["gate_in_place"].minimum_bytes(case) == 2 * 4 * row
+    assert minimum_bytes(case) - found["gate_in_place"] == 2 * 4 * row
+
+
+# As many rows of the table as tokens, so that the whole of it is what the tokens read.
+FLOOR = Case(6, 3, 2, 128, 64, max_position=6)
+FORMS = [
+    *({"packed": packed, "gate": gate} for packed in (False, True) for gate in ("copied", "in_place", None)),
+    *({"packed": packed, "gathered": True} for packed in (False, True)),
+    *({"mrope_section": (11, 11, 10), "mrope_layout": layout} for layout in ("interleaved", "sectioned")),
+    {"cache_dtype": "float32", "weight_dtype": "float32"},
+]
+
+
+def num_bytes(arrays) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+
+
+def of_call(function, num_others: int, *arrays):
+    """What a function returns, and the gradients of its arrays but the last ones."""
+    both = outputs_and_gradients(function, of=len(arrays) - num_others, arguments=len(arrays))
+    return jax.eval_shape(both, *arrays, *jax.eval_shape(function, *arrays))
+
+
+@pytest.mark.parametrize("changes", FORMS, ids=str)
+def test_the_floor_of_the_op_is_the_size_of_its_arrays(changes):
+    case = dataclasses.replace(FLOOR, **changes)
+    inputs = forms.inputs_of(case, make_inputs(case))
+    arrays = jax.tree.leaves(inputs)
+    rows = jax.tree.leaves((inputs.q, inputs.k))
+    outputs, gradients = of_call(forms.op(case, "xla"), len(arrays) - len(rows), *arrays)
+    gate = num_bytes(outputs[-1]) if case.gate else 0
+    v = num_bytes(outputs[2]) if case.packed else 0
+    # A gate left in place is neither read nor written; the cotangents of gate and v are copied without either.
+    in_place = 2 * gate if case.gate == "in_place" else 0
+    assert minimum_bytes(case) == num_bytes((rows, inputs.cos_sin_cache, outputs)) - in_place
+    assert minimum_bytes(case, "backward") == num_bytes((rows, outputs, gradients)) - gate - v
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_floor_of_a_block_is_the_size_of_its_arrays(packed):
+    case = dataclasses.replace(FLOOR, packed=packed, gate="in_place")
+    attended, *arrays = block.arrays_of(case, make_inputs(case))
+    *rows, _, _, table, _ = arrays
+    outputs, gradients = of_call(block.block(forms.op(case, "xla")), 4, attended, *arrays)
+    form = "block_packed" if packed else "block"
+    v = num_bytes(outputs[2]) if packed else 0
+    assert OPERATIONS[form].minimum_bytes(FLOOR) == num_bytes((attended, rows, table, outputs))
+    moved = num_bytes((attended, rows, outputs, gradients))
+    assert OPERATIONS[f"{form}_backward"].minimum_bytes(FLOOR) == moved - v
+
+
+def test_the_floors_of_recorded_rows_are_those_of_today():
+    rows = [row for row in record.read(sorted(record.RESULTS.glob("*.jsonl"))) if "bytes" in row]
+    assert len(rows) > 1000
+    sizes = ("num_tokens", "num_q_heads", "num_kv_heads", "head_dim", "rotary_dim", "dtype")
+    for row in rows:
+        assert OPERATIONS[row["op"]].minimum_bytes(Case(*(row[name] for name in sizes))) == row["bytes"], row
 
 
 # --- compiling ----------------------------------------------------------------------------------------------------
@@ -219,16 +312,15 @@ def test_compile_times_are_recorded_for_each_stage(recorded, capsys, as_users_ru
 @pytest.mark.parametrize("mrope_section", [None, (11, 11, 10)])
 def test_what_is_compiled_takes_the_inputs_of_the_case(op, mrope_section):
     case = Case(3, 2, 1, 64, 64, "float16", cache_dtype="float32", mrope_section=mrope_section)
-    arrays = compilation.abstract_arguments(case, op)
-    arrays = arrays if op == "forward" else arrays[0]
+    arrays = compilation.abstract_arguments(case, op)[0 if op == "forward" else 1 :]
     assert [(x.shape, x.dtype) for x in arrays] == [(x.shape, x.dtype) for x in make_inputs(case)]
 
 
 # --- several GPUs -------------------------------------------------------------------------------------------------
 
 
-def events(*durations_ns: float) -> list[KernelEvent]:
-    return [KernelEvent("k", 10.0 * i, duration) for i, duration in enumerate(durations_ns)]
+def events(*durations_ns: float) -> list[Kernel]:
+    return [Kernel("k", 10.0 * i, duration) for i, duration in enumerate(durations_ns)]
 
 
 def test_scaling_counts_the_slowest_gpu_of_each_call(monkeypatch):
@@ -240,6 +332,20 @@ def test_scaling_counts_the_slowest_gpu_of_each_call(monkeypatch):
         scaling.slowest_us(devices, 3)
     with pytest.raises(MeasurementError, match="in each of 3 calls"):
         scaling.slowest_us({"/device:GPU:0": events(1e3, 1e3)}, 1)
+
+
+def test_scaling_measures_each_gpu_under_the_profiler(monkeypatch):
+    calls = []
+
+    def played(run):
+        before = len(calls)
+        run()
+        return xplane.Profile(tuple(Kernel("k", t, 1.0, f"/device:GPU:{t % 2}") for t in range(len(calls) - before)))
+
+    monkeypatch.setattr(xplane, "profile", played)
+    measured = scaling.measure(lambda: calls.append("call"))
+    assert len(calls) == 2 + scaling.WARMUP_CALLS + scaling.REPEATS
+    assert {name: len(kernels) for name, kernels in measured.items()} == {"/device:GPU:0": 22, "/device:GPU:1": 22}
 
 
 def test_scaling_shards_tokens_and_records_the_speedup(monkeypatch, recorded, capsys):
@@ -314,16 +420,16 @@ ENTRY %main {
 def test_a_trace_of_a_gpu_is_read_with_scopes_graphs_and_launches(tmp_path):
     path = tmp_path / "a.xplane.pb"
     path.write_bytes(ProfileData.text_proto_to_serialized_xspace(PROFILE))
-    trace = tracing.read(str(path))
+    trace = xplane.read(path, host=True)
     assert [(kernel.name, kernel.in_graph) for kernel in trace.kernels] == [
         ("pallas_qk_triton_forward", True),
         ("torch_kernel", False),
         ("pallas_qk_triton_forward", False),
     ]
     assert trace.graph_launches == 1
-    scope_of = tracing.scopes(PROGRAM)
+    scope_of = profile.scopes(PROGRAM)
     assert scope_of == {("jit_ours_T8", "custom-call.1"): "scope/inner", ("jit_ours_T8", "copy.2"): "last"}
-    assert tracing.summary(trace.kernels, scope_of)[1:] == [
+    assert profile.summary(trace.kernels, scope_of)[1:] == [
         ["2", "6.00", "3.00", "2.00", "4.00", "ours_T8", "scope/inner", "pallas_qk_triton_forward"],
         ["1", "1.00", "1.00", "1.00", "1.00", "-", "-", "torch_kernel"],
     ]
@@ -333,20 +439,27 @@ def test_a_trace_without_kernels_is_an_error(tmp_path):
     path = tmp_path / "a.xplane.pb"
     path.write_bytes(ProfileData.text_proto_to_serialized_xspace('planes { id: 1 name: "/host:CPU" }'))
     with pytest.raises(MeasurementError, match="JAX must find CUPTI"):
-        tracing.read(str(path))
+        xplane.read(path, host=True)
 
 
 @needs_triton
 def test_profile_writes_a_trace_and_prints_our_scope(tmp_path, capsys, as_users_run_it):
     output = tmp_path / "trace"
     with jax.default_device(jax.devices("cpu")[0]):
-        assert tracing.profile([Case(3, 2, 1, 64, 32)], ["xla", "triton"], 2, output) == 0
+        assert profile.profile([Case(3, 2, 1, 64, 32)], ["xla", "triton"], 2, output) == 0
     printed = capsys.readouterr().out
     ours = [line.split() for line in printed.splitlines() if "fused_qk_rmsnorm_rope_gate/" in line]
     assert ours and all(line[0] == "2" and line[5] == "xla_T3" for line in ours)
     assert "triton skipped" in printed
     (perfetto,) = output.rglob("perfetto_trace.json.gz")
     assert str(perfetto) in printed and list(perfetto.parent.glob("*.xplane.pb"))
+
+
+@needs_triton
+def test_the_oracle_is_profiled_as_it_is():
+    with jax.default_device(jax.devices("cpu")[0]):
+        calls, texts = profile.programs(SMALL, ["oracle"])
+    assert list(calls) == ["oracle_T2"] and texts == []
 
 
 @needs_triton

@@ -13,24 +13,16 @@ import numpy as np
 import pytest
 from jax.profiler import ProfileData
 
-from benchmarks import demo, providers, record, suites, table, timing, verify
+from benchmarks import demo, gradients, operations, providers, record, suites, table, verify, xplane
 from benchmarks.__main__ import main, parser
 from benchmarks.agreement import agreement
-from benchmarks.providers import PROVIDERS, copies, plain
+from benchmarks.floor import minimum_bytes
+from benchmarks.providers import PROVIDERS
 from benchmarks.suites import Task
-from benchmarks.timing import (
-    FLUSH_NAME,
-    MARKER_NAME,
-    KernelEvent,
-    MeasurementError,
-    Samples,
-    attribute,
-    default_repeats,
-    measure,
-    read_kernel_events,
-)
+from benchmarks.timing import FLUSH_NAME, MARKER_NAME, Samples, attribute, default_repeats, measure
+from benchmarks.xplane import Kernel, MeasurementError, Profile
 from tests import tolerances
-from tests.cases import Case, make_inputs, minimum_bytes
+from tests.cases import Case, make_inputs
 from tests.definition import define
 
 CASE = Case(37, 16, 2)
@@ -44,10 +36,10 @@ needs_triton = pytest.mark.skipif(
 # --- the timeline -------------------------------------------------------------------------------------------------
 
 
-def timeline(*names: str, durations: dict[str, float] | None = None) -> list[KernelEvent]:
+def timeline(*names: str, durations: dict[str, float] | None = None) -> list[Kernel]:
     """Kernels one after another, 1 us each unless said."""
     durations = durations or {}
-    return [KernelEvent(name, 2000.0 * i, durations.get(name, 1000.0)) for i, name in enumerate(names)]
+    return [Kernel(name, 2000.0 * i, durations.get(name, 1000.0)) for i, name in enumerate(names)]
 
 
 def section(*kernels: str, calls: int) -> list[str]:
@@ -65,8 +57,8 @@ def test_attribution_cuts_sections_at_markers_and_sums_the_kernels_of_a_call():
 
 
 def test_attribution_does_not_count_warmup_calls():
-    events = [*timeline(MARKER_NAME), KernelEvent("ours", 10, 9000), KernelEvent("ours", 20, 1000)]
-    events += [KernelEvent("ours", 30, 3000), KernelEvent(MARKER_NAME, 40, 1)]
+    events = [*timeline(MARKER_NAME), Kernel("ours", 10, 9000), Kernel("ours", 20, 1000)]
+    events += [Kernel("ours", 30, 3000), Kernel(MARKER_NAME, 40, 1)]
     assert attribute(events, ["triton"], warmup=1, repeats=2)["triton"].times_us == (1.0, 3.0)
 
 
@@ -129,14 +121,14 @@ planes { id: 2 name: "/host:CPU" lines { id: 1 name: "Stream of a host" } }
 """
 
 
-def write_profile(path, plane: str, line: str) -> str:
-    path.write_bytes(ProfileData.text_proto_to_serialized_xspace(PROFILE % (plane, line)))
-    return str(path)
+def read_profile(path, text: str) -> Profile:
+    path.write_bytes(ProfileData.text_proto_to_serialized_xspace(text))
+    return xplane.read(path)
 
 
 def test_kernel_events_of_all_streams_come_in_order_of_their_start(tmp_path):
-    events = read_kernel_events(write_profile(tmp_path / "a.xplane.pb", "/device:GPU:0", "Stream #7(Kernel)"))
-    assert [(event.name, event.duration_ns) for event in events] == [
+    profile = read_profile(tmp_path / "a.xplane.pb", PROFILE % ("/device:GPU:0", "Stream #7(Kernel)"))
+    assert [(kernel.name, kernel.duration_ns) for kernel in profile.kernels] == [
         ("first", 900.0),
         ("between", 2500.0),
         ("last", 1184.0),
@@ -152,24 +144,33 @@ planes { id: 3 name: "/device:GPU:1" lines { id: 7 name: "Stream #7(Kernel)" tim
   event_metadata { key: 1 value { id: 1 name: "first" } } }
 planes { id: 4 name: "/device:GPU:2" lines { id: 7 name: "Stream #7(Kernel)" } }
 """
-    path = tmp_path / "a.xplane.pb"
-    path.write_bytes(ProfileData.text_proto_to_serialized_xspace(text))
-    devices = timing.read_devices(str(path))
-    assert {name: [event.duration_ns for event in events] for name, events in devices.items()} == {
+    profile = read_profile(tmp_path / "a.xplane.pb", text)
+    assert {name: [kernel.duration_ns for kernel in kernels] for name, kernels in profile.by_device().items()} == {
         "/device:GPU:0": [900.0, 2500.0, 1184.0],
         "/device:GPU:1": [800.0],
     }
-    assert len(read_kernel_events(str(path))) == 4
+    assert len(profile.kernels) == 4
 
 
 def test_a_profile_without_a_gpu_says_what_it_holds(tmp_path):
     with pytest.raises(MeasurementError, match=re.escape("/device:TPU:0 / Steps")):
-        read_kernel_events(write_profile(tmp_path / "a.xplane.pb", "/device:TPU:0", "Steps"))
+        read_profile(tmp_path / "a.xplane.pb", PROFILE % ("/device:TPU:0", "Steps"))
 
 
 def test_a_trace_without_kernels_is_an_error():
     with pytest.raises(MeasurementError, match="JAX must find CUPTI"):
-        timing.trace(lambda: None)
+        xplane.profile(lambda: None)
+
+
+def test_a_folder_holds_one_profile(tmp_path):
+    for number, message in enumerate(("got 0", None, "got 2")):
+        if message:
+            with pytest.raises(MeasurementError, match=f"must write one .xplane.pb file, {message}"):
+                xplane.file_in(tmp_path)
+        path = tmp_path / f"{number}.xplane.pb"
+        path.write_bytes(b"")
+        if number == 0:
+            assert xplane.file_in(tmp_path) == path
 
 
 def test_the_kernels_that_cut_the_timeline_have_the_names_looked_for():
@@ -305,24 +306,6 @@ def test_run_ids_differ_and_files_are_named_by_gpu():
     assert record.default_path("NVIDIA H200").parts[-3:] == ("benchmarks", "results", "h200.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("case", "expected"),
-    [
-        (Case(1), 34_944),  # 64 q, gate, q_out and gate_out rows, 4 k rows of 512 bytes; 128 bytes of table
-        (Case(16384, 32, 2), 16384 * (132 * 512 + 128)),
-        (Case(3, 5, 2, 80, 40, "float16", cache_dtype="float32"), 3 * (24 * 160 + 160)),
-        (Case(2, 1, 1, 64, 64, "float32"), 2 * (6 * 256 + 256)),
-        (Case(16384, gate="in_place"), 16384 * (36 * 512 + 128)),
-        (Case(16384, gate=None), 16384 * (36 * 512 + 128)),
-        (Case(16384, packed=True), 16384 * ((68 + 4) * 512 + 128)),
-        (Case(16384, packed=True, gate="in_place"), 16384 * ((36 + 4) * 512 + 128)),
-        (Case(16384, gathered=True), 16384 * (68 * 512 + 128)),
-    ],
-)
-def test_minimum_bytes(case, expected):
-    assert minimum_bytes(case) == expected
-
-
 # --- the baseline and the promises --------------------------------------------------------------------------------
 
 
@@ -332,7 +315,7 @@ def test_xla_plain_is_the_op(dtype, mrope_section):
     case = Case(37, 3, 2, 128, 64, dtype, mrope_section=mrope_section, norm_beta=1.0)
     inputs = make_inputs(case)
     defined = define(case, inputs)
-    q_out, k_out, gate_out = plain(case, inputs)()
+    q_out, k_out, gate_out = PROVIDERS["xla_plain"](case, inputs)()
     assert np.all(np.abs(np.asarray(q_out, np.float64) - defined.q_out) <= defined.q_bound)
     assert np.all(np.abs(np.asarray(k_out, np.float64) - defined.k_out) <= defined.k_bound)
     assert np.array_equal(np.asarray(gate_out, np.float64), defined.gate_out)
@@ -345,18 +328,18 @@ class Device:
     """Stands for the GPU and its profiler: what was launched, in order."""
 
     def __init__(self):
-        self.events: list[KernelEvent] = []
+        self.events: list[Kernel] = []
         self.tracing = False
 
     def launch(self, name: str, duration_us: float = 1.0) -> None:
         if self.tracing:
-            self.events.append(KernelEvent(name, 1e4 * len(self.events), 1e3 * duration_us))
+            self.events.append(Kernel(name, 1e4 * len(self.events), 1e3 * duration_us))
 
-    def trace(self, run) -> list[KernelEvent]:
+    def profile(self, run) -> Profile:
         self.events, self.tracing = [], True
         run()
         self.tracing = False
-        return self.events
+        return Profile(tuple(self.events))
 
 
 class Output:
@@ -392,7 +375,7 @@ def device(monkeypatch):
             device.launch(FLUSH_NAME, 100.0)
 
     monkeypatch.setattr(gpu_kernels, "Markers", Markers)
-    monkeypatch.setattr(timing, "trace", device.trace)
+    monkeypatch.setattr(xplane, "profile", device.profile)
     return device
 
 
@@ -418,14 +401,14 @@ def test_measure_times_each_provider_in_every_round_and_drops_outputs(device, ca
 def test_measure_measures_anew_when_the_profiler_loses_an_event_and_gives_up_in_the_end(device, monkeypatch):
     losses = iter([1, 0, 1, 1, 1])
 
-    def lossy_trace(run):
-        *events, last_marker = device.trace(run)
-        return [*events[: len(events) - next(losses)], last_marker]
+    def lossy_profile(run):
+        *kernels, last_marker = device.profile(run).kernels
+        return Profile((*kernels[: len(kernels) - next(losses)], last_marker))
 
     def call():
         device.launch("k")
 
-    monkeypatch.setattr(timing, "trace", lossy_trace)
+    monkeypatch.setattr(xplane, "profile", lossy_profile)
     assert len(measure(CASE, {"one": call}, repeats=2, rounds=2)["one"].times_us) == 4
     message = f"{CASE.id}: one must launch the same kernels in each of 4 calls"
     with pytest.raises(MeasurementError, match=re.escape(message)):
@@ -596,9 +579,9 @@ def test_verify_compares_with_the_interpreted_oracle_and_fails_when_a_promise_is
         assert f"xla: {total:,} elements compared" in printed and "promises broken in 0 cases" in printed
 
         def wrong(case, inputs):
-            return lambda: jax.tree.map(jnp.negative, plain(case, inputs)())
+            return lambda: jax.tree.map(jnp.negative, PROVIDERS["xla_plain"](case, inputs)())
 
-        monkeypatch.setattr(verify, "pallas_qk_builder", lambda name: wrong)
+        monkeypatch.setitem(PROVIDERS, "xla", wrong)
         assert verify.verify(cases, ("xla",), "cpu") == 1
         assert "promises broken in 2 cases" in capsys.readouterr().out
 
@@ -611,7 +594,7 @@ def test_demo_shows_each_shape_and_says_whether_it_agrees(monkeypatch, capsys):
         assert demo.demo("cpu") == 0
         printed = capsys.readouterr().out
         assert "a model" in printed and f"of {case.num_outputs} elements differ in float16" in printed
-        monkeypatch.setattr(demo, "pallas_qk_builder", lambda name: lambda *_: lambda: outputs(case))
+        monkeypatch.setitem(PROVIDERS, "xla", lambda *_: lambda: outputs(case))
         assert demo.demo("cpu") == 1
         assert "does NOT agree" in capsys.readouterr().out
 
@@ -643,7 +626,7 @@ def test_run_records_only_what_keeps_its_promise(device, monkeypatch, tmp_path, 
         "xla": provider(9.0, wrong),
         "new": unable,
     }
-    monkeypatch.setattr(run, "PROVIDERS", played)
+    monkeypatch.setattr(operations, "PROVIDERS", played)
     play_copies_and_memory(monkeypatch, run, device)
     recording = recorded(tmp_path)
     task = Task("decode", "forward", case)
@@ -671,8 +654,8 @@ def test_run_records_only_what_keeps_its_promise(device, monkeypatch, tmp_path, 
 def play_copies_and_memory(monkeypatch, run, device: Device, gigabytes: float = 100.0) -> None:
     """Without a GPU: copies that the played device runs, and a size of its memory."""
     copies = {name: functools.partial(device.launch, name, time_us) for name, time_us in COPIES.items()}
-    monkeypatch.setattr(run, "to_jax", list)
-    monkeypatch.setattr(run, "copies", lambda total_bytes: copies)
+    monkeypatch.setattr(operations, "to_jax", list)
+    monkeypatch.setattr(run, "copy_calls", lambda total_bytes: copies)
     monkeypatch.setattr(run, "gpu_memory", lambda: int(gigabytes * 1e9))
 
 
@@ -683,7 +666,7 @@ def test_run_skips_what_the_gpu_cannot_hold_and_says_why(device, monkeypatch, tm
     def full(case, inputs):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory while trying to allocate\nmore")
 
-    monkeypatch.setattr(run, "PROVIDERS", {"oracle": full})
+    monkeypatch.setattr(operations, "PROVIDERS", {"oracle": full})
     play_copies_and_memory(monkeypatch, run, device, gigabytes=1)
     tasks = [Task("prefill", "forward", Case(t, 1, 1, 64, 32)) for t in (2**20, 4)]
     assert run.run(tasks, {"oracle": full}, run.Settings(), recorded(tmp_path)) == 0
@@ -695,9 +678,43 @@ def test_run_skips_what_the_gpu_cannot_hold_and_says_why(device, monkeypatch, tm
     def broken(case, inputs):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(run, "PROVIDERS", {"oracle": broken})
+    monkeypatch.setattr(operations, "PROVIDERS", {"oracle": broken})
     with pytest.raises(RuntimeError, match="something else"):
         run.run(tasks[1:], {"oracle": broken}, run.Settings(), recorded(tmp_path))
+
+
+@needs_triton
+def test_the_command_run_checks_and_records_each_suite(monkeypatch, tmp_path, capsys):
+    from benchmarks import __main__, run
+
+    def measured(case, calls, **settings):
+        assert case.id == "T2-H3.1-D64-R64-float16" and settings == {"repeats": 3, "rounds": 2, "cache": "hot"}
+        return {name: Samples((2.0,), ("k",)) for name in calls}
+
+    monkeypatch.setattr(__main__, "missing", lambda command: None)
+    monkeypatch.setattr(run, "measure", measured)
+    monkeypatch.setattr(run, "copy_calls", lambda total_bytes: {"copy_512x4": None})
+    monkeypatch.setattr(run, "gpu_memory", lambda: 10**9)
+    output = tmp_path / "results.jsonl"
+    shape = "--tokens 2 --heads 3/1 --head-dim 64 --rotary-dim 64 --dtype float16 --implementations oracle triton xla"
+    arguments = ["run", "--suite", "forward", "backward", *shape.split(), "--repeats", "3", "--rounds", "2"]
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert main([*arguments, "--output", str(output), "--commit", "abc"]) == 0
+    case = Case(2, 3, 1, 64, 64, "float16")
+    assert [(row["suite"], row["op"], row["implementation"], row["bytes"]) for row in read(output)] == [
+        *(("forward", "forward", name, minimum_bytes(case)) for name in ("copy", "oracle", "xla")),
+        *(("backward", "backward", name, minimum_bytes(case, "backward")) for name in ("copy", "xla")),
+    ]
+    checked = {(row["op"], row["implementation"]): row["checked"] for row in read(output)}
+    assert checked["forward", "oracle"] == {"against": "none: the reference", "elements": 0, "differing": 0}
+    assert checked["forward", "xla"]["against"] == "oracle"
+    assert checked["backward", "xla"] == {
+        "against": "float32 gradients",
+        "promise": "within 3.9e-03 relative",
+        "elements": 2 * (2 * 3 + 1) * 64 + 2 * 64,
+        "differing": 2 * (3 + 1) * 64 + 2 * 64,  # those of the gate are copied
+    }
+    assert "triton skipped: implementation='triton' must run on an NVIDIA GPU" in capsys.readouterr().out
 
 
 def test_a_million_tokens_repeat_the_inputs_of_fewer(monkeypatch):
@@ -724,10 +741,12 @@ COPIES = {"copy_512x4": 3.0, "copy_1024x4": 2.0}
 @pytest.mark.alone
 @pytest.mark.parametrize("cache", ["hot", "cold"])
 def test_the_profiler_times_every_provider(gpu, cache):
+    from benchmarks.gpu_kernels import copy_calls
+
     case, repeats, rounds = Case(64), 5, 3
     inputs = make_inputs(case)
     calls = {name: build(case, inputs) for name, build in PROVIDERS.items() if can_run(build, case, inputs)}
-    samples = measure(case, {**calls, **copies(minimum_bytes(case))}, repeats=repeats, rounds=rounds, cache=cache)
+    samples = measure(case, {**calls, **copy_calls(minimum_bytes(case))}, repeats=repeats, rounds=rounds, cache=cache)
     assert {"oracle", "triton", "xla", "xla_plain"} <= set(samples)
     for name, sample in samples.items():
         assert len(sample.times_us) == repeats * rounds, name
@@ -789,26 +808,25 @@ def test_run_writes_one_checked_row_for_each_implementation(gpu, tmp_path, capsy
 
 @pytest.mark.parametrize("name", ["xla", "xla_plain"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_gradients_are_checked_before_they_are_timed(name, dtype):
-    from benchmarks import backward
-
+def test_gradients_are_checked_before_they_are_timed(monkeypatch, name, dtype):
     case = Case(5, 3, 1, head_dim=64, rotary_dim=16, dtype=dtype)
-    inputs = make_inputs(case)
+    compared = []
+    monkeypatch.setattr(gradients, "op_agreement", lambda *args: compared.append(args) or op_agreement(*args))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # xla_plain is a user's code
-        got = backward.PROVIDERS[name](case, inputs)()
-    want = backward.expected(case, inputs)
-    result = backward.agreement(case, got, want)
+        calls, kept = operations.check_backward(case, make_inputs(case), {"oracle": None, name: None})
+    assert kept and list(calls) == [name]
+    ((_, got, want),) = compared
+    result = op_agreement(case, got, want)
     assert result.kept and result.elements == sum(x.size for x in got)
     for spoiled in ([got[0] * 1.1, *got[1:]], [got[0], got[1], got[2] + 1, got[3]], [-got[0], *got[1:]]):
-        assert not backward.agreement(case, [x.astype(dtype) for x in spoiled], want).kept
+        assert not op_agreement(case, [x.astype(dtype) for x in spoiled], want).kept
 
 
-def test_backward_bytes_count_q_k_and_three_cotangents_in_and_two_gradients_out():
-    case = Case(7, 3, 2, head_dim=64, rotary_dim=16)
-    assert minimum_bytes(case, "backward") == 7 * (3 * (1 + 1 + 1 + 2) + 2 * (1 + 1 + 1)) * 64 * 2
-    floors = {
-        form: minimum_bytes(dataclasses.replace(case, **dict(form)), "backward") // (7 * 64 * 2)
-        for form in ((("gate", "in_place"),), (("gate", None),), (("packed", True),))
-    }
-    # The gate's cotangent is moved wherever the gate lay; v's beside those of q and k.
-    assert list(floors.values()) == [3 * 5 + 2 * 3, 3 * 3 + 2 * 3, 3 * 5 + 2 * 5]
+op_agreement = gradients.op_agreement
+
+
+def test_a_nan_in_any_gradient_breaks_the_promise():
+    good, bad = jnp.ones(3), jnp.array([1.0, jnp.nan, 1.0])
+    for got in ([bad, good], [good, bad]):  # max() of Python ignores a NaN that comes later
+        assert not gradients.agreement(got, [good, good], 0.1).kept
+    assert gradients.agreement([good, good], [good, good], 0.1).kept

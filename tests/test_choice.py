@@ -1,6 +1,5 @@
 """Which implementation runs, proven from the lowered text, and that a name never falls back."""
 
-import contextlib
 import dataclasses
 import inspect
 import re
@@ -9,41 +8,28 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 
 import pallas_qk
 from pallas_qk import _implementations, _target
-from pallas_qk._config import MosaicForward, Spec, Target, mosaic_forward, triton_forward
+from pallas_qk._mosaic_gpu.config import MosaicForward, mosaic_forward
+from pallas_qk._options import Spec, Target
+from pallas_qk._triton.config import triton_forward
 from tests.cases import SMALL_CASES, Case, make_inputs
-from tests.compare import compare_outputs
+from tests.compare import assert_same
+from tests.forms import op
+from tests.lowering import FIRST, GPU_IMPLEMENTATIONS, HOPPER, kernels, lowered_text, on_gpu
 from tests.run import has_gpu
 
-KERNEL_NAMES = {"mosaic_gpu": "pallas_qk_mosaic_gpu_forward", "triton": "pallas_qk_triton_forward"}
-GPU_IMPLEMENTATIONS = tuple(KERNEL_NAMES)
-FIRST = "mosaic_gpu" if jax.__version_info__ >= (0, 11) else "triton"
 
-
-@contextlib.contextmanager
-def device(kind: str):
-    """What Pallas needs to lower for this NVIDIA GPU on a machine without one."""
-    abstract = AbstractDevice(device_kind=kind, num_cores=132, platform="cuda")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
-        yield
-
-
-def lowered(case: Case, platforms: tuple[str, ...], implementation: str | None = None, kind="NVIDIA H200") -> str:
-    def op(*args):
-        return pallas_qk.fused_qk_rmsnorm_rope_gate(*args, **case.static_arguments, implementation=implementation)
-
+def lowered(case: Case, platforms: tuple[str, ...], implementation: str | None = None, kind: str = HOPPER) -> str:
     arguments = jax.eval_shape(lambda: list(make_inputs(case)))
-    with device(kind):
-        return jax.jit(op).trace(*arguments).lower(lowering_platforms=platforms).as_text()
+    return lowered_text(op(case, implementation), *arguments, kind=kind, platforms=platforms)
 
 
 def count_kernels(text: str) -> dict[str, int]:
-    """Custom calls into GPU kernels of ours, by implementation."""
-    calls = re.findall(r"custom_call[^\n]*", text)
-    return {name: sum(kernel in call for call in calls) for name, kernel in KERNEL_NAMES.items()}
+    """Calls of our forward kernels, by implementation."""
+    found = kernels(text)
+    return {name: found.count(f"pallas_qk_{name}_forward") for name in GPU_IMPLEMENTATIONS}
 
 
 @pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.id)
@@ -85,7 +71,7 @@ def test_a_new_gpu_gets_what_a_hopper_gets(kind):
 def test_a_jax_without_one_of_the_backends(monkeypatch, missing, left):
     """Nothing of the missing backend is imported; the other one serves, and the name is refused with the reason."""
     monkeypatch.setitem(_implementations._REQUIRES, missing, ("jax.experimental.pallas.gone",))
-    monkeypatch.setitem(_implementations._GPU_MODULES, missing, "pallas_qk.gone")
+    monkeypatch.setitem(_implementations._GPU_FOLDERS, missing, "pallas_qk.gone")
     _implementations._missing_module.cache_clear()
     jax.clear_caches()  # traces that hold the missing one
     try:
@@ -94,7 +80,7 @@ def test_a_jax_without_one_of_the_backends(monkeypatch, missing, left):
             NotImplementedError, match=f"^implementation='{missing}' can't run this: it needs the module"
         ):
             lowered(Case(16), ("cuda",), missing)
-        with device("NVIDIA H200"):
+        with on_gpu():
             choice = pallas_qk.default_implementation(16, 16, 2, 256, 64, "bfloat16", platform="cuda")
         assert choice.name == left
         assert choice.not_taken[missing].startswith("it needs the module jax.experimental.pallas.gone, got")
@@ -129,11 +115,11 @@ def test_default_implementation_names_its_reasons():
     on_cpu = pallas_qk.default_implementation(*sizes, platform="cpu")
     assert on_cpu.name == "xla"
     assert on_cpu.not_taken["triton"] == "it needs an NVIDIA GPU, got platform cpu"
-    with device("NVIDIA H200"):
-        on_gpu = pallas_qk.default_implementation(*sizes, platform="cuda")
-    assert on_gpu.name == FIRST
-    assert on_gpu.not_taken["xla"] == f"{on_gpu.name!r} runs this and comes first"
-    for choice in (on_cpu, on_gpu, pallas_qk.default_implementation(*sizes)):
+    with on_gpu():
+        on_cuda = pallas_qk.default_implementation(*sizes, platform="cuda")
+    assert on_cuda.name == FIRST
+    assert on_cuda.not_taken["xla"] == f"{on_cuda.name!r} runs this and comes first"
+    for choice in (on_cpu, on_cuda, pallas_qk.default_implementation(*sizes)):
         assert {choice.name, *choice.not_taken} == set(pallas_qk.IMPLEMENTATIONS)
 
 
@@ -162,28 +148,40 @@ def test_default_implementation_is_what_runs():
     ],
 )
 def test_compute_capability_of_an_abstract_device(kind, capability):
-    with device(kind):
+    with on_gpu(kind):
         assert _implementations.cuda_target() == Target(capability)
+
+
+class Gpu(NamedTuple):
+    """As much of a local GPU as is asked of it."""
+
+    device_kind: str
+    compute_capability: str
+    core_count: int = 132
 
 
 def test_a_local_gpu_that_the_mesh_names_is_asked_itself(monkeypatch):
     """A mesh of local devices names their kind, here one that no table knows."""
-
-    class Gpu(NamedTuple):
-        device_kind: str
-        compute_capability: str
-
     monkeypatch.setattr(_target, "local_gpus", lambda: [Gpu("NVIDIA of yesterday", "8.6")])
-    with device("NVIDIA of yesterday"):
+    with on_gpu("NVIDIA of yesterday"):
         assert _target.cuda_target() == Target((8, 6))
-    with device("NVIDIA of tomorrow"):
+    with on_gpu("NVIDIA of tomorrow"):
         assert _target.cuda_target() == Target((8, 0))
 
 
+def test_of_several_local_gpus_the_least_counts(monkeypatch):
+    """Code for the oldest runs on each, and as many programs as the smallest holds at once are resident on each."""
+    gpus = [Gpu("B200", "10.0", 148), Gpu("H200", "9.0", 132), Gpu("RTX 5080", "12.0", 84), Gpu("H20", "9.0", 88)]
+    monkeypatch.setattr(_target, "local_gpus", lambda: gpus)
+    assert _target.cuda_target() == Target((9, 0))
+    assert _target.num_sms() == 84
+
+
+@pytest.mark.parametrize("heads", [(16, 2), (2, 16)], ids=str)
 @pytest.mark.parametrize("name", GPU_IMPLEMENTATIONS)
-def test_rows_are_counted_in_32_bits(name):
+def test_rows_are_counted_in_32_bits(name, heads):
     limit = 2**31 - {"mosaic_gpu": 2**16, "triton": 2**20}[name]
-    spec = Spec(limit // 16, 16, 2, 4, 4, "bfloat16")
+    spec = Spec(limit // 16, *heads, 4, 4, "bfloat16")
     assert _implementations.unsupported(name, spec, Target((9, 0))) is None
     more = dataclasses.replace(spec, num_tokens=limit // 16 + 1)
     reason = f"it counts rows (token, head) in 32 bits, up to {limit}, got {limit + 16}"
@@ -216,6 +214,12 @@ def test_layout_rule_of_the_triton_kernel(num_tokens, head_dim, rotary_dim, layo
     assert triton_forward(Spec(num_tokens, 16, 2, head_dim, rotary_dim, "bfloat16")).layout == layout
 
 
+def test_the_triton_kernel_takes_chunks_where_no_gate_is_copied():
+    spec = Spec(16384, 16, 2, 256, 64, "bfloat16")
+    assert triton_forward(spec).layout == "halves"
+    assert triton_forward(spec, gate_copied=False).layout == "chunks"
+
+
 @pytest.mark.parametrize(
     "spec, gate_copied, config",
     [
@@ -243,4 +247,4 @@ def test_disable_jit_runs_the_same_op():
     want = pallas_qk.fused_qk_rmsnorm_rope_gate(*inputs, **case.static_arguments)
     with jax.disable_jit():
         got = pallas_qk.fused_qk_rmsnorm_rope_gate(*inputs, **case.static_arguments)
-    assert compare_outputs(got, want).differing == 0
+    assert_same(got, want)

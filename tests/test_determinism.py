@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 
 import pallas_qk
-from tests.cases import Case, make_inputs
-from tests.compare import compare_bits, compare_outputs
-from tests.gradients import make_cotangents
+from tests.cases import Case, make_cotangents, make_inputs
+from tests.compare import assert_same
+from tests.forms import op
+from tests.gradients import outputs_and_gradients
+from tests.lowering import GPU_IMPLEMENTATIONS
 from tests.run import has_gpu
 
 NUM_THREADS = 6
@@ -32,28 +34,9 @@ def implementation(request) -> str:
     return request.param
 
 
-def op(case, implementation):
-    return functools.partial(
-        pallas_qk.fused_qk_rmsnorm_rope_gate, **case.static_arguments, implementation=implementation
-    )
-
-
 def both(case, implementation):
     """Outputs and the gradients of q_gate, k and the weights, jitted."""
-
-    @jax.jit
-    def run(inputs, cotangents):
-        *floats, table, positions = inputs
-        outputs, transpose = jax.vjp(lambda *floats: op(case, implementation)(*floats, table, positions), *floats)
-        return *outputs, *transpose(tuple(cotangents))
-
-    return run
-
-
-def assert_same(got, want):
-    for i, (a, b) in enumerate(zip(got, want, strict=True)):
-        comparison = compare_bits(f"result {i}", a.reshape(1, -1), b.reshape(1, -1))
-        assert comparison.differing == 0, comparison
+    return jax.jit(outputs_and_gradients(op(case, implementation), of=4))
 
 
 def in_threads(functions):
@@ -71,12 +54,12 @@ def in_threads(functions):
 @pytest.mark.alone  # on a GPU all results together take 9 GB
 def test_one_jitted_function_called_from_several_threads(implementation):
     case = Case(4096) if has_gpu() else CASE
-    inputs, cotangents = list(make_inputs(case)), make_cotangents(case)
+    args = *make_inputs(case), *make_cotangents(case)
     function = both(case, implementation)
-    want = function(inputs, cotangents)
+    want = function(*args)
 
     def repeated():
-        return [function(inputs, cotangents) for _ in range(10)]
+        return [function(*args) for _ in range(10)]
 
     for results in in_threads([repeated] * NUM_THREADS):
         for got in results:
@@ -85,7 +68,7 @@ def test_one_jitted_function_called_from_several_threads(implementation):
 
 def test_threads_that_trace_and_compile_at_once(implementation):
     """First calls with equal and with different shapes; what Python keeps between calls is shared by them."""
-    calls = [(case, list(make_inputs(case)), make_cotangents(case)) for case in (CASE, OTHER)]
+    calls = [(case, *make_inputs(case), *make_cotangents(case)) for case in (CASE, OTHER)]
     want = [both(case, implementation)(*arrays) for case, *arrays in calls]
     jax.clear_caches()
 
@@ -112,30 +95,31 @@ def test_a_token_alone_has_its_gradients_among_others(implementation):
     """Of q_gate and k; the weights' are sums over tokens."""
     case = dataclasses.replace(CASE, num_tokens=5)
     inputs, cotangents = make_inputs(case), make_cotangents(case)
-    together = both(case, implementation)(list(inputs), cotangents)
+    outputs, gradients = both(case, implementation)(*inputs, *cotangents)
     for token in (0, 3):
         rows = slice(token, token + 1)
         one = dataclasses.replace(
             inputs, q_gate=inputs.q_gate[rows], k=inputs.k[rows], positions=inputs.positions[:, rows]
         )
-        alone = both(dataclasses.replace(case, num_tokens=1), implementation)(list(one), [x[rows] for x in cotangents])
-        assert_same(alone[:3], [x[rows] for x in together[:3]])
+        of_one = both(dataclasses.replace(case, num_tokens=1), implementation)
+        own_outputs, own_gradients = of_one(*one, *(x[rows] for x in cotangents))
+        assert_same(own_outputs, [x[rows] for x in outputs])
         if implementation != "xla":  # which may sum a row in another order on a smaller array
-            assert_same(alone[3:5], [x[rows] for x in together[3:5]])
+            assert_same(own_gradients[:2], [x[rows] for x in gradients[:2]])
 
 
 @pytest.mark.gpu
 @pytest.mark.alone
-@pytest.mark.parametrize("name", ["mosaic_gpu", "triton"])
+@pytest.mark.parametrize("name", GPU_IMPLEMENTATIONS)
 def test_beside_work_on_other_streams(gpu, name):
     """Calls queued one behind another while torch keeps streams of its own busy on the same GPU."""
     torch = pytest.importorskip("torch")
     from pallas_qk import dlpack
 
     case = Case(8192)
-    inputs, cotangents = list(make_inputs(case)), make_cotangents(case)
+    inputs, cotangents = make_inputs(case), make_cotangents(case)
     function = both(case, name)
-    want = jax.block_until_ready(function(inputs, cotangents))
+    want = jax.block_until_ready(function(*inputs, *cotangents))
     streams = [torch.cuda.Stream() for _ in range(4)]
     busy = [torch.randn(2048, 2048, device="cuda") for _ in streams]
     for _ in range(10):
@@ -143,11 +127,11 @@ def test_beside_work_on_other_streams(gpu, name):
             with torch.cuda.stream(stream):
                 for _ in range(8):
                     x.copy_(torch.tanh(x @ x))
-        results = [function(inputs, cotangents) for _ in range(3)]
+        results = [function(*inputs, *cotangents) for _ in range(3)]
         # One more whose inputs cross from a stream of torch's that is still busy.
         with torch.cuda.stream(streams[0]):
             crossed = [dlpack.from_torch(dlpack.to_torch(x).clone()) for x in inputs]
-        results.append(function(crossed, cotangents))
+        results.append(function(*crossed, *cotangents))
         for got in results:
             assert_same(got, want)
         del results, crossed
@@ -157,22 +141,22 @@ def test_beside_work_on_other_streams(gpu, name):
 REPLAYED = """
 import sys
 import jax, numpy as np
-from tests.cases import Case, make_inputs
-from tests.gradients import make_cotangents
-from tests.test_determinism import both
+from tests.cases import Case, make_cotangents, make_inputs
+from tests.forms import op
+from tests.gradients import outputs_and_gradients
 
 case = Case(64)
-function = both(case, sys.argv[1])
-calls = [(list(make_inputs(case, seed)), make_cotangents(case, seed)) for seed in (0, 1)]
+function = jax.jit(outputs_and_gradients(op(case, sys.argv[1]), of=4))
+calls = [(*make_inputs(case, seed), *make_cotangents(case, seed)) for seed in (0, 1)]
 for repeat in range(3):  # the first call of a command buffer records it, the others replay it
-    for inputs, cotangents in calls:
-        for x in function(inputs, cotangents):
+    for args in calls:
+        for x in jax.tree.leaves(function(*args)):
             sys.stdout.buffer.write(np.asarray(x).tobytes())
 """
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["mosaic_gpu", "triton"])
+@pytest.mark.parametrize("name", GPU_IMPLEMENTATIONS)
 def test_inside_a_command_buffer(gpu, name):
     """Recorded with one call's buffers and replayed with others': no result of an earlier call comes back."""
     printed = []
@@ -193,7 +177,7 @@ def test_inside_a_command_buffer(gpu, name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["mosaic_gpu", "triton"])
+@pytest.mark.parametrize("name", GPU_IMPLEMENTATIONS)
 def test_each_local_gpu_gives_the_same_bits(gpu, name):
     devices = jax.local_devices()
     if len(devices) < 2:
@@ -202,4 +186,4 @@ def test_each_local_gpu_gives_the_same_bits(gpu, name):
     inputs = list(make_inputs(case))
     first, *others = [jax.jit(op(case, name))(*jax.device_put(inputs, device)) for device in devices]
     for outputs in others:
-        assert compare_outputs([np.asarray(x) for x in outputs], [np.asarray(x) for x in first]).differing == 0
+        assert_same(*jax.tree.map(np.asarray, (outputs, first)))

@@ -1,7 +1,6 @@
 """The examples that users read are run: the README's and those of the public docstrings. The API page is complete."""
 
 import doctest
-import pathlib
 import re
 import types
 
@@ -10,6 +9,7 @@ import pytest
 
 import pallas_qk
 from pallas_qk import _api
+from tests.pages import DOCS, README, python_blocks
 
 
 @pytest.fixture(autouse=True)
@@ -17,15 +17,6 @@ def as_users_run_it():
     """JAX's own defaults, not the strict ones of the other tests."""
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
-
-
-README = pathlib.Path(__file__).parent.parent / "README.md"
-DOCS = README.parent / "docs"
-
-
-def python_blocks(page: pathlib.Path) -> list[str]:
-    """The Python code that a Markdown page shows, block by block."""
-    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def test_the_readmes_example_runs():

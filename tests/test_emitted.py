@@ -23,8 +23,6 @@ def test_calls_have_names_of_their_own_and_reach_every_form():
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_the_code_is_that_of_the_call_and_of_no_place_in_a_file(implementation, direction):
-    if implementation == "mosaic_gpu":
-        pytest.importorskip("absl", reason="Mosaic GPU of jax 0.10 imports absl, which jax does not depend on")
     call = dataclasses.replace(PLAIN, implementation=implementation, direction=direction)
     first, again = emitted.emitted(call), emitted.emitted(call)
     other = emitted.emitted(dataclasses.replace(call, shape=dataclasses.replace(call.shape, norm_beta=1.0)))

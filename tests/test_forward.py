@@ -1,6 +1,7 @@
 """The op against its float64 definition, and the properties that hold whatever the arithmetic."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,26 +9,15 @@ import numpy as np
 import pytest
 
 import pallas_qk
-from pallas_qk._config import TritonForward
+from pallas_qk._checks import check_norm_beta
+from pallas_qk._triton.config import TritonForward
 from tests import tolerances
 from tests.cases import SMALL_CASES, Case, Inputs, make_inputs
-from tests.compare import compare_bits, compare_outputs
-from tests.definition import define
+from tests.compare import assert_same, compare_outputs
+from tests.definition import assert_defined
+from tests.forms import op
 from tests.run import has_gpu, run
-
-
-def assert_defined(got, case, inputs):
-    want = define(case, inputs)
-    for name, array, exact, bound in (
-        ("q_out", got[0], want.q_out, want.q_bound),
-        ("k_out", got[1], want.k_out, want.k_bound),
-    ):
-        assert array.dtype == jnp.dtype(case.dtype) and array.shape == exact.shape
-        error = np.abs(np.asarray(array).astype(np.float64) - exact)
-        worst = np.unravel_index(np.argmax(error - bound), error.shape)
-        assert (error <= bound).all(), f"{name}{worst}: error {error[worst]}, bound {bound[worst]}"
-    gate = inputs.q_gate.reshape(case.num_tokens, case.num_q_heads, 2, case.head_dim)[:, :, 1]
-    assert compare_bits("gate_out", got[2], gate.reshape(got[2].shape)).differing == 0
+from tests.tolerances import ROUNDOFF, SMALLEST_NORMAL
 
 
 @pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.id)
@@ -79,7 +69,7 @@ def test_a_token_alone_gives_the_bits_it_gives_in_a_batch(implementation, mrope_
             inputs, q_gate=inputs.q_gate[rows], k=inputs.k[rows], positions=inputs.positions[..., rows]
         )
         alone = run(implementation, dataclasses.replace(case, num_tokens=1), one)
-        assert compare_outputs(alone, [x[rows] for x in together]).differing == 0
+        assert_same(alone, [x[rows] for x in together])
 
 
 def test_a_head_alone_gives_the_bits_it_gives_among_others(implementation):
@@ -90,7 +80,7 @@ def test_a_head_alone_gives_the_bits_it_gives_among_others(implementation):
     one = dataclasses.replace(inputs, q_gate=head[0], k=head[1])
     alone = run(implementation, Case(3, 1, 1), one)
     want = [x.reshape(3, heads, 256)[:, h] for x, heads, h in zip(together, (6, 3, 6), (4, 2, 4), strict=True)]
-    assert compare_outputs(alone, want).differing == 0
+    assert_same(alone, want)
 
 
 def test_permuting_tokens_permutes_the_outputs(implementation):
@@ -101,7 +91,7 @@ def test_permuting_tokens_permutes_the_outputs(implementation):
         inputs, q_gate=inputs.q_gate[order], k=inputs.k[order], positions=inputs.positions[order]
     )
     got, want = run(implementation, case, moved), run(implementation, case, inputs)
-    assert compare_outputs(got, [x[order] for x in want]).differing == 0
+    assert_same(got, [x[order] for x in want])
 
 
 def test_no_rotation_leaves_the_norm_alone(implementation):
@@ -111,7 +101,7 @@ def test_no_rotation_leaves_the_norm_alone(implementation):
     _, k_out, _ = run(implementation, case, dataclasses.replace(inputs, cos_sin_cache=table))
     k = np.asarray(inputs.k, np.float64).reshape(4, 1, 256)
     want = k / np.sqrt((k * k).mean(-1, keepdims=True) + case.eps) * np.asarray(inputs.k_weight, np.float64)
-    np.testing.assert_allclose(np.asarray(k_out).reshape(want.shape), want, rtol=16 * 2.0**-24)
+    np.testing.assert_allclose(np.asarray(k_out).reshape(want.shape), want, rtol=16 * ROUNDOFF["float32"])
 
 
 def test_gate_bits_are_kept(implementation):
@@ -142,8 +132,8 @@ def test_one_bad_element_stays_within_its_head(implementation, bad):
     keep = ~np.isin(np.arange(12), [7])
     for got_rows, want_rows in ((got[0], want[0]), (got[2], want[2])):
         got_rows, want_rows = (x.reshape(12, 256)[keep] for x in (got_rows, want_rows))
-        assert compare_bits("rows", got_rows, want_rows).differing == 0
-    assert compare_bits("k_out", got[1], want[1]).differing == 0
+        assert_same(got_rows, want_rows)
+    assert_same(got[1], want[1])
 
 
 def test_zero_rows_give_zeros(implementation):
@@ -158,7 +148,7 @@ def test_half_precision_subnormals_survive_the_round_trip(implementation):
     inputs = make_inputs(case)
     q_out, _, _ = run(implementation, case, inputs)
     subnormal = np.abs(np.asarray(q_out, np.float32))
-    assert ((subnormal > 0) & (subnormal < 2.0**-14)).mean() > 0.9
+    assert ((subnormal > 0) & (subnormal < SMALLEST_NORMAL["float16"])).mean() > 0.9
     assert_defined(run(implementation, case, inputs), case, inputs)
 
 
@@ -168,7 +158,7 @@ def test_norm_beta_equals_weights_shifted_in_float32(implementation):
     shifted = dataclasses.replace(inputs, q_weight=inputs.q_weight + 1, k_weight=inputs.k_weight + 1)
     got = run(implementation, case, inputs)
     want = run(implementation, dataclasses.replace(case, norm_beta=0.0), shifted)
-    assert compare_outputs(got, want).differing == 0
+    assert_same(got, want)
 
 
 def test_a_weight_of_negative_zero_counts_as_zero(implementation):
@@ -177,7 +167,12 @@ def test_a_weight_of_negative_zero_counts_as_zero(implementation):
     zeros = dataclasses.replace(inputs, k_weight=jnp.zeros_like(inputs.k_weight))
     negative = dataclasses.replace(inputs, k_weight=-zeros.k_weight)
     got, want = run(implementation, case, negative), run(implementation, case, zeros)
-    assert compare_outputs(got, want).differing == 0
+    assert_same(got, want)
+
+
+def test_a_norm_beta_of_negative_zero_is_zero():
+    """A kernel adds it to weights, and -0.0 + -0.0 would stay -0.0."""
+    assert math.copysign(1, check_norm_beta(-0.0)) == 1
 
 
 @pytest.mark.parametrize("section", [(11, 11, 10), (16, 8, 8), (32, 0, 0)])
@@ -204,10 +199,7 @@ def test_eager_and_jitted_calls_give_the_same_bits():
     case = Case(37, 5, 2)
     inputs = make_inputs(case)
 
-    def op(inputs):
-        return pallas_qk.fused_qk_rmsnorm_rope_gate(*inputs, **case.static_arguments)
-
-    assert compare_outputs(op(list(inputs)), jax.jit(op)(list(inputs))).differing == 0
+    assert_same(op(case)(*inputs), jax.jit(op(case))(*inputs))
 
 
 def test_the_result_does_not_depend_on_what_surrounds_the_call():
@@ -216,28 +208,23 @@ def test_the_result_does_not_depend_on_what_surrounds_the_call():
     inputs = make_inputs(case)
 
     @jax.jit
-    def op(q_gate, *rest):
-        outputs = pallas_qk.fused_qk_rmsnorm_rope_gate(q_gate * 2, *rest, **case.static_arguments)
+    def surrounded(q_gate, *rest):
+        outputs = op(case)(q_gate * 2, *rest)
         return outputs, [x * 2 for x in outputs]
 
-    got, _ = op(*inputs)
+    got, _ = surrounded(*inputs)
     doubled = dataclasses.replace(inputs, q_gate=inputs.q_gate * 2)
-    want = pallas_qk.fused_qk_rmsnorm_rope_gate(*doubled, **case.static_arguments)
-    assert compare_outputs(got, want).differing == 0
+    assert_same(got, op(case)(*doubled))
 
 
 def test_donated_buffers_and_ahead_of_time_compilation():
     case = Case(16)
     inputs = make_inputs(case)
-    want = pallas_qk.fused_qk_rmsnorm_rope_gate(*inputs, **case.static_arguments)
-
-    def op(*args):
-        return pallas_qk.fused_qk_rmsnorm_rope_gate(*args, **case.static_arguments)
-
-    compiled = jax.jit(op, donate_argnums=1).lower(*inputs).compile()
+    want = op(case)(*inputs)
+    compiled = jax.jit(op(case), donate_argnums=1).lower(*inputs).compile()
     k = jnp.array(inputs.k, copy=True)
     got = compiled(inputs.q_gate, k, *list(inputs)[2:])
-    assert compare_outputs(got, want).differing == 0
+    assert_same(got, want)
     assert k.is_deleted()
 
 
@@ -247,4 +234,4 @@ def test_numpy_arguments_and_a_list_for_the_section():
     arguments = case.static_arguments | {"mrope_section": [11, 11, 10], "eps": np.float32(case.eps)}
     got = pallas_qk.fused_qk_rmsnorm_rope_gate(*Inputs(*(np.asarray(x) for x in inputs)), **arguments)
     want = pallas_qk.fused_qk_rmsnorm_rope_gate(*inputs, **case.static_arguments | {"eps": float(np.float32(1e-6))})
-    assert compare_outputs(got, want).differing == 0
+    assert_same(got, want)

@@ -11,6 +11,7 @@ import pytest
 
 from examples import gated_attention
 from pallas_qk import rope
+from tests.compare import assert_same
 
 torch = pytest.importorskip("torch", reason="the judge is transformers' layer")
 modeling = pytest.importorskip(
@@ -336,12 +337,6 @@ def test_a_size_that_has_no_default_is_asked_for(missing):
 # Loading
 
 
-def same(got, want):
-    for x, y in zip(got, want, strict=True):
-        assert x.dtype == y.dtype and x.shape == y.shape
-        np.testing.assert_array_equal(values(x), values(y))
-
-
 @pytest.mark.parametrize("prefix", ["model", "model.language_model"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_checkpoint_gives_the_parameters_of_the_state_dict(tmp_path, dtype, prefix):
@@ -358,11 +353,11 @@ def test_a_checkpoint_gives_the_parameters_of_the_state_dict(tmp_path, dtype, pr
         second | {f"{prefix}.layers.3.input_layernorm.weight": torch.zeros(HIDDEN_SIZE)},
         tmp_path / "model-00002-of-00002.safetensors",
     )
-    same(gated_attention.from_safetensors(tmp_path, 3, config), parameters)
+    assert_same(gated_attention.from_safetensors(tmp_path, 3, config), parameters)
     assert parameters.qkv.dtype == jnp.dtype(dtype)
 
     save_file(layer, tmp_path / "all.safetensors")
-    same(gated_attention.from_safetensors(tmp_path / "all.safetensors", 3, config), parameters)
+    assert_same(gated_attention.from_safetensors(tmp_path / "all.safetensors", 3, config), parameters)
     with pytest.raises(ValueError, match=r"got \[\]\. Pass those of one full-attention layer"):
         gated_attention.from_safetensors(tmp_path, 2, config)
 
@@ -373,7 +368,7 @@ def test_parameters_are_copies_of_the_torch_tensors():
     parameters = gated_attention.from_state_dict(state_dict, config)
     for tensor in state_dict.values():
         tensor.zero_()
-    same(parameters, our_arguments("float32")[0])
+    assert_same(parameters, our_arguments("float32")[0])
 
 
 def test_weights_of_another_size_are_refused():

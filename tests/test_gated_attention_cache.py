@@ -21,6 +21,7 @@ def as_users_run_it():
 
 
 @functools.cache
+@jax.ensure_compile_time_eval()  # the first call may come from inside a jit, whose tracers must not be kept
 def model():
     config, table = gated_attention.read_config(gated_attention.TEXT_CONFIG, max_position=16, dtype=jnp.float32)
     keys = jax.random.split(jax.random.key(0), 2)

@@ -1,7 +1,6 @@
 """Derivatives of the public op: against float64 and torch, in every mode, and what they cost."""
 
 import dataclasses
-import functools
 import inspect
 
 import jax
@@ -11,12 +10,14 @@ import pytest
 
 import pallas_qk
 from pallas_qk import _implementations
-from tests.cases import SMALL_CASES, Case, make_inputs
-from tests.compare import compare_bits
-from tests.gradients import assert_defined, define_gradients, float64_inputs, float64_op, in_float64, make_cotangents
+from tests.cases import SMALL_CASES, Case, make_cotangents, make_inputs
+from tests.compare import assert_same
+from tests.derivatives import DIFFERENTIABLE, TRANSFORMS, float64_op, in_float64, relative, scalar
+from tests.forms import op
+from tests.gradients import assert_defined, define_gradients, float64_inputs, gradients
 from tests.run import has_gpu, primitives, quick_jit
+from tests.tolerances import ROUNDOFF
 
-DIFFERENTIABLE = (0, 1, 2, 3, 4)  # everything but positions
 TINY = Case(5, 3, 2, head_dim=16, rotary_dim=8, dtype="float32", max_position=32)
 
 
@@ -26,37 +27,41 @@ def implementation(request) -> str:
     return request.param
 
 
-def op(case, implementation=None):
-    return functools.partial(
-        pallas_qk.fused_qk_rmsnorm_rope_gate, **case.static_arguments, implementation=implementation
-    )
-
-
-def gradients(case, inputs, cotangents, implementation=None, jit=quick_jit):
-    """Of q_gate, k, both weights and the table."""
-    *args, positions = inputs
-
-    @jit
-    def run(args, cotangents):
-        return jax.vjp(lambda *args: op(case, implementation)(*args, positions), *args)[1](cotangents)
-
-    return run(args, cotangents)
-
-
 def of_floats(case, inputs, implementation=None):
     """The op as a function of its differentiable arguments, and those."""
     *args, positions = inputs
     return (lambda *args: op(case, implementation)(*args, positions)), tuple(args)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        *SMALL_CASES,
+        Case(2, 1, 2, head_dim=96, rotary_dim=40, mrope_section=(8, 6, 6), norm_beta=1.0),
+        Case(2, 1, 2, head_dim=80, rotary_dim=40, mrope_section=(8, 6, 6), norm_beta=1.0),
+    ],
+    ids=lambda case: case.id,
+)
+def test_the_formulas_are_the_derivatives_of_the_op(case):
+    """As it is defined, by JAX, in float64; on the host, as the formulas are."""
+    inputs, cotangents = make_inputs(case, seed=1), make_cotangents(case)
+    function = gradients(float64_op(case, inputs.positions), arguments=5)
+    with jax.default_device(jax.devices("cpu")[0]):
+        args = [*float64_inputs(inputs), *(np.asarray(x).astype(np.float64) for x in cotangents)]
+        want = in_float64(function)(*args)
+    for gradient, autodiff in zip(define_gradients(case, inputs, cotangents), want, strict=True):
+        assert gradient.exact.dtype == autodiff.dtype == np.float64
+        np.testing.assert_allclose(gradient.exact, autodiff, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.id)
 def test_equal_float64_autodiff(implementation, case):
     inputs, cotangents = make_inputs(case, seed=1), make_cotangents(case)
-    got = gradients(case, inputs, cotangents, implementation)
-    assert_defined(got, define_gradients(case, inputs, cotangents), [x.dtype for x in list(inputs)[:5]])
+    got = quick_jit(gradients(op(case, implementation)))(*inputs, *cotangents)
+    assert_defined(got, define_gradients(case, inputs, cotangents))
     shape = (case.num_tokens, case.num_q_heads, 2, case.head_dim)
     gate = got[0].reshape(shape)[:, :, 1].reshape(cotangents[2].shape)
-    assert compare_bits("dgate", gate, cotangents[2]).differing == 0
+    assert_same(gate, cotangents[2])
 
 
 @pytest.mark.parametrize(
@@ -80,8 +85,7 @@ def test_equal_torch_autograd(case):
     torch.autograd.backward(outputs, [torch.tensor(np.asarray(ct).astype(np.float64)) for ct in cotangents])
     want = define_gradients(case, inputs, cotangents)
     want = [gradient._replace(exact=x.grad.numpy()) for gradient, x in zip(want, args, strict=True)]
-    got = gradients(case, inputs, cotangents)
-    assert_defined(got, want, [x.dtype for x in list(inputs)[:5]])
+    assert_defined(quick_jit(gradients(op(case)))(*inputs, *cotangents), want)
 
 
 @pytest.mark.parametrize("weight", [0.0, -0.0])
@@ -93,50 +97,11 @@ def test_a_weight_of_zero_has_a_gradient(weight):
     cotangents = make_cotangents(case)
     want = define_gradients(case, inputs, cotangents)
     assert np.abs(want[2].exact).min() > 1e-3
-    assert_defined(gradients(case, inputs, cotangents), want, [jnp.float32] * 5)
+    assert_defined(quick_jit(gradients(op(case)))(*inputs, *cotangents), want)
     function, args = of_floats(case, inputs)
     tangents = [jnp.ones_like(x) if i in (2, 3) else jnp.zeros_like(x) for i, x in enumerate(args)]
     _, moved = jax.jvp(function, args, tuple(tangents))
     assert np.abs(np.asarray(moved[0])).max() > 0.1
-
-
-def relative(got, want):
-    """The largest error of each array, relative to its largest element."""
-    errors = []
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        a, b = np.asarray(a).astype(np.float64), np.asarray(b)
-        assert a.shape == b.shape
-        errors.append(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-3))
-    return max(errors)
-
-
-def scalar(function):
-    """A function whose derivatives of every order are full."""
-    return lambda *args: sum(jnp.sum(jnp.sin(out * (i + 1))) for i, out in enumerate(function(*args)))
-
-
-def second_gradient(function):
-    first = jax.grad(scalar(function), DIFFERENTIABLE)
-    return jax.grad(lambda *args: sum(jnp.sum(jnp.sin(g)) for g in first(*args)), DIFFERENTIABLE)
-
-
-def along(args):
-    """Tangents for each argument."""
-    return tuple(jnp.cos(3 * x + 1) for x in args)
-
-
-TRANSFORMS = {
-    "jvp": lambda f: lambda *args: jax.jvp(f, args, along(args))[1],
-    "linearize": lambda f: lambda *args: jax.linearize(f, *args)[1](*along(args)),
-    "jvp of jvp": lambda f: lambda *args: jax.jvp(lambda *a: jax.jvp(f, a, along(a))[1], args, along(args))[1],
-    "grad of grad": second_gradient,
-    "jvp of grad": lambda f: lambda *args: jax.jvp(jax.grad(scalar(f), DIFFERENTIABLE), args, along(args))[1],
-    "grad of jvp": lambda f: jax.grad(scalar(lambda *args: jax.jvp(f, args, along(args))[1]), DIFFERENTIABLE),
-    "jacfwd": lambda f: jax.jacfwd(f, (2, 4)),
-    "jacrev": lambda f: jax.jacrev(f, (2, 4)),
-    "hessian": lambda f: jax.hessian(scalar(f), (2, 3)),
-    "linear_transpose": lambda f: lambda *args: jax.linear_transpose(jax.linearize(f, *args)[1], *args)(f(*args)),
-}
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -163,7 +128,7 @@ def test_forward_mode_in_16_bits():
     assert [x.dtype for x in got] == [x.dtype for x in outputs] == [jnp.bfloat16] * 3
     exact = float64_inputs(inputs)
     want = in_float64(lambda *args: jax.jvp(float64_op(case, inputs.positions), args, args)[1])(*exact)
-    assert relative(got, want) < 2.0**-8
+    assert relative(got, want) < ROUNDOFF["bfloat16"]
 
 
 def test_positions_have_no_gradient():
@@ -179,27 +144,24 @@ def test_weight_gradients_are_summed_in_float32_and_rounded_once(dtype):
     wide = dataclasses.replace(
         inputs, q_weight=inputs.q_weight.astype(jnp.float32), k_weight=inputs.k_weight.astype(jnp.float32)
     )
-    got, want = (gradients(case, x, cotangents, jit=jax.jit) for x in (inputs, wide))
-    for narrow, exact in zip(got[2:4], want[2:4], strict=True):
-        assert exact.dtype == jnp.float32
-        assert compare_bits("weight", narrow[None], exact.astype(dtype)[None]).differing == 0
+    got, want = (jax.jit(gradients(op(case)))(*x, *cotangents)[2:4] for x in (inputs, wide))
+    assert [x.dtype for x in want] == [jnp.float32] * 2
+    assert_same(got, [x.astype(dtype) for x in want])
 
 
 def test_ten_runs_give_the_same_bits(implementation):
     case = Case(1024 if has_gpu() else 64, 4, 2, mrope_section=(11, 11, 10))
-    inputs, cotangents = make_inputs(case), make_cotangents(case)
-    run = jax.jit(functools.partial(gradients, case, implementation=implementation, jit=jax.jit))
-    first = run(list(inputs), cotangents)[:4]
+    args = *make_inputs(case), *make_cotangents(case)
+    run = jax.jit(gradients(op(case, implementation)))
+    first = run(*args)[:4]
     for _ in range(9):
-        again = run(list(inputs), cotangents)[:4]
-        for name, a, b in zip(("q_gate", "k", "q_weight", "k_weight"), again, first, strict=True):
-            assert compare_bits(name, a.reshape(1, -1), b.reshape(1, -1)).differing == 0
+        assert_same(run(*args)[:4], first)
 
 
 def test_no_tokens_give_zeros(implementation):
     case = dataclasses.replace(TINY, num_tokens=0)
     inputs = make_inputs(case)
-    got = gradients(case, inputs, make_cotangents(case), implementation)
+    got = quick_jit(gradients(op(case, implementation)))(*inputs, *make_cotangents(case))
     for x, like in zip(got, inputs, strict=False):
         assert x.shape == like.shape and x.dtype == like.dtype and not np.asarray(x).any()
 
@@ -245,10 +207,10 @@ def test_derivatives_read_row_0_outside_the_table(implementation, position):
     """With tangents and cotangents at the token itself. The table's derivative sees no position past it."""
     inputs, cotangents = make_inputs(TINY), make_cotangents(TINY)
     outside, first = (dataclasses.replace(inputs, positions=inputs.positions.at[2].set(x)) for x in (position, 0))
-    got, want = (gradients(TINY, x, cotangents, implementation, jax.jit) for x in (outside, first))
-    for name, a, b in zip(("q_gate", "k", "q_weight", "k_weight"), got[:4], want[:4], strict=True):
-        assert compare_bits(name, jnp.atleast_2d(a), jnp.atleast_2d(b)).differing == 0
-    without = gradients(TINY, first, tuple(x.at[2].set(0) for x in cotangents), implementation, jax.jit)
+    run = jax.jit(gradients(op(TINY, implementation)))
+    got, want = (run(*x, *cotangents) for x in (outside, first))
+    assert_same(got[:4], want[:4])
+    without = run(*first, *(x.at[2].set(0) for x in cotangents))
     assert np.abs(want[4] - without[4])[0].max() > 0.1
     np.testing.assert_allclose(got[4], want[4] if position < 0 else without[4], rtol=1e-6, atol=1e-6)
 
@@ -295,7 +257,7 @@ def test_residuals_are_the_inputs():
 
 
 def test_modules_share_one_backward():
-    modules = [_implementations.backward_module(name) for name in pallas_qk.IMPLEMENTATIONS]
+    modules = [_implementations.module(name) for name in pallas_qk.IMPLEMENTATIONS]
     want = list(inspect.signature(modules[-1].backward).parameters)
     for module in modules:
         assert list(inspect.signature(module.backward).parameters)[: len(want)] == want
@@ -305,11 +267,10 @@ def test_tangents_of_many_rows_are_those_of_few():
     """From 4096 rows on the CPU's compiler of JAX 0.12 fuses reductions otherwise."""
     case = Case(1024, 4, 1, 64, 16, dtype="float32", max_position=64)
     q_gate, *rest, positions = make_inputs(case)
-    op = functools.partial(pallas_qk.fused_qk_rmsnorm_rope_gate, **case.static_arguments, implementation="xla")
 
     @jax.jit
     def tangents(q_gate, k, positions, moving):
-        return jax.jvp(lambda q_gate: op(q_gate, k, *rest[1:], positions)[0], (q_gate,), (moving,))[1]
+        return jax.jvp(lambda q_gate: op(case, "xla")(q_gate, k, *rest[1:], positions)[0], (q_gate,), (moving,))[1]
 
     args = (q_gate, rest[0], positions, jnp.cos(q_gate))
     want = jnp.concatenate([tangents(*(x[i : i + 512] for x in args)) for i in range(0, case.num_tokens, 512)])

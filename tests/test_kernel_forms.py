@@ -12,20 +12,14 @@ import numpy as np
 import pytest
 
 from pallas_qk import _implementations
-from pallas_qk._config import MosaicBackward, TritonBackward, TritonForward
-from pallas_qk._operands import Outputs
-from tests import cases, forms
+from pallas_qk._mosaic_gpu.config import MosaicBackward
+from pallas_qk._triton.config import TritonBackward, TritonForward
+from tests import cases, forms, mosaic_interpreter
 from tests.cases import Case, Inputs
-from tests.compare import compare_bits
+from tests.compare import assert_same
 from tests.gradients import assert_agree
+from tests.lowering import GPU_IMPLEMENTATIONS, lowered_text
 from tests.run import run, run_backward
-
-if jax.__version_info__ < (0, 11):
-    pytest.importorskip("absl", reason="Mosaic GPU of jax 0.10 imports absl, which jax does not depend on")
-
-from tests import mosaic_interpreter
-
-KERNELS = ("mosaic_gpu", "triton")
 
 # A program of four rows has the q heads of one token; the k rows don't fill the last program.
 PLAIN = Case(5, 4, 3, head_dim=64, rotary_dim=16, max_position=40)
@@ -45,31 +39,14 @@ def form_id(value) -> str:
 
 
 @functools.cache
-def cotangents(case: Case) -> tuple[list[jax.Array], jax.Array]:
-    """Of q_out, k_out and gate_out, and of v_out; (T, heads*D)."""
-    rng = np.random.default_rng(0)
-    heads = case.num_q_heads, case.num_kv_heads, case.num_q_heads, case.num_kv_heads
-    shapes = [(case.num_tokens, h * case.head_dim) for h in heads]
-    dq, dk, dgate, dv = (jnp.asarray(rng.standard_normal(s, np.float32).astype(case.dtype)) for s in shapes)
-    return [dq, dk, dgate], dv
-
-
-@functools.cache
 def in_plain_form(implementation: str, case: Case):
     inputs = cases.numpy_inputs(case)
     outputs = run(implementation, case, inputs)
-    return inputs, outputs, run_backward(implementation, case, inputs, cotangents(case)[0])
+    return inputs, outputs, gradients(implementation, case, inputs)
 
 
 def gradients(implementation: str, case: Case, inputs: Inputs, **config):
-    given, dv = cotangents(forms.plain(case))
-    return run_backward(implementation, case, inputs, forms.outputs_of(case, given, dv), **config)
-
-
-def assert_same_bits(got, want):
-    assert len(got) == len(want)
-    for place, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert compare_bits(f"result {place}", *(jnp.atleast_2d(x) for x in (a, b))).differing == 0
+    return run_backward(implementation, case, inputs, forms.cotangents_of(case), **config)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 9])
@@ -79,21 +56,19 @@ def test_weight_gradients_rounded_by_the_kernel(implementation, num_tokens):
     case = Case(num_tokens, 4, 2, head_dim=64, rotary_dim=16)
     inputs = cases.numpy_inputs(case)
     inputs = dataclasses.replace(inputs, k_weight=inputs.k_weight.astype(jnp.float32))
-    given, _ = cotangents(case)
-    exact, rounded = (run_backward(implementation, case, inputs, given, round_dweights=r) for r in (False, True))
+    exact, rounded = (gradients(implementation, case, inputs, round_dweights=r) for r in (False, True))
     assert [x.dtype for x in exact[2:]] == [jnp.float32, jnp.float32]
-    assert_same_bits(rounded, [*exact[:2], exact[2].astype(jnp.bfloat16), exact[3]])
+    assert_same(rounded, [*exact[:2], exact[2].astype(jnp.bfloat16), exact[3]])
 
 
 @pytest.mark.parametrize("implementation, case", EXECUTED, ids=form_id)
 def test_a_form_has_the_bits_of_the_plain_one(implementation, case):
     inputs, outputs, plain_gradients = in_plain_form(implementation, PLAIN)
-    assert_same_bits(run(implementation, case, inputs), forms.outputs_of(case, outputs))
-    want = forms.gradients_of(case, plain_gradients, cotangents(PLAIN)[1])
-    assert_same_bits(gradients(implementation, case, inputs), want)
+    assert_same(run(implementation, case, inputs), forms.outputs_of(case, outputs))
+    assert_same(gradients(implementation, case, inputs), forms.gradients_of(case, plain_gradients))
 
 
-@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("implementation", GPU_IMPLEMENTATIONS)
 def test_a_form_agrees_with_plain_xla(implementation):
     case = IN_PLACE_PACKED
     inputs = in_plain_form(implementation, PLAIN)[0]
@@ -104,9 +79,9 @@ def test_a_form_agrees_with_plain_xla(implementation):
 def test_other_triton_layouts_of_a_packed_array():
     case = FORMS[3]
     inputs, outputs, plain_gradients = in_plain_form("triton", PLAIN)
-    assert_same_bits(run("triton", case, inputs, config=TritonForward("chunks")), forms.outputs_of(case, outputs))
+    assert_same(run("triton", case, inputs, config=TritonForward("chunks")), forms.outputs_of(case, outputs))
     got = gradients("triton", case, inputs, config=TritonBackward("row", 4, q_programs=2, k_programs=1))
-    assert_same_bits(got[:1], forms.gradients_of(case, plain_gradients, cotangents(PLAIN)[1])[:1])
+    assert_same(got[:1], forms.gradients_of(case, plain_gradients)[:1])
 
 
 @pytest.mark.parametrize(
@@ -121,21 +96,16 @@ def test_sectioned_mrope_reads_each_section_s_row(implementation, section):
     cos, sin = (inputs.cos_sin_cache[inputs.positions[axes].T, first + np.arange(8)] for first in (0, 8))
     row_of_each = np.concatenate([cos, sin], axis=-1), np.arange(case.num_tokens)
     rows = dataclasses.replace(inputs, cos_sin_cache=row_of_each[0], positions=row_of_each[1])
-    assert_same_bits(run(implementation, case, inputs), run(implementation, FORMS[1], rows))
-    assert_same_bits(gradients(implementation, case, inputs), gradients(implementation, FORMS[1], rows))
+    assert_same(run(implementation, case, inputs), run(implementation, FORMS[1], rows))
+    assert_same(gradients(implementation, case, inputs), gradients(implementation, FORMS[1], rows))
 
 
-@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("implementation", GPU_IMPLEMENTATIONS)
 def test_no_tokens_of_a_packed_array(implementation):
     case = dataclasses.replace(IN_PLACE_PACKED, num_tokens=0)
     inputs, cotangents = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), forms.types(case))
-    outputs = function(implementation, "forward", case)(inputs)
-    assert (outputs.q.shape, outputs.k.shape, outputs.v.shape, outputs.gate) == (
-        (0, 4, 64),
-        (0, 3, 64),
-        (0, 3, 64),
-        None,
-    )
+    q, k, v, gate = function(implementation, "forward", case)(inputs)
+    assert (q.shape, k.shape, v.shape, gate) == ((0, 4, 64), (0, 3, 64), (0, 3, 64), None)
     got = function(implementation, "backward", case)(inputs, cotangents)
     assert got.q.shape == (0, (2 * 4 + 2 * 3) * 64) and got.k is None
     assert not got.q_weight.any() and not got.k_weight.any()
@@ -144,21 +114,14 @@ def test_no_tokens_of_a_packed_array(implementation):
 # What is emitted.
 
 
-def on_an_h200():
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda")
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
-
-
 def function(implementation: str, direction: str, case: Case):
-    module = _implementations.module if direction == "forward" else _implementations.backward_module
-    return functools.partial(getattr(module(implementation), direction), options=forms.options(case))
+    return functools.partial(getattr(_implementations.module(implementation), direction), options=forms.options(case))
 
 
 def emitted(direction: str, case: Case) -> str:
     """The code of the Mosaic GPU kernel."""
     args = forms.types(case)[: 1 if direction == "forward" else 2]
-    with on_an_h200():
-        return str(mosaic_interpreter.emitted(function("mosaic_gpu", direction, case), *args).kernels[0])
+    return str(mosaic_interpreter.emitted(function("mosaic_gpu", direction, case), *args).kernels[0])
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -167,8 +130,7 @@ def test_triton_lowers_every_form_for_cuda_to_kernels_and_reshapes(direction, ca
     """As Mosaic GPU does, or its interpreter would refuse."""
     case = dataclasses.replace(case, num_tokens=4096, num_q_heads=16)
     args = forms.types(case)[: 1 if direction == "forward" else 2]
-    with on_an_h200():
-        text = jax.jit(function("triton", direction, case)).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    text = lowered_text(function("triton", direction, case), *args)
     assert set(re.findall(r"stablehlo\.(\w+)", text)) <= {"custom_call", "reshape"}
     assert text.count("custom_call") == {"forward": 1, "backward": 2}[direction]
 
@@ -207,8 +169,7 @@ def test_a_packed_array_past_2_31_elements(direction):
     assert case.num_tokens * args[0].q.shape[1] > 2**31
     config = {}
     if direction == "backward":
-        (dq, dk, dgate), dv = cotangents(forms.plain(last))
-        args.append(forms.split_heads(last, Outputs(dq, dk, dv, dgate)))
+        args.append(forms.split_heads(last, forms.as_outputs(last, forms.cotangents_of(last))))
         # The last warps end with the last rows.
         config["config"] = MosaicBackward(1, 1, q_warps=case.num_tokens, k_warps=case.num_tokens)
 
@@ -226,12 +187,12 @@ def test_a_packed_array_past_2_31_elements(direction):
     long_args = jax.tree.map(lambda x: longer(x) if x.shape[0] == 2 else x, args)
     got = mosaic_interpreter.execute(of_tokens(case, **config), *long_args, programs=slice(-60, None))
     want = mosaic_interpreter.execute(of_tokens(last), *args)
-    assert_same_bits([x[-2:].reshape(2, -1) for x in got], [x.reshape(2, -1) for x in want])
+    assert_same([x[-2:] for x in got], want)
 
 
 @pytest.mark.gpu
 @pytest.mark.alone
-@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("implementation", GPU_IMPLEMENTATIONS)
 def test_a_packed_array_past_2_31_elements_on_a_gpu(gpu, implementation):
     case = Case(65_600, 60, 4, packed=True, gathered=True)
     last = dataclasses.replace(case, num_tokens=2)
@@ -239,10 +200,10 @@ def test_a_packed_array_past_2_31_elements_on_a_gpu(gpu, implementation):
     ends = {name: getattr(inputs, name)[-2:] for name in ("q_gate", "k", "positions")}
     inputs_of_last = dataclasses.replace(inputs, **ends)
     q, k, v, gate = run(implementation, case, inputs)
-    assert_same_bits([v], [forms.values(case)])
+    assert_same([v], [forms.values(case)])
     q_of_last, k_of_last, _, gate_of_last = run(implementation, last, inputs_of_last)
-    assert_same_bits([q[-2:], k[-2:], gate[-2:]], [q_of_last, k_of_last, gate_of_last])
+    assert_same([q[-2:], k[-2:], gate[-2:]], [q_of_last, k_of_last, gate_of_last])
     # Outputs serve as cotangents.
     got = run_backward(implementation, case, inputs, [q, k, v, gate])[0]
     want = run_backward(implementation, last, inputs_of_last, [q_of_last, k_of_last, v[-2:], gate_of_last])[0]
-    assert_same_bits([got[-2:]], [want])
+    assert_same([got[-2:]], [want])

@@ -15,14 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_qk import _implementations
-from pallas_qk._config import MosaicForward
-from pallas_qk._operands import Inputs, Outputs
-from tests import forms, fuzz, strategies
+from pallas_qk import _mosaic_gpu
+from pallas_qk._mosaic_gpu.config import MosaicForward
+from pallas_qk._rows import Inputs
+from tests import forms, run, strategies
 from tests.cases import Case
+from tests.compare import assert_same
+from tests.lowering import GPU_IMPLEMENTATIONS
+from tests.mosaic_interpreter import execute
 
 BLOCK = 4099  # tokens, a prime
-KERNELS = ("mosaic_gpu", "triton")
 
 
 @pytest.fixture
@@ -61,20 +63,15 @@ def assert_repeats(name: str, big: jax.Array, block: jax.Array) -> None:
 
 
 def kernel(direction: str, implementation: str, case: Case):
-    """`forward` or `backward` of an implementation, compiled."""
-    module = _implementations.module if direction == "forward" else _implementations.backward_module
-    return jax.jit(functools.partial(getattr(module(implementation), direction), options=forms.options(case)))
+    return run.kernel(direction, implementation, forms.options(case), is_empty=False)
 
 
 def small(case: Case):
     """A block's inputs and cotangents, in the shapes of the implementations."""
     inputs = strategies.make_inputs(case)
     inputs = dataclasses.replace(inputs, positions=jnp.clip(inputs.positions, 0, case.max_position - 1))
-    *cotangents, dv = fuzz.make_cotangents(case, 0)
-    cotangents = forms.outputs_of(case, cotangents, dv)
-    names = ["q", "k", *(["v"] if case.packed else []), *([] if case.gate is None else ["gate"])]
-    operands = forms.split_heads(case, forms.inputs_of(case, inputs))
-    return operands, forms.split_heads(case, Outputs(**dict(zip(names, cotangents, strict=True))))
+    cotangents = forms.as_outputs(case, forms.cotangents_of(case))
+    return forms.split_heads(case, forms.inputs_of(case, inputs)), forms.split_heads(case, cotangents)
 
 
 def large(x, repeats: int):
@@ -109,7 +106,7 @@ def bytes_of(case: Case, heads: int) -> int:
 
 @pytest.mark.gpu
 @pytest.mark.alone
-@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("implementation", GPU_IMPLEMENTATIONS)
 @pytest.mark.parametrize("name, limit", [("separate", 2**32), ("packed", 2**31)])
 def test_forward(memory, implementation, name, limit):
     case, many, repeats = sized(name, limit)
@@ -124,7 +121,7 @@ def test_forward(memory, implementation, name, limit):
 
 @pytest.mark.gpu
 @pytest.mark.alone
-@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("implementation", GPU_IMPLEMENTATIONS)
 @pytest.mark.parametrize("name, limit", [("separate", 2**32), ("packed", 2**31)])
 def test_backward(memory, implementation, name, limit):
     """Of q_gate and k, or of qkv; every cotangent has more than `limit` elements."""
@@ -142,7 +139,7 @@ def test_backward(memory, implementation, name, limit):
 
 @pytest.mark.gpu
 @pytest.mark.alone
-@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("implementation", GPU_IMPLEMENTATIONS)
 def test_table(memory, implementation):
     """A table of more than 2^32 elements, forward and backward: rows at its end are those of a small table."""
     few, rotary_dim = 4096, 64
@@ -165,9 +162,7 @@ def test_table(memory, implementation):
     want, got = (kernel("backward", implementation, c)(x, cotangents) for c, x in ((case, operands), (far_case, far)))
     for gradient in ("q", "k"):
         assert_repeats(gradient, getattr(got, gradient), getattr(want, gradient))
-    for weight in ("q_weight", "k_weight"):
-        a, b = getattr(got, weight), getattr(want, weight)
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert_same([got.q_weight, got.k_weight], [want.q_weight, want.k_weight])
 
 
 @pytest.mark.gpu
@@ -181,11 +176,6 @@ def test_the_comparison_sees_one_element(memory):
 
 def test_outputs_of_the_mosaic_kernel_by_its_interpreter():
     """The last rows of an output of 2^32 elements and some, without a GPU; test_mosaic_gpu_vjp has such gradients."""
-    if jax.__version_info__ < (0, 11):
-        pytest.importorskip("absl", reason="Mosaic GPU of jax 0.10 imports absl, which jax does not depend on")
-    from pallas_qk import _mosaic_gpu
-    from tests.mosaic_interpreter import execute
-
     few = Case(2, 32, 1, gate=None)
     num_tokens = 2**32 // (few.num_q_heads * few.head_dim) + 12  # fills programs: the last of q and of k come last
     config = MosaicForward("halves", 1)
@@ -201,5 +191,4 @@ def test_outputs_of_the_mosaic_kernel_by_its_interpreter():
     q[-2:], k[-2:], positions[:, -2:] = tail.q, tail.k, tail.positions
     got = execute(forward, tail._replace(q=q, k=k, positions=positions), programs=slice(-40, None))
     want = execute(forward, tail)
-    for a, b in zip(got, want, strict=True):
-        assert a[-2:].tobytes() == b.tobytes()
+    assert_same([x[-2:] for x in got], list(want))

@@ -10,11 +10,11 @@ import jax
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from pallas_qk import _triton, _triton_vjp
+from pallas_qk import _triton
 from tests import forms
 from tests.cases import Case
 
-FUNCTIONS = {"forward": _triton.forward, "backward": _triton_vjp.backward}
+FUNCTIONS = {"forward": _triton.forward, "backward": _triton.backward}
 
 
 def accesses(direction: str, case: Case) -> list[tuple[str, bool]]:

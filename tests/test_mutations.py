@@ -1,51 +1,81 @@
 """The list of mutations fits the code; what the suite says of each is for `make mutants`."""
 
 import ast
-import pathlib
+import sys
 
 import pytest
 
 from tests import mutations
-from tests.mutations import MUTATIONS, ROOT, Mutation, mutated
+from tests.mutations import MUTATIONS, ROOT, misfit
 
-TREE_ORDER = MUTATIONS[0]
+TREE_ORDER = next(m for m in MUTATIONS if m.what == "tree order: the warps from the lowest bit")
+HARMLESS = TREE_ORDER._replace(what="a comment", old="import math\n", new="import math  # \n")
+QUICK = ("tests/test_tree.py::test_the_order_for_a_row_of_256",)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
 def test_each_fits_the_code(mutation):
-    """Its old text is there once, the new one is Python, and the tests named for it exist."""
-    ast.parse(mutated(mutation, (ROOT / mutation.file).read_text()))
-    for test in mutation.tests:
-        file, _, name = test.partition("::")
-        names = {node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)}
-        assert not name or name.partition("[")[0] in names, test
+    assert misfit(mutation) == ""
 
 
-def test_there_are_enough_and_no_name_twice():
+def test_no_name_is_there_twice():
     assert len({mutation.what for mutation in MUTATIONS}) == len(MUTATIONS)
-    assert sum(not mutation.needs_gpu for mutation in MUTATIONS) >= 25
 
 
-def test_text_that_is_gone_or_twice_there_is_refused():
-    for text, count in (("", 0), (2 * TREE_ORDER.old, 2)):
-        with pytest.raises(ValueError, match=f"got it {count} times"):
-            mutated(TREE_ORDER, text)
+def has_code(file) -> bool:
+    """A function or a class; files of a folder that only import, and the version, are none."""
+    return any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.parse(file.read_text()).body)
+
+
+def test_every_module_is_reached_without_a_gpu():
+    files = [file for folder in ("pallas_qk", "torch_ref") for file in (ROOT / folder).rglob("*.py") if has_code(file)]
+    reached = {mutation.file for mutation in MUTATIONS if not mutation.needs_gpu}
+    assert {file.relative_to(ROOT).as_posix() for file in files} == reached
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"file": "pallas_qk/_gone.py"}, "pallas_qk/_gone.py must be there, got no such file"),
+        ({"old": "no such text"}, "pallas_qk/_options.py must hold the old text once, got it 0 times"),
+        ({"old": "@dataclasses.dataclass"}, "pallas_qk/_options.py must hold the old text once, got it 3 times"),
+        ({"old": "import math", "new": "import"}, "the new text must be Python, got invalid syntax in line 4"),
+        (
+            {"tests": (*QUICK, "tests/test_tree.py::test_gone[3]")},
+            "each test must be there, got none of the name tests/test_tree.py::test_gone[3]",
+        ),
+        ({"tests": ("tests/test_gone.py",)}, "each test must be there, got none of the name tests/test_gone.py"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_no_longer_fits_is_told(changes, reason):
+    assert misfit(TREE_ORDER._replace(**changes)) == reason
+
+
+def test_the_check_lists_what_no_longer_fits_and_runs_nothing(monkeypatch, capsys):
+    gone = HARMLESS._replace(old="no such text")
+    monkeypatch.setattr(mutations, "run_tests", None)
+    monkeypatch.setattr(sys, "argv", ["mutations", "--check"])
+    for listed, code, printed in (([TREE_ORDER], 0, ""), ([TREE_ORDER, gone], 1, f"a comment: {misfit(gone)}\n")):
+        monkeypatch.setattr(mutations, "MUTATIONS", listed)
+        with pytest.raises(SystemExit) as caught:
+            mutations.main()
+        assert int(caught.value.code) == code
+        assert capsys.readouterr().out == printed
 
 
 def test_the_tool_tells_caught_from_survived_from_broken():
     """On copies: this tree stays as it is."""
     before = (ROOT / TREE_ORDER.file).read_text()
-    quick = ("tests/test_tree.py::test_the_order_for_a_row_of_256",)
-    harmless = Mutation("a comment", TREE_ORDER.file, "import math\n", "import math  # \n", quick)
     for mutation, verdict in (
-        (TREE_ORDER._replace(tests=quick), "caught"),
-        (harmless, "SURVIVED"),
-        (harmless._replace(tests=("tests/test_tree.py::test_gone",)), "BROKEN"),
-        (harmless._replace(old="no such text"), "DOES NOT FIT"),
+        (TREE_ORDER._replace(tests=QUICK), "caught"),
+        (HARMLESS._replace(tests=QUICK), "SURVIVED"),
+        (HARMLESS._replace(tests=("tests/test_tree.py::test_the_order_names_each_bit_once[3]",)), "BROKEN"),
+        (HARMLESS._replace(old="no such text"), "DOES NOT FIT"),
     ):
         assert mutations.try_mutation(mutation).verdict == verdict
     assert (ROOT / TREE_ORDER.file).read_text() == before
-    assert not list(pathlib.Path(ROOT).glob("tree"))
+    assert not list(ROOT.glob("tree"))
 
 
 def test_a_mutation_for_a_gpu_is_skipped_with_its_reason_where_there_is_none(monkeypatch):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.cases import SMALL_CASES, Case, make_inputs
-from tests.compare import compare_outputs
+from tests.compare import assert_same
 from tests.run import run
 
 pytest.importorskip("torch")
@@ -82,7 +82,7 @@ def test_special_rows(gpu, implementation, dtype, value, num_tokens):
     got = run(implementation, case, inputs)
     if implementation == "xla" and value in ("nan", "inf"):  # which NaN comes out is the compiler's affair
         got, want = ([jnp.nan_to_num(x, nan=1.0) for x in outputs] for outputs in (got, want))
-    assert compare_outputs(got, want).differing == 0, str(compare_outputs(got, want))
+    assert_same(got, want)
 
 
 @pytest.mark.gpu
@@ -92,7 +92,7 @@ def test_reruns_give_the_same_bits(gpu, implementation, num_tokens):
     inputs = make_inputs(case)
     first = run(implementation, case, inputs)
     for _ in range(10):
-        assert compare_outputs(run(implementation, case, inputs), first).differing == 0
+        assert_same(run(implementation, case, inputs), first)
 
 
 @pytest.mark.gpu
@@ -107,7 +107,7 @@ def test_offsets_past_2_to_the_31(gpu, implementation):
             inputs, q_gate=inputs.q_gate[rows], k=inputs.k[rows], positions=inputs.positions[rows]
         )
         want = run(implementation, dataclasses.replace(case, num_tokens=64), part)
-        assert compare_outputs([x[rows] for x in got], want).differing == 0
+        assert_same([x[rows] for x in got], want)
 
 
 @pytest.mark.gpu
@@ -119,4 +119,4 @@ def test_table_offsets_past_2_to_the_31(gpu, implementation):
     table = jnp.zeros((max_position, 64), jnp.bfloat16).at[-4096:].set(inputs.cos_sin_cache)
     far = dataclasses.replace(inputs, cos_sin_cache=table, positions=inputs.positions + (max_position - 4096))
     got = run(implementation, dataclasses.replace(case, max_position=max_position), far)
-    assert compare_outputs(got, run(implementation, case, inputs)).differing == 0
+    assert_same(got, run(implementation, case, inputs))

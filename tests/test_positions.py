@@ -1,6 +1,7 @@
 """The rule of positions: negative ones read row 0 of the table, one past it gives NaN in the lanes that read it."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,10 @@ import pytest
 import pallas_qk
 from tests import strategies
 from tests.cases import Case, make_inputs
-from tests.compare import compare_bits, compare_outputs
+from tests.compare import assert_same
 from tests.definition import mrope_axis
+from tests.forms import op
+from tests.lowering import GPU_IMPLEMENTATIONS, lowered_text
 from tests.run import run
 
 CASE = Case(8, 3, 2, max_position=100)
@@ -43,8 +46,8 @@ def assert_guarded(implementation, case, inputs):
         np.testing.assert_array_equal(np.isnan(got_rows.astype(np.float32)), where)
         zeros = np.zeros((), got_rows.dtype)
         masked = [jnp.asarray(np.where(where, zeros, x)) for x in (got_rows, want_rows)]
-        assert compare_bits("rows", *masked).differing == 0
-    assert compare_bits("gate_out", got[2], want[2]).differing == 0
+        assert_same(*masked)
+    assert_same(got[2], want[2])
 
 
 @pytest.mark.parametrize("dtype", PAST)
@@ -68,7 +71,7 @@ def test_first_and_last_position_are_inside(implementation, dtype):
         got = run(implementation, CASE, inputs)
         want = run(implementation, CASE, dataclasses.replace(inputs, positions=positions.astype(jnp.int32)))
         assert not np.isnan(np.asarray(got[0], np.float32)).any()
-        assert compare_outputs(got, want).differing == 0
+        assert_same(got, want)
 
 
 @pytest.mark.parametrize("dtype", ["int2", "int4", "uint4"])
@@ -82,7 +85,16 @@ def test_positions_of_less_than_a_byte(dtype):
         return pallas_qk.fused_qk_rmsnorm_rope_gate(**arrays | {"positions": positions}, **CASE.static_arguments)
 
     got, want = run(narrow), run(jnp.maximum(narrow.astype(jnp.int32), 0))
-    assert compare_outputs(got, want).differing == 0
+    assert_same(got, want)
+
+
+@pytest.mark.parametrize("dtype", ["int2", "int4", "uint4"])
+@pytest.mark.parametrize("name", GPU_IMPLEMENTATIONS)
+def test_a_kernel_is_given_whole_words_for_positions_of_less_than_a_byte(name, dtype):
+    """A kernel that read them would read one per byte, where several lie."""
+    inputs = dataclasses.replace(make_inputs(CASE), positions=jnp.zeros(8, dtype))
+    (operands,) = re.findall(r"custom_call @[^\n]* : \((.*)\) -> ", lowered_text(op(CASE, name), *inputs))
+    assert operands.split(", ")[-1] == "tensor<1x8xi32>"
 
 
 def test_a_table_larger_than_the_positions_type(implementation):
@@ -122,7 +134,7 @@ def test_numpy_positions_of_64_bits_are_not_narrowed_unseen():
     ):
         got = run("xla", CASE, dataclasses.replace(inputs, positions=positions))
         want = run("xla", CASE, dataclasses.replace(inputs, positions=jnp.array(inside, jnp.int32)))
-        assert compare_outputs(got, want).differing == 0
+        assert_same(got, want)
         assert np.isnan(np.asarray(got[0], np.float32)).any(axis=1).sum() == inside.count(100)
 
 

@@ -14,16 +14,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests import forms, fuzz, gradients, strategies
-from tests.cases import Case, Inputs
-from tests.compare import compare_bits
+from tests.cases import Case, Inputs, make_cotangents
+from tests.compare import assert_same
 from tests.run import has_gpu, run, run_backward
 
 # Compilation takes the time: plain XLA a second a case, Triton's interpret mode three, Mosaic GPU's interpreter none.
 NUM_CASES = [("xla", 6), ("mosaic_gpu", 25), ("triton", 2)]
 NUM_CASES_A_PROPERTY = [("xla", 2), ("mosaic_gpu", 6), ("triton", 1)]
-
-if jax.__version_info__ < (0, 11):
-    pytest.importorskip("absl", reason="Mosaic GPU of jax 0.10 imports absl, which jax does not depend on")
 
 
 def bounded(count: int) -> settings:
@@ -81,41 +78,34 @@ def test_backward_of_plain_xla_keeps_to_its_definition():
         case = fuzz.gradient_case(case)
         inputs = strategies.make_inputs(case, seed)
         plain, safe = strategies.resolved(case, inputs)
-        *cotangents, dv = fuzz.make_cotangents(case, seed)
-        want = gradients.define_gradients(plain, safe, cotangents)[:4]
-        want = [x._replace(bound=x.bound + gradients.ROUNDOFF["float32"] * abs(x.exact)) for x in want]
-        found = fuzz.split_gradients(case, run_backward("xla", case, inputs, forms.outputs_of(case, cotangents, dv)))
+        want = gradients.define_gradients(plain, safe, make_cotangents(plain, seed), round_dweights=False)[:4]
+        found = fuzz.split_gradients(case, run_backward("xla", case, inputs, forms.cotangents_of(case, seed)))
         q_gate = found["q"]
         if case.gate is not None:
             pairs = [x.reshape(case.num_tokens, case.num_q_heads, 1, -1) for x in (found["q"], found["gate"])]
             q_gate = jnp.concatenate(pairs, axis=2).reshape(case.num_tokens, -1)
         else:
-            exact, bound = (
-                np.asarray(x).reshape(case.num_tokens, case.num_q_heads, 2, -1)[:, :, 0].reshape(case.num_tokens, -1)
-                for x in want[0]
-            )
-            want[0] = gradients.Gradient(exact, bound)
-        got = [q_gate, found["k"], found["q_weight"], found["k_weight"]]
-        gradients.assert_defined(got, want, [case.dtype, case.dtype, "float32", "float32"])
+            exact, bound = (forms.split_gates(case, x)[0] for x in want[0][:2])
+            want[0] = want[0]._replace(exact=exact, bound=bound)
+        gradients.assert_defined([q_gate, found["k"], found["q_weight"], found["k_weight"]], want)
 
     holds()
 
 
 def outputs(implementation: str, case: Case, inputs: Inputs) -> dict[str, jax.Array]:
-    names = ["q", "k", *(["v"] if case.packed else []), *([] if case.gate is None else ["gate"])]
-    return dict(zip(names, run(implementation, case, inputs), strict=True))
+    return dict(zip(forms.output_names(case), run(implementation, case, inputs), strict=True))
 
 
-def assert_same(got: dict[str, jax.Array], want: dict[str, jax.Array]) -> None:
+def with_one_nan(x) -> np.ndarray:
+    x = np.array(x)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        x[np.isnan(x)] = np.nan
+    return x
+
+
+def assert_same_numbers(got, want) -> None:
     """Equal bits, but for which NaN it is where a position is past the table."""
-    for name in got:
-        a, b = (np.array(x) for x in (got[name], want[name]))
-        assert a.shape == b.shape and a.dtype == b.dtype
-        with np.errstate(invalid="ignore"):  # signalling NaNs
-            for x in (a, b):
-                x[np.isnan(x)] = np.nan
-        differ = a.view(f"u{a.itemsize}") != b.view(f"u{b.itemsize}")
-        assert not differ.any(), f"{name}: {differ.sum()} of {a.size} differ, the first {a[differ][0]}, {b[differ][0]}"
+    assert_same(*(jax.tree.map(with_one_nan, x) for x in (got, want)))
 
 
 def of_tokens(inputs: Inputs, tokens) -> Inputs:
@@ -133,7 +123,7 @@ def a_token_alone(implementation, case, inputs, rng):
     token = np.array([rng.integers(case.num_tokens)])
     want = {name: x[token] for name, x in outputs(implementation, case, inputs).items() if name != "v"}
     alone = outputs(implementation, dataclasses.replace(case, num_tokens=1), of_tokens(inputs, token))
-    assert_same({name: alone[name] for name in want}, want)
+    assert_same_numbers({name: alone[name] for name in want}, want)
 
 
 def a_head_alone(implementation, case, inputs, rng):
@@ -145,7 +135,7 @@ def a_head_alone(implementation, case, inputs, rng):
     q_gate = inputs.q_gate.reshape(case.num_tokens, case.num_q_heads, -1)[:, q_head]
     one = dataclasses.replace(inputs, q_gate=q_gate, k=heads_of(inputs.k, case)[:, k_head])
     alone = outputs(implementation, dataclasses.replace(case, num_q_heads=1, num_kv_heads=1), one)
-    assert_same({name: alone[name] for name in want}, want)
+    assert_same_numbers({name: alone[name] for name in want}, want)
 
 
 def permuted_tokens(implementation, case, inputs, rng):
@@ -153,7 +143,7 @@ def permuted_tokens(implementation, case, inputs, rng):
     order = rng.permutation(case.num_tokens)
     want = {name: x[order] for name, x in outputs(implementation, case, inputs).items() if name != "v"}
     moved = outputs(implementation, case, of_tokens(inputs, order))
-    assert_same({name: moved[name] for name in want}, want)
+    assert_same_numbers({name: moved[name] for name in want}, want)
 
 
 def cos_1_and_sin_0(implementation, case, inputs, rng):
@@ -185,9 +175,9 @@ def bits_of_gates(implementation, case, inputs, rng):
     want = jnp.asarray(gates.reshape(got.shape))
     if implementation == "triton" and not has_gpu():
         # Interpret mode passes bfloat16 through float32 and back, which keeps of a NaN only that it is one.
-        assert_same({"gate": got}, {"gate": want})
+        assert_same_numbers(got, want)
     else:
-        assert compare_bits("gate", got, want).differing == 0
+        assert_same(got, want)
 
 
 @pytest.mark.parametrize("implementation, count", NUM_CASES_A_PROPERTY)
@@ -246,6 +236,6 @@ def test_leading_axes_and_an_axis_of_heads_are_a_reshape():
                 heads = b.shape[-1] // case.head_dim
                 assert a.shape == shaped(b, case.head_dim, heads).shape
                 assert math.prod(lead) == case.num_tokens
-                assert_same({"x": a.reshape(b.shape)}, {"x": b})
+                assert_same_numbers(a.reshape(b.shape), b)
 
     holds()

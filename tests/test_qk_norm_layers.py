@@ -6,6 +6,7 @@ import pytest
 
 import pallas_qk
 from pallas_qk import rope
+from tests.tolerances import ROUNDOFF
 
 torch = pytest.importorskip("torch", reason="the judge is transformers' layer")
 pytest.importorskip("transformers", reason="the judge is transformers' layer")
@@ -96,11 +97,10 @@ def test_q_and_k_of_a_layer_without_gates(model, layer_type, dtype):
     # frequency and one of the product: 2 * 2^-24 of at most MAX_POSITION radians, times the length of the pair.
     # bfloat16, in steps of the pair: at most 3 roundings of half a step in their rotation and one in ours; a step where
     # their norm lies apart, another for Qwen3, which rounds before the weight too; a step where a table element does.
-    roundoff = {"float32": 2.0**-24, "bfloat16": 2.0**-8}[dtype]
     allowed = {"float32": 16 + 2 * MAX_POSITION, "bfloat16": 5}[dtype]
     half = HEAD_DIM // 2
     for x, exact in zip(got, want, strict=True):
         assert x.shape == exact.shape
         pair = np.hypot(exact[..., :half], exact[..., half:])
         error = abs(np.asarray(x, np.float32) - exact)
-        assert (error <= allowed * roundoff * np.concatenate([pair, pair], axis=-1)).all()
+        assert (error <= allowed * ROUNDOFF[dtype] * np.concatenate([pair, pair], axis=-1)).all()

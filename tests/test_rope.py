@@ -13,6 +13,7 @@ import pytest
 import pallas_qk
 from pallas_qk import rope
 from pallas_qk._reference import mrope_mask
+from tests.tolerances import ROUNDOFF, SMALLEST_NORMAL
 
 TURN = 2 * Fraction("3.14159265358979323846264338327950288419716939937510582097494459")
 LARGE_POSITIONS = [*range(5), 4095, 65535, 65536, 131_071, 262_143, 524_287, 999_998, 999_999]
@@ -47,8 +48,8 @@ def test_table_is_exact_at_large_positions(dtype, attention_factor):
     assert table.shape == (10**6, 16) and table.dtype == dtype
     got = np.asarray(table[np.array(LARGE_POSITIONS)], np.float64)
     want = exact_rows(LARGE_POSITIONS, inv_freq) * attention_factor
-    step = 2.0 ** np.maximum(np.floor(np.log2(abs(want) + 1e-300)), -14 if dtype == "float16" else -126)
-    half_ulp = step * float(jnp.finfo(dtype).eps) / 2
+    power = np.maximum(2.0 ** np.floor(np.log2(abs(want) + 1e-300)), SMALLEST_NORMAL[dtype])
+    half_ulp = power * ROUNDOFF[dtype]
     assert (abs(got - want) <= half_ulp + 1e-9).all()
 
 
@@ -298,6 +299,20 @@ def test_yarn_keeps_fast_frequencies_and_divides_slow_ones():
     np.testing.assert_allclose(inv_freq[turns < 0.8], plain[turns < 0.8] / 4, rtol=1e-14)
     assert (np.diff(plain / inv_freq) >= -1e-12).all() and 0 < (turns > 40).sum() < (turns > 0.8).sum() < 64
     assert factor == pytest.approx(0.1 * math.log(4) + 1, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    "more, first, last",
+    [
+        ({"original_max_position_embeddings": 64}, 0, 3),  # 32 turns over so few positions: before the first frequency
+        ({"rope_theta": 70.0, "beta_fast": 1000.0}, 6, 31),  # one turn: past rotary_dim - 1, where the formula ends
+    ],
+)
+def test_yarn_s_ramp_starts_and_ends_within_the_lanes(more, first, last):
+    parameters = YARN | more
+    inv_freq, _ = rope.inv_frequencies(parameters, head_dim=32)
+    slowed = np.clip((np.arange(16) - first) / (last - first), 0, 1)
+    np.testing.assert_allclose(inv_freq, geometric(parameters["rope_theta"], 32) * (1 - slowed * 3 / 4), rtol=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -585,17 +600,18 @@ def test_mrope_positions_of_text_are_its_indices():
     assert rope.mrope_positions([], start=9)[1] == 9
 
 
-def test_mrope_positions_of_an_image():
-    positions, next_position = rope.mrope_positions([1, np.array([1, 3, 2]), 2])
+def test_mrope_positions_of_images():
+    """A tall one and a wide one."""
+    positions, next_position = rope.mrope_positions([1, np.array([1, 3, 2]), 2, (1, 1, 3), 1])
     np.testing.assert_array_equal(
         positions,
         [
-            [0, 1, 1, 1, 1, 1, 1, 4, 5],
-            [0, 1, 1, 2, 2, 3, 3, 4, 5],
-            [0, 1, 2, 1, 2, 1, 2, 4, 5],
+            [0, 1, 1, 1, 1, 1, 1, 4, 5, 6, 6, 6, 9],
+            [0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 6, 6, 9],
+            [0, 1, 2, 1, 2, 1, 2, 4, 5, 6, 7, 8, 9],
         ],
     )
-    assert next_position == 6
+    assert next_position == 10
 
 
 def test_mrope_positions_go_on_where_the_cache_ends():

@@ -13,6 +13,8 @@ import pallas_qk
 from pallas_qk import rope
 from tests.devices import collectives, mesh, put
 
+pytestmark = pytest.mark.usefixtures("on_the_host")
+
 INV_FREQ = np.array([1.0, 0.3, 0.02, 1e-3])
 AXIS_TYPES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 CONTEXTS = {
@@ -20,12 +22,6 @@ CONTEXTS = {
     "abstract": lambda on: jax.sharding.use_abstract_mesh(on.abstract_mesh),
     "with": lambda on: on,
 }
-
-
-@pytest.fixture(autouse=True)
-def on_the_host():
-    with jax.default_device(jax.devices("cpu")[0]):
-        yield
 
 
 @pytest.fixture(params=AXIS_TYPES.values(), ids=AXIS_TYPES)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from pallas_qk import rope
+from tests.tolerances import ROUNDOFF
 
 torch = pytest.importorskip("torch")
 rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
@@ -232,7 +233,7 @@ def test_tables_are_those_of_transformers(case):
 
     # Frequency: an exponent in [0, 1) that is rounded, a power, up to 6 products and quotients, in units of 2^-24;
     # a blend of f and f / factor is off by up to 4/3 factor times an error in its weight. Then the angle's product.
-    roundoff = 2.0**-24
+    roundoff = ROUNDOFF["float32"]
     parameters = raw.get("rope_scaling") or raw["rope_parameters"]
     parameters = parameters.get(options.get("layer_type"), parameters)
     theta = parameters.get("rope_theta", raw.get("rope_theta"))

@@ -11,7 +11,7 @@ from pallas_qk import _reference
 from tests.cases import Case, Inputs
 from tests.run import run
 from tests.strategies import make_inputs
-from tests.test_tree import exact_rows, numpy_tree
+from tests.tree import exact_rows, numpy_tree
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -19,17 +19,15 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_qk
 from tests import forms
-from tests.cases import Case, make_inputs
-from tests.compare import compare_bits
-from tests.definition import define
-from tests.devices import collectives, mesh, put
-from tests.gradients import assert_agree, define_gradients, make_cotangents
+from tests.cases import Case, make_cotangents, make_inputs
+from tests.compare import assert_same
+from tests.definition import assert_defined, define
+from tests.derivatives import TRANSFORMS, relative, scalar
+from tests.devices import MODES, assert_only_weight_sums, collectives, compiled, mesh, mesh_of, put
+from tests.gradients import assert_agree, define_gradients, gradients
 from tests.gradients import assert_defined as assert_gradients_defined
+from tests.lowering import GPU_IMPLEMENTATIONS, kernels, lowered_text
 from tests.run import has_gpu, primitives, quick_jit, run
-from tests.test_choice import GPU_IMPLEMENTATIONS, device
-from tests.test_forward import assert_defined
-from tests.test_gradients import TRANSFORMS, op, relative, scalar
-from tests.test_sharding import MODES, assert_only_weight_sums, compiled, mesh_of
 
 PLAIN = Case(5, 3, 2, head_dim=16, rotary_dim=8, max_position=32)
 FORMS = {
@@ -73,38 +71,24 @@ def inputs_of(case: Case, seed: int = 0):
     return inputs if case.mrope_section else dataclasses.replace(inputs, positions=positions)
 
 
-def assert_same(got, want):
-    assert len(got) == len(want)
-    for place, (a, b) in enumerate(zip(got, want, strict=True)):
-        comparison = compare_bits(f"result {place}", *(jnp.atleast_2d(x) for x in (a, b)))
-        assert comparison.differing == 0, comparison
-
-
 def vjp(function, args, cotangents):
     """Gradients of all that can have one."""
-    *floats, last = args
-    if jnp.issubdtype(last.dtype, jnp.floating):
-        return jax.vjp(function, *args)[1](tuple(cotangents))
-    return jax.vjp(lambda *floats: function(*floats, last), *floats)[1](tuple(cotangents))
+    floats = sum(jnp.issubdtype(x.dtype, jnp.floating) for x in args)
+    return gradients(function, floats, len(args))(*args, *cotangents)
 
 
 @functools.cache
 def contract(plain: Case, implementation: str):
-    """Inputs, outputs, cotangents and gradients, (T, heads*D), of the plain form."""
-    inputs, cotangents = inputs_of(plain), make_cotangents(plain)
-    function = forms.op(plain, implementation)
-    gradients = quick_jit(functools.partial(vjp, function))(list(inputs), cotangents)
-    return inputs, jax.jit(function)(*inputs), cotangents, gradients
-
-
-def cotangents_of(case: Case, cotangents):
-    return forms.outputs_of(case, cotangents, forms.values(case, seed=7))
+    """Inputs, outputs and gradients, (T, heads*D), of the plain form."""
+    inputs, function = inputs_of(plain), forms.op(plain, implementation)
+    found = quick_jit(functools.partial(vjp, function))(list(inputs), make_cotangents(plain))
+    return inputs, jax.jit(function)(*inputs), found
 
 
 def gradients_of(case: Case, inputs, gradients):
     """The gradients of the form from those of the plain form."""
     *first, table = gradients
-    first = forms.gradients_of(case, first, forms.values(case, seed=7))
+    first = forms.gradients_of(case, first)
     return [*first, table[inputs.positions] if case.gathered else table]
 
 
@@ -118,10 +102,10 @@ MROPE = {"mrope_section": (2, 1, 1), "dtype": "float16", "norm_beta": 1.0}
 )
 def test_a_form_has_the_numbers_of_the_contract(implementation, changes):
     case = of_form(changes)
-    inputs, outputs, cotangents, gradients = contract(forms.plain(case), implementation)
+    inputs, outputs, gradients = contract(forms.plain(case), implementation)
     args = forms.arguments(case, inputs)
     assert_same(forms.op(case, implementation)(*args), forms.outputs_of(case, outputs))
-    got = quick_jit(functools.partial(vjp, forms.op(case, implementation)))(args, cotangents_of(case, cotangents))
+    got = quick_jit(functools.partial(vjp, forms.op(case, implementation)))(args, forms.cotangents_of(case))
     for a, x in zip(got, args, strict=False):
         assert a.shape == x.shape and a.dtype == x.dtype
     assert_agree(got, gradients_of(case, inputs, gradients))
@@ -139,10 +123,10 @@ def test_no_tokens(form):
 
 def test_float32_rows_beside_16_bit_activations():
     case = dataclasses.replace(PLAIN, cache_dtype="float32", gathered=True)
-    inputs, outputs, cotangents, gradients = contract(forms.plain(case), "xla")
+    inputs, outputs, gradients = contract(forms.plain(case), "xla")
     args = forms.arguments(case, inputs)
     assert_same(forms.op(case, "xla")(*args), outputs)
-    got = quick_jit(functools.partial(vjp, forms.op(case, "xla")))(args, cotangents)
+    got = quick_jit(functools.partial(vjp, forms.op(case, "xla")))(args, forms.cotangents_of(case))
     assert got[4].dtype == jnp.float32
     assert_agree(got, gradients_of(case, inputs, gradients))
 
@@ -162,7 +146,7 @@ def test_sectioned_mrope(implementation, section):
     assert_defined(run(implementation, case, inputs), case, inputs)
     cotangents = make_cotangents(case)
     got = quick_jit(functools.partial(vjp, forms.op(case, implementation)))(list(inputs), cotangents)
-    assert_gradients_defined(got, define_gradients(case, inputs, cotangents), [x.dtype for x in list(inputs)[:5]])
+    assert_gradients_defined(got, define_gradients(case, inputs, cotangents))
 
 
 def test_the_two_mrope_layouts_differ():
@@ -208,11 +192,11 @@ def shaped(case: Case, arrays, lead, split):
 )
 def test_leading_axes_and_heads(implementation, lead, split, changes):
     case = of_form(changes, dataclasses.replace(PLAIN, num_tokens=int(np.prod(lead))))
-    inputs, outputs, cotangents, gradients = contract(forms.plain(case), implementation)
+    inputs, outputs, gradients = contract(forms.plain(case), implementation)
     heads = {case.num_q_heads * case.head_dim: case.num_q_heads, case.num_kv_heads * case.head_dim: case.num_kv_heads}
     outputs, cotangents = (
         [in_shape(x, lead, heads[x.shape[-1]], split) for x in arrays]
-        for arrays in (forms.outputs_of(case, outputs), cotangents_of(case, cotangents))
+        for arrays in (forms.outputs_of(case, outputs), forms.cotangents_of(case))
     )
     args = shaped(case, inputs, lead, split)
     got = forms.op(case, implementation)(*args)
@@ -254,7 +238,7 @@ def test_every_mode_and_order(transform, name):
 
     def contracted(*args):
         *floats, v = args
-        return tuple(forms.outputs_of(case, op(plain, "xla")(*floats, inputs.positions), v))
+        return tuple(forms.outputs_of(case, forms.op(plain, "xla")(*floats, inputs.positions), v))
 
     args = (*list(inputs)[:5], forms.values(case))
     got, want = (quick_jit(TRANSFORMS[transform](f))(*args) for f in (arranged, contracted))
@@ -287,19 +271,17 @@ def test_nothing_is_moved_beside_the_kernel(name, form):
         return gradients[: weights.stop]  # the table's is XLA's
 
     def operations(function, *args):
-        with device("NVIDIA H200"):
-            text = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-        calls = [line for line in text.splitlines() if "custom_call @" in line]
-        return set(re.findall(r"stablehlo\.(\w+)", text)) - {"custom_call", "reshape"}, calls
+        text = lowered_text(function, *args)
+        return set(re.findall(r"stablehlo\.(\w+)", text)) - {"custom_call", "reshape"}, kernels(text)
 
     found, calls = operations(forms.op(case, name), *args)
     # A row of positions gets an axis; the gate is cut out of q.
     assert found <= {"broadcast_in_dim", "constant"} | ({"slice"} if case.gate == "in_place" else set()), found
     assert ("slice" in found) == (case.gate == "in_place")
-    assert sum(f"pallas_qk_{name}_forward" in call for call in calls) == 1
+    assert calls.count(f"pallas_qk_{name}_forward") == 1
     found, calls = operations(backward, args, tuple(outputs))
     assert found <= {"broadcast_in_dim", "constant", "convert"}, found  # the weights' gradients are rounded
-    assert sum(f"pallas_qk_{name}_backward" in call for call in calls) == 1
+    assert calls.count(f"pallas_qk_{name}_backward") == 1
 
 
 # vmap
@@ -333,7 +315,7 @@ def test_vmap_over_activations_is_one_call(name, axis):
     names = primitives(mapped, *args)
     assert names.count("fused_qk_rmsnorm_rope_gate") == 1 and "scan" not in names
 
-    cotangents = cotangents_of(case, make_cotangents(FLOAT32))
+    cotangents = forms.cotangents_of(case)
     got = quick_jit(functools.partial(vjp, mapped))(args, [jnp.stack([x] * 3) for x in cotangents])
     each = [quick_jit(functools.partial(vjp, function))(call, cotangents) for call in calls]
     for x, axis, columns in zip(got, axes, zip(*each, strict=True), strict=False):
@@ -347,14 +329,13 @@ def test_vmap_of_gradients_with_rows(name, moved):
     """A row for each token is batched like an activation: no loop, and each example has its own gradients."""
     case = of_form(FORMS[name], FLOAT32)
     args, axes, calls = batched(case, [moved])
-    cotangents = cotangents_of(case, make_cotangents(FLOAT32))
 
-    def gradients(*args):
-        return vjp(forms.op(case, "xla"), args, cotangents)
+    def of_call(*args):
+        return vjp(forms.op(case, "xla"), args, forms.cotangents_of(case))
 
-    mapped = jax.vmap(gradients, axes)
+    mapped = jax.vmap(of_call, axes)
     assert ("scan" in primitives(mapped, *args)) == (moved == "k_weight")
-    got, want = quick_jit(mapped)(*args), [quick_jit(gradients)(*call) for call in calls]
+    got, want = quick_jit(mapped)(*args), [quick_jit(of_call)(*call) for call in calls]
     for x, columns in zip(got, zip(*want, strict=True), strict=True):
         np.testing.assert_allclose(x, jnp.stack(columns), rtol=1e-5, atol=1e-5)
 
@@ -363,12 +344,6 @@ def test_vmap_of_gradients_with_rows(name, moved):
 
 
 WIDE = Case(16, 8, 2, head_dim=16, rotary_dim=8, max_position=64)
-
-
-@pytest.fixture
-def on_the_host():
-    with jax.default_device(jax.devices("cpu")[0]):
-        yield
 
 
 def check(case, args, cotangents, specs, on, want, want_gradients, function=None, placed=True):
@@ -386,14 +361,8 @@ def check(case, args, cotangents, specs, on, want, want_gradients, function=None
     for x, spec in zip(got, result_specs, strict=True):
         assert x.sharding.is_equivalent_to(NamedSharding(on, P(*spec)), x.ndim), x.sharding
     num_weighted = len(arg_specs) - 2 if not case.gathered else len(arg_specs) - 1  # all but the table
-
-    def gradients(*args):
-        inputs, cotangents = args[: len(arg_specs)], args[len(arg_specs) :]
-        floats, rest = inputs[:num_weighted], inputs[num_weighted:]
-        return jax.vjp(lambda *floats: function(*floats, *rest), *floats)[1](tuple(cotangents))
-
-    got, found = compiled(gradients, [*args, *cotangents], quick_jit)
-    assert_only_weight_sums(found)
+    got, found = compiled(gradients(function, num_weighted, len(arg_specs)), [*args, *cotangents], quick_jit)
+    assert_only_weight_sums(found, case.head_dim)
     assert_agree(got, want_gradients[:num_weighted])
     for x, spec in zip(got, arg_specs, strict=False):
         assert x.sharding.is_equivalent_to(NamedSharding(on, P(*spec)), x.ndim), x.sharding
@@ -401,10 +370,10 @@ def check(case, args, cotangents, specs, on, want, want_gradients, function=None
 
 @functools.cache
 def on_one_device(case: Case):
-    inputs, outputs, cotangents, gradients = contract(forms.plain(case), "xla")
+    inputs, outputs, gradients = contract(forms.plain(case), "xla")
     return (
         forms.arguments(case, inputs),
-        cotangents_of(case, cotangents),
+        forms.cotangents_of(case),
         forms.outputs_of(case, outputs),
         gradients_of(case, inputs, gradients),
     )
@@ -435,12 +404,12 @@ def test_sharded(on_the_host, name, mode):
 def test_sharded_with_heads_and_two_leading_axes(on_the_host, name, mode):
     """(batch, sequence, heads, D), each of the first three over an axis of its own."""
     case, lead = of_form(FORMS[name], WIDE), (4, 4)
-    inputs, outputs, cotangents, gradients = contract(WIDE, "xla")
+    inputs, outputs, gradients = contract(WIDE, "xla")
     args = shaped(case, inputs, lead, split=True)
     heads = case.num_q_heads, case.num_kv_heads, case.num_q_heads
     outputs, cotangents = (
         [in_shape(x, lead, h, split=True) for x, h in zip(arrays, heads, strict=True)]
-        for arrays in (outputs, cotangents)
+        for arrays in (outputs, make_cotangents(WIDE))
     )
     gradients = [g.reshape(x.shape) for g, x in zip(gradients[:4], args, strict=False)]
     with mesh_of({"a": 2, "b": 2, "c": 2}, mode) as on:
@@ -533,7 +502,7 @@ def test_the_gradient_of_a_packed_array_may_be_sharded_otherwise(on_the_host):
     args, cotangents, *_ = on_one_device(case)
 
     def gradient(qkv, *rest):
-        return jax.vjp(lambda qkv: forms.op(case)(qkv, *rest[:4]), 2 * qkv)[1](rest[4:])[0]
+        return gradients(forms.op(case), of=1, arguments=5)(2 * qkv, *rest)[0]
 
     want = jax.jit(gradient)(*args, *cotangents)
     on = mesh(data=4, model=2)

@@ -14,7 +14,7 @@ import pytest
 
 import pallas_qk
 from pallas_qk import dlpack
-from tests.test_choice import FIRST, device
+from tests.lowering import FIRST, on_gpu
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -129,7 +129,7 @@ OLD_GPUS = {
 @pytest.mark.parametrize("kind", OLD_GPUS)
 def test_an_old_gpu_gets_what_runs_there_and_the_reasons(kind):
     name, reasons = OLD_GPUS[kind]
-    with device(kind):
+    with on_gpu(kind):
         choice = pallas_qk.default_implementation(16, 16, 2, 256, 64, "bfloat16", platform="cuda")
     assert choice.name == name
     assert choice.not_taken == {n: r or f"'{name}' runs this and comes first" for n, r in reasons.items()}
@@ -171,7 +171,7 @@ print(call()[0].shape)
 
 def test_the_order_of_choice_follows_the_version_of_jax():
     """JAX deprecates its Triton backend since 0.11: no warning reaches a user who asks for nothing."""
-    with device("NVIDIA H200"):
+    with on_gpu():
         choice = pallas_qk.default_implementation(16, 16, 2, 256, 64, "bfloat16", platform="cuda")
     assert choice.name == FIRST == ("mosaic_gpu" if jax.__version_info__ >= (0, 11) else "triton")
 
@@ -296,8 +296,6 @@ def test_import_takes_little_beside_jax():
 def test_that_share_would_show_a_backend():
     """An import of a Pallas backend is above it, so the test above can fail."""
     code = IMPORT_TIMES.replace("import pallas_qk", "import pallas_qk\nimport pallas_qk._mosaic_gpu")
-    if jax.__version_info__ < (0, 11):
-        pytest.importorskip("absl", reason="Mosaic GPU of jax 0.10 imports absl, which jax does not depend on")
     jax_time, own_time = map(float, run_python(code).split())
     assert own_time / jax_time > 50 / 350
 

@@ -10,12 +10,11 @@ import sys
 import numpy as np
 import pytest
 
-from pallas_qk.dlpack import from_torch
+from pallas_qk.dlpack import from_torch, to_torch
 from tests import tolerances
-from tests.cases import SMALL_CASES, Case, Inputs
-from tests.compare import compare_outputs
-from tests.definition import define, mrope_axis
-from tests.run import has_gpu
+from tests.cases import SMALL_CASES, Case, make_inputs
+from tests.compare import assert_same, compare_outputs
+from tests.definition import assert_defined, define, mrope_axis
 
 pytest.importorskip("torch")
 pytest.importorskip("triton")
@@ -45,27 +44,7 @@ def function(request):
 
 
 def torch_inputs(case, seed=0):
-    """As `tests.cases.make_inputs`, made by torch: nothing to compile for each case."""
-    generator = torch.Generator().manual_seed(seed)
-    dtype, weight_dtype, cache_dtype = (
-        getattr(torch, name or case.dtype) for name in (case.dtype, case.weight_dtype, case.cache_dtype)
-    )
-    q_gate = case.scale * torch.randn(case.num_tokens, case.num_q_heads * 2 * case.head_dim, generator=generator)
-    k = case.scale * torch.randn(case.num_tokens, case.num_kv_heads * case.head_dim, generator=generator)
-    weights = case.weight_scale * (1 + 0.2 * torch.randn(2, case.head_dim, generator=generator)) - case.norm_beta
-    frequencies = 1e7 ** (-torch.arange(0, case.rotary_dim, 2).double() / case.rotary_dim)
-    angles = torch.arange(case.max_position).double()[:, None] * frequencies
-    table = torch.cat([angles.cos(), angles.sin()], dim=1).float()
-    rows = (case.num_tokens,) if case.mrope_section is None else (3, case.num_tokens)
-    positions = torch.randint(0, case.max_position, rows, dtype=torch.int32, generator=generator)
-    tensors = q_gate.to(dtype), k.to(dtype), *weights.to(weight_dtype), table.to(cache_dtype), positions
-    return [tensor.to("cuda" if has_gpu() else "cpu") for tensor in tensors]
-
-
-def defined(case, tensors):
-    """The definition in float64 of the same inputs."""
-    *arrays, positions = [x.cpu() for x in tensors]
-    return define(case, Inputs(*(x.double().numpy() for x in arrays), positions.numpy()))
+    return [to_torch(x) for x in make_inputs(case, seed)]
 
 
 def call(function, case, tensors):
@@ -73,9 +52,7 @@ def call(function, case, tensors):
 
 
 def assert_same_bits(got, want):
-    for a, b in zip(got, want, strict=True):
-        assert a.shape == b.shape and a.dtype == b.dtype
-        assert torch.equal(a.view(BITS[a.dtype]), b.view(BITS[b.dtype]))
+    assert_same(*([from_torch(x) for x in outputs] for outputs in (got, want)))
 
 
 def assert_near(case, got, want, *, platform):
@@ -90,21 +67,13 @@ def assert_near(case, got, want, *, platform):
     if case.dtype == "float16":
         compared = compare_outputs(got, want)
         assert compared.differing <= tolerances.max_differing(case, compared.elements, "cpu"), str(compared)
-    assert compare_outputs(got[2:] * 3, want[2:] * 3).differing == 0  # the gate
+    assert_same(got[2:], want[2:])  # the gate
 
 
 @pytest.mark.parametrize("case", [*SMALL_CASES, UNEVEN], ids=lambda case: case.id)
 def test_reference_equals_the_definition(case):
-    tensors = torch_inputs(case, seed=3)
-    q_out, k_out, gate_out = call(reference.fused_qk_rmsnorm_rope_gate, case, tensors)
-    want = defined(case, tensors)
-    for name, tensor, exact, bound in (("q", q_out, want.q_out, want.q_bound), ("k", k_out, want.k_out, want.k_bound)):
-        assert str(tensor.dtype) == f"torch.{case.dtype}" and tensor.shape == exact.shape
-        error = np.abs(tensor.double().cpu().numpy() - exact)
-        worst = np.unravel_index(np.argmax(error - bound), error.shape)
-        assert (error <= bound).all(), f"{name}_out{worst}: error {error[worst]}, bound {bound[worst]}"
-    gate = tensors[0].view(case.num_tokens, case.num_q_heads, 2, case.head_dim)[:, :, 1]
-    assert_same_bits([gate_out], [gate.reshape(gate_out.shape)])
+    got = call(reference.fused_qk_rmsnorm_rope_gate, case, torch_inputs(case, seed=3))
+    assert_defined([from_torch(x) for x in got], case, make_inputs(case, seed=3))
 
 
 @pytest.mark.parametrize("mrope_section", [None, (3, 3, 2)])
@@ -112,7 +81,7 @@ def test_reference_in_float64_is_the_definition_without_roundings(mrope_section)
     case = Case(5, 3, 2, head_dim=40, rotary_dim=16, dtype="float32", mrope_section=mrope_section, norm_beta=0.5)
     *arrays, positions = torch_inputs(case)
     got = call(reference.fused_qk_rmsnorm_rope_gate, case, [*(x.double() for x in arrays), positions])
-    want = defined(case, [*arrays, positions])
+    want = define(case, make_inputs(case))
     for tensor, exact in zip(got, (want.q_out, want.k_out, want.gate_out), strict=True):
         assert tensor.dtype == torch.float64
         np.testing.assert_allclose(tensor.cpu().numpy(), exact, rtol=1e-13, atol=1e-13)
@@ -315,8 +284,8 @@ def test_reference_gradients_by_finite_differences(mrope_section, rotary_dim):
     assert torch.autograd.gradcheck(outputs, arguments)
 
 
-@pytest.mark.parametrize("dtype, roundoff", [("bfloat16", 2.0**-9), ("float16", 2.0**-12)])
-def test_reference_differentiates_the_round_trip_as_the_identity(dtype, roundoff):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_reference_differentiates_the_round_trip_as_the_identity(dtype):
     """With weights of 1 and no rotation the norm's derivative is a projection: it lengthens no error.
 
     Two roundings of the gradient remain, at the round trip and at the input, half an ulp each.
@@ -332,7 +301,7 @@ def test_reference_differentiates_the_round_trip_as_the_identity(dtype, roundoff
         call(reference.fused_qk_rmsnorm_rope_gate, case, tensors)[0].backward(cotangent.to(compute))
         gradients.append(q_gate.grad.double())
     low, high = gradients
-    assert (low - high).norm() <= 2 * 2 * roundoff * high.norm()
+    assert (low - high).norm() <= 2 * tolerances.ROUNDOFF[dtype] * high.norm()
 
 
 def test_oracle_output_requires_no_grad():
@@ -423,23 +392,13 @@ def test_compiled_oracle_reaches_offsets_past_2_to_the_31(gpu):
 
 CASE = Case(4, 3, 2, head_dim=64, rotary_dim=16)
 MROPE = (3, 3, 2)
-SIZES = "Pass the number that this device's tensors hold."
-ROTARY = (
-    "rotary_dim must be a positive even integer <= head_dim, got rotary_dim={}, head_dim=64. "
-    "For a config with a partial_rotary_factor, pass int(partial_rotary_factor * head_dim)."
-)
-EPS = "eps must be a finite float32 of at least 0, got {}. Model configs call it rms_norm_eps and the like."
+ROTARY = "rotary_dim must be even and between 2 and head_dim = 64, got {}. Pass int(partial_rotary_factor * head_dim)."
 SECTION = (
-    "mrope_section must be three integers >= 0 that sum to rotary_dim // 2 = 8, got {}. "
-    "Pass the counts of time, height and width frequencies, such as (11, 11, 10) for rotary_dim=64."
+    "mrope_section must be three counts that sum to rotary_dim // 2 = 8, got {}. Pass those of time, height and width."
 )
-PLAIN_POSITIONS = "positions must have shape (4,), got {}. Its sizes: (3, num_tokens) positions need mrope_section."
-MROPE_POSITIONS = (
-    "positions must have shape (3, 4), got {}. "
-    "Its sizes: one row each for time, height and width; leave mrope_section out for 1-D positions."
-)
-TABLE = "cos_sin_cache must have shape (max_position, 16), got {}. Its sizes: rotary_dim, each row [cos | sin]."
-DEVICE = "{} must be on the device of q_gate, cpu, got meta. Move it with to(q_gate.device)."
+SHAPE = "{} must have shape {}, got {}. Check the sizes given."
+DTYPE = "{} must be {}, got torch.{}. Cast it with to()."
+DEVICE = "{} must be on cpu, like q_gate, got meta. Move it there."
 
 
 def zeros(*shape, dtype="bfloat16", device="cpu"):
@@ -447,96 +406,47 @@ def zeros(*shape, dtype="bfloat16", device="cpu"):
 
 
 BAD_CALLS = [
-    (ValueError, f"num_q_heads must be at least 1, got 0. {SIZES}", {"num_q_heads": 0}),
-    (ValueError, f"num_kv_heads must be at least 1, got -1. {SIZES}", {"num_kv_heads": -1}),
-    (ValueError, f"head_dim must be at least 1, got 0. {SIZES}", {"head_dim": 0}),
-    (TypeError, "num_q_heads must be an integer, got 3.0 of type float. Pass a Python int.", {"num_q_heads": 3.0}),
-    (TypeError, "head_dim must be an integer, got True of type bool. Pass a Python int.", {"head_dim": True}),
-    (TypeError, "rotary_dim must be an integer, got '16' of type str. Pass a Python int.", {"rotary_dim": "16"}),
     (ValueError, ROTARY.format(0), {"rotary_dim": 0}),
     (ValueError, ROTARY.format(-2), {"rotary_dim": -2}),
     (ValueError, ROTARY.format(7), {"rotary_dim": 7}),
     (ValueError, ROTARY.format(66), {"rotary_dim": 66}),
-    (ValueError, EPS.format("-1e-06"), {"eps": -1e-6}),
-    (ValueError, EPS.format("nan"), {"eps": float("nan")}),
-    (ValueError, EPS.format("1e+39"), {"eps": 1e39}),
-    (
-        TypeError,
-        "eps must be a real number, got a torch.Tensor of shape () and dtype torch.float32. Pass a Python float.",
-        {"eps": torch.tensor(1e-6)},
-    ),
-    (
-        ValueError,
-        "norm_beta must be a finite float32, got inf. "
-        "Pass 1.0 for weights stored minus one (Gemma, Qwen3.5), else 0.0.",
-        {"norm_beta": float("inf")},
-    ),
-    (
-        TypeError,
-        "norm_beta must be a real number, got None of type NoneType. Pass a Python float.",
-        {"norm_beta": None},
-    ),
-    (TypeError, SECTION.format("8 of type int"), {"mrope_section": 8}),
-    (TypeError, SECTION.format("(3.0, 3, 2) of type tuple"), {"mrope_section": (3.0, 3, 2)}),
+    (ValueError, ROTARY.replace("64", "0").format(16), {"head_dim": 0}),
     (ValueError, SECTION.format("(4, 4)"), {"mrope_section": [4, 4]}),
     (ValueError, SECTION.format("(4, 4, 4)"), {"mrope_section": (4, 4, 4)}),
     (ValueError, SECTION.format("(9, -1, 0)"), {"mrope_section": (9, -1, 0)}),
+    (TypeError, DTYPE.format("k", "bfloat16", "float16"), {"k": zeros(4, 128, dtype="float16")}),
     (
         TypeError,
-        "q_gate must be a torch tensor, got a numpy.ndarray of shape (4, 384) and dtype float32. "
-        "Convert it with torch.as_tensor.",
-        {"q_gate": np.zeros((4, 384), np.float32)},
-    ),
-    (
-        TypeError,
-        "k must have the dtype of q_gate, bfloat16, got float16. Cast one to the other.",
-        {"k": zeros(4, 128, dtype="float16")},
-    ),
-    (
-        TypeError,
-        "q_weight must be float16, bfloat16 or float32, got float64. Cast it with to().",
+        DTYPE.format("q_weight", "float16 or bfloat16 or float32", "float64"),
         {"q_weight": zeros(64, dtype="float64")},
     ),
     (
         TypeError,
-        "k_weight must be float16, bfloat16 or float32, got int32. Cast it with to().",
+        DTYPE.format("k_weight", "float16 or bfloat16 or float32", "int32"),
         {"k_weight": zeros(64, dtype="int32")},
     ),
     (
         TypeError,
-        "cos_sin_cache must be float16, bfloat16 or float32, got float64. Cast it with to().",
+        DTYPE.format("cos_sin_cache", "float16 or bfloat16 or float32", "float64"),
         {"cos_sin_cache": zeros(8, 16, dtype="float64")},
     ),
+    (ValueError, SHAPE.format("q_gate", "(4, 384)", "(4, 192)"), {"q_gate": zeros(4, 192)}),
+    (ValueError, SHAPE.format("q_gate", "(2, 384)", "(2, 2, 384)"), {"q_gate": zeros(2, 2, 384)}),
+    (ValueError, SHAPE.format("q_gate", "(384,)", "()"), {"q_gate": zeros()}),
+    (ValueError, SHAPE.format("q_gate", "(4, 0)", "(4, 384)"), {"num_q_heads": 0}),
+    (ValueError, SHAPE.format("k", "(4, -64)", "(4, 128)"), {"num_kv_heads": -1}),
+    (ValueError, SHAPE.format("k", "(4, 128)", "(5, 128)"), {"k": zeros(5, 128)}),
+    (ValueError, SHAPE.format("k", "(4, 128)", "(4, 64)"), {"k": zeros(4, 64)}),
+    (ValueError, SHAPE.format("q_weight", "(64,)", "(32,)"), {"q_weight": zeros(32)}),
+    (ValueError, SHAPE.format("k_weight", "(64,)", "(1, 64)"), {"k_weight": zeros(1, 64)}),
+    (ValueError, SHAPE.format("cos_sin_cache", "(8, 16)", "(8, 8)"), {"cos_sin_cache": zeros(8, 8)}),
+    (ValueError, SHAPE.format("cos_sin_cache", "(1, 16)", "(0, 16)"), {"cos_sin_cache": zeros(0, 16)}),
+    (ValueError, SHAPE.format("positions", "(4,)", "(5,)"), {"positions": zeros(5, dtype="int32")}),
+    (ValueError, SHAPE.format("positions", "(4,)", "(3, 4)"), {"positions": zeros(3, 4, dtype="int32")}),
+    (ValueError, SHAPE.format("positions", "(3, 4)", "(4,)"), {"mrope_section": MROPE}),
     (
         ValueError,
-        "q_gate must have shape (num_tokens, 384), got (4, 192). Its sizes: num_q_heads * 2 * head_dim.",
-        {"q_gate": zeros(4, 192)},
-    ),
-    (
-        ValueError,
-        "q_gate must have shape (num_tokens, 384), got (2, 2, 384). Its sizes: num_q_heads * 2 * head_dim.",
-        {"q_gate": zeros(2, 2, 384)},
-    ),
-    (
-        ValueError,
-        "k must have shape (4, 128), got (5, 128). Its sizes: num_kv_heads * head_dim.",
-        {"k": zeros(5, 128)},
-    ),
-    (ValueError, "k must have shape (4, 128), got (4, 64). Its sizes: num_kv_heads * head_dim.", {"k": zeros(4, 64)}),
-    (ValueError, "q_weight must have shape (64,), got (32,). Its sizes: head_dim.", {"q_weight": zeros(32)}),
-    (ValueError, "k_weight must have shape (64,), got (1, 64). Its sizes: head_dim.", {"k_weight": zeros(1, 64)}),
-    (ValueError, TABLE.format("(8, 8)"), {"cos_sin_cache": zeros(8, 8)}),
-    (
-        ValueError,
-        "cos_sin_cache must have at least one row, got shape (0, 16). Build it for max_position >= 1.",
-        {"cos_sin_cache": zeros(0, 16)},
-    ),
-    (ValueError, PLAIN_POSITIONS.format("(5,)"), {"positions": zeros(5, dtype="int32")}),
-    (ValueError, PLAIN_POSITIONS.format("(3, 4)"), {"positions": zeros(3, 4, dtype="int32")}),
-    (ValueError, MROPE_POSITIONS.format("(4,)"), {"mrope_section": MROPE}),
-    (
-        ValueError,
-        MROPE_POSITIONS.format("(2, 4)"),
+        SHAPE.format("positions", "(3, 4)", "(2, 4)"),
         {"mrope_section": MROPE, "positions": zeros(2, 4, dtype="int32")},
     ),
     (ValueError, DEVICE.format("k"), {"k": zeros(4, 128, device="meta")}),
@@ -572,26 +482,25 @@ def test_the_good_call_is_good(function):
         (
             "reference",
             TypeError,
-            "q_gate must be float16, bfloat16, float32 or float64, got int8. Cast it with to().",
+            DTYPE.format("q_gate", "float16 or bfloat16 or float32 or float64", "int8"),
             {"q_gate": zeros(4, 384, dtype="int8")},
         ),
         (
             "oracle",
             TypeError,
-            "q_gate must be float16, bfloat16 or float32, got float64. Cast it with to().",
+            DTYPE.format("q_gate", "float16 or bfloat16 or float32", "float64"),
             {"q_gate": zeros(4, 384, dtype="float64")},
         ),
         (
             "reference",
             TypeError,
-            "positions must be int8, int16, int32, int64, uint8, uint16, uint32 or uint64, got bool. "
-            "Cast them with to(torch.int64).",
+            DTYPE.format("positions", "int8 or int16 or int32 or int64 or uint8 or uint16 or uint32 or uint64", "bool"),
             {"positions": zeros(4, dtype="bool")},
         ),
         (
             "oracle",
             TypeError,
-            "positions must be int32 or int64, got int16. Cast them with to(torch.int64).",
+            DTYPE.format("positions", "int32 or int64", "int16"),
             {"positions": zeros(4, dtype="int16")},
         ),
         (

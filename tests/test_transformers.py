@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import pallas_qk
+from tests.tolerances import ROUNDOFF
 
 torch = pytest.importorskip("torch")
 modeling = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
@@ -93,14 +94,13 @@ def test_agrees_with_qwen3_5(dtype, multimodal):
     # float32: the orders of two sums and two forms of rsqrt. bfloat16: the norm rounds to equal values but for rare
     # neighbours, then they round both products and the sum, we the sum alone: at most 3 roundings of half a step of
     # the pair each, and a step of the norm itself.
-    roundoff = {"float32": 2.0**-24, "bfloat16": 2.0**-8}[dtype]
     for got, heads, exact in ((q_out, NUM_Q_HEADS, want[0]), (k_out, NUM_KV_HEADS, want[1])):
         got = np.asarray(got, np.float32).reshape(NUM_TOKENS, heads, HEAD_DIM)
         exact = exact.reshape(got.shape)
         half = ROTARY_DIM // 2
         pair = np.hypot(exact[..., :half], exact[..., half:ROTARY_DIM])
         size = np.concatenate([pair, pair, abs(exact[..., ROTARY_DIM:])], axis=-1)
-        assert (abs(got - exact) <= (16 if dtype == "float32" else 6) * roundoff * size).all()
+        assert (abs(got - exact) <= (16 if dtype == "float32" else 6) * ROUNDOFF[dtype] * size).all()
         if dtype == "bfloat16":  # lanes that are not rotated are equal but for rare neighbours
             assert (got[..., ROTARY_DIM:] != exact[..., ROTARY_DIM:]).mean() < 0.005
     sigmoid = torch.sigmoid(torch.as_tensor(np.array(gate_out, np.float32)).to(hidden.dtype))

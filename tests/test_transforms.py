@@ -15,13 +15,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import pallas_qk
-from tests.cases import Case, make_inputs
-from tests.compare import compare_bits, compare_outputs
+from tests.cases import Case, make_cotangents, make_inputs
+from tests.compare import assert_same
 from tests.devices import mesh
-from tests.gradients import assert_agree, make_cotangents
+from tests.forms import op
+from tests.gradients import assert_agree, gradients
+from tests.lowering import GPU_IMPLEMENTATIONS, kernels, lowered_text
 from tests.run import primitives, quick_jit
-from tests.test_choice import GPU_IMPLEMENTATIONS, device
 
 CASE = Case(6, 4, 2, head_dim=16, rotary_dim=8, max_position=32)
 LAYERS = 3
@@ -32,20 +32,6 @@ def whole_float32_products():
     """The models' own; a GPU would otherwise take them in TF32."""
     with jax.default_matmul_precision("highest"):
         yield
-
-
-def op(case, implementation=None):
-    return functools.partial(
-        pallas_qk.fused_qk_rmsnorm_rope_gate, **case.static_arguments, implementation=implementation
-    )
-
-
-def gradients(case=CASE, implementation=None):
-    def run(*args):
-        floats, positions, cotangents = args[:5], args[5], args[6:]
-        return jax.vjp(lambda *floats: op(case, implementation)(*floats, positions), *floats)[1](cotangents)
-
-    return run
 
 
 def model(weights, hidden, table, positions, implementation=None, wrap=lambda layer: layer, loop=None):
@@ -114,11 +100,9 @@ def test_checkpoint(name):
     close(quick_jit(jax.grad(rematerialised, (0, 1, 2)))(*model_arguments()), unrolled_gradients())
     for implementation in GPU_IMPLEMENTATIONS:
         loss = jax.grad(functools.partial(rematerialised, implementation=implementation))
-        with device("NVIDIA H200"):
-            text = jax.jit(loss).trace(*model_arguments()).lower(lowering_platforms=("cuda",)).as_text()
-        calls = [line for line in text.splitlines() if "custom_call @" in line]
-        assert sum(f"pallas_qk_{implementation}_forward" in call for call in calls) == forwards
-        assert sum(f"pallas_qk_{implementation}_backward" in call for call in calls) == 1
+        calls = kernels(lowered_text(loss, *model_arguments()))
+        assert calls.count(f"pallas_qk_{implementation}_forward") == forwards
+        assert calls.count(f"pallas_qk_{implementation}_backward") == 1
 
 
 def test_linearize_of_scan_with_checkpoint():
@@ -139,10 +123,10 @@ def test_ahead_of_time():
     inputs, cotangents = make_inputs(CASE), make_cotangents(CASE)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]
     program = jax.jit(op(CASE)).lower(*shapes).compile()
-    assert compare_outputs(program(*inputs), op(CASE)(*inputs)).differing == 0
+    assert_same(program(*inputs), op(CASE)(*inputs))
     shapes += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cotangents]
-    got = jax.jit(gradients()).lower(*shapes).compile()(*inputs, *cotangents)
-    assert_agree(got, quick_jit(gradients())(*inputs, *cotangents))
+    got = jax.jit(gradients(op(CASE))).lower(*shapes).compile()(*inputs, *cotangents)
+    assert_agree(got, quick_jit(gradients(op(CASE)))(*inputs, *cotangents))
 
 
 def test_ahead_of_time_over_devices():
@@ -155,18 +139,17 @@ def test_ahead_of_time_over_devices():
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(inputs, layouts, strict=True)]
     program = jax.jit(op(CASE)).lower(*shapes).compile()
     got = program(*(jax.device_put(x, s) for x, s in zip(inputs, layouts, strict=True)))
-    assert compare_outputs([np.asarray(x) for x in got], [np.asarray(x) for x in want]).differing == 0
+    assert_same([np.asarray(x) for x in got], [np.asarray(x) for x in want])
 
 
 def test_donated_activations_and_cotangents():
     inputs, cotangents = make_inputs(CASE), make_cotangents(CASE)
-    want = jax.jit(gradients())(*inputs, *cotangents)
-    donated = jax.jit(gradients(), donate_argnums=(0, 1))
+    want = jax.jit(gradients(op(CASE)))(*inputs, *cotangents)
+    donated = jax.jit(gradients(op(CASE)), donate_argnums=(0, 1))
     inputs = make_inputs(CASE)
     got = donated(*inputs, *cotangents)
     assert inputs.q_gate.is_deleted() and inputs.k.is_deleted()
-    for a, b in zip(got, want, strict=True):
-        assert compare_bits("gradient", a.reshape(1, -1), b.reshape(1, -1)).differing == 0
+    assert_same(got, want)
 
 
 @functools.cache
@@ -174,7 +157,7 @@ def by_default(dtype):
     """A case, its inputs and cotangents, outputs and gradients, without x64 and under strict promotion."""
     case = Case(5, 2, 1, head_dim=16, rotary_dim=8, dtype=dtype, max_position=32, mrope_section=(2, 1, 1))
     inputs, cotangents = list(make_inputs(case)), make_cotangents(case)
-    return case, inputs, cotangents, op(case)(*inputs), jax.jit(gradients(case))(*inputs, *cotangents)
+    return case, inputs, cotangents, op(case)(*inputs), jax.jit(gradients(op(case)))(*inputs, *cotangents)
 
 
 # Each pair of values, but for that of the default settings, which all are compared with.
@@ -194,24 +177,22 @@ def test_x64_and_promotion(dtype, x64, promotion):
     with jax.enable_x64(x64), jax.numpy_dtype_promotion(promotion):
         if x64:
             inputs[5] = inputs[5].astype(jnp.int64)
-        assert compare_outputs(op(case)(*inputs), outputs).differing == 0
-        got = jax.jit(gradients(case))(*inputs, *cotangents)
-        for a, b in zip(got, grads, strict=True):
-            assert compare_bits("gradient", a.reshape(1, -1), b.reshape(1, -1)).differing == 0
+        assert_same(op(case)(*inputs), outputs)
+        assert_same(jax.jit(gradients(op(case)))(*inputs, *cotangents), grads)
 
         def along(*args):
             return jax.jvp(lambda *floats: op(case)(*floats, args[5]), args[:5], args[:5])[1]
 
         assert [x.dtype for x in along(*inputs)] == [jnp.dtype(dtype)] * 3
-        for function, args in ((op(case), inputs), (gradients(case), [*inputs, *cotangents]), (along, inputs)):
+        for function, args in ((op(case), inputs), (gradients(op(case)), [*inputs, *cotangents]), (along, inputs)):
             assert not re.search(r"f64\[\d", str(jax.make_jaxpr(function)(*args)))
 
 
 def test_disable_jit_differentiates():
     inputs, cotangents = make_inputs(CASE), make_cotangents(CASE)
-    want = quick_jit(gradients())(*inputs, *cotangents)
+    want = quick_jit(gradients(op(CASE)))(*inputs, *cotangents)
     with jax.disable_jit():
-        assert_agree(gradients()(*inputs, *cotangents), want)
+        assert_agree(gradients(op(CASE))(*inputs, *cotangents), want)
 
 
 def test_the_jaxpr_shows_one_call():
@@ -221,18 +202,21 @@ def test_the_jaxpr_shows_one_call():
 CACHED = """
 import jax
 from jax.sharding import NamedSharding, PartitionSpec as P
+from tests.cases import Case, make_cotangents, make_inputs
 from tests.devices import mesh
-from tests.test_transforms import CASE, gradients, make_cotangents, make_inputs
+from tests.forms import op
+from tests.gradients import gradients
 
+case = {case}
 on = mesh(data=2, model=2)
 specs = [P("data", "model"), P("data", "model"), P(), P(), P(), P("data"), *[P("data", "model")] * 3]
-args = [jax.device_put(x, NamedSharding(on, s)) for x, s in zip([*make_inputs(CASE), *make_cotangents(CASE)], specs)]
+args = [jax.device_put(x, NamedSharding(on, s)) for x, s in zip([*make_inputs(case), *make_cotangents(case)], specs)]
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
 for without_the_pointer in (True, False):
     jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", without_the_pointer)
     events.clear()
-    jax.jit(gradients()).lower(*args).compile()
+    jax.jit(gradients(op(case))).lower(*args).compile()
     print(sum(event == "/jax/compilation_cache/cache_hits" for event in events))
 """
 
@@ -248,7 +232,7 @@ def test_persistent_cache_in_a_new_process(tmp_path):
     found = []
     for _ in range(2):
         run = subprocess.run(
-            [sys.executable, "-c", CACHED],
+            [sys.executable, "-c", CACHED.format(case=CASE)],
             env=environment,
             cwd=pathlib.Path(__file__).parents[1],
             capture_output=True,

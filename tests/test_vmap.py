@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import pallas_qk
-from tests.cases import Case, Inputs, make_inputs
-from tests.compare import compare_bits
-from tests.gradients import make_cotangents
+from tests.cases import Case, Inputs, make_cotangents, make_inputs
+from tests.compare import assert_same
+from tests.forms import op
+from tests.gradients import gradients
+from tests.lowering import GPU_IMPLEMENTATIONS, kernels, lowered_text
 from tests.run import primitives, quick_jit
-from tests.test_choice import GPU_IMPLEMENTATIONS, device
 
 CASE = Case(3, 2, 1, head_dim=8, rotary_dim=4, max_position=16)
 MROPE = Case(3, 2, 1, head_dim=8, rotary_dim=6, max_position=16, mrope_section=(1, 1, 1), dtype="float32")
@@ -22,26 +22,10 @@ CONSTANTS = {"q_weight", "k_weight", "cos_sin_cache"}
 SIZE = 3
 
 
-def op(case, implementation=None):
-    return functools.partial(
-        pallas_qk.fused_qk_rmsnorm_rope_gate, **case.static_arguments, implementation=implementation
-    )
-
-
 @functools.cache
 def one_call(case):
     """`gradients` of plain XLA, compiled once."""
-    return quick_jit(gradients(case, "xla"))
-
-
-def gradients(case, implementation=None):
-    """Gradients of all but positions, as a function of the op's arguments and the cotangents."""
-
-    def run(*args):
-        inputs, cotangents = args[:6], args[6:]
-        return jax.vjp(lambda *floats: op(case, implementation)(*floats, inputs[5]), *inputs[:5])[1](cotangents)
-
-    return run
+    return quick_jit(gradients(op(case, "xla")))
 
 
 def stacked(case, batched, axis=0):
@@ -62,11 +46,9 @@ def stacked(case, batched, axis=0):
     return args, [list(call) for call in calls], [axis if name in batched else None for name in NAMES]
 
 
-def assert_same(got, want):
+def assert_each(got, want):
     """`want` is a list of each call's outputs."""
-    for name, batch, outputs in zip(("q_out", "k_out", "gate_out"), got, zip(*want, strict=True), strict=True):
-        comparison = compare_bits(name, batch, np.stack(outputs))
-        assert comparison.differing == 0, comparison
+    assert_same(got, [np.stack(outputs) for outputs in zip(*want, strict=True)])
 
 
 SUBSETS = [batched for n in range(1, 7) for batched in itertools.combinations(NAMES, n)]
@@ -81,7 +63,7 @@ def test_every_combination(batched):
     args, calls, axes = stacked(CASE, batched)
     function = jax.vmap(op(CASE, "xla"), axes)
     got = function(*args)
-    assert_same(got, [op(CASE, "xla")(*call) for call in calls])
+    assert_each(got, [op(CASE, "xla")(*call) for call in calls])
     # Batched activations are one call of the op, without a loop; only batched weights or tables make one for each.
     names = primitives(function, *args)
     assert names.count("fused_qk_rmsnorm_rope_gate") == 1
@@ -93,7 +75,7 @@ def test_every_combination(batched):
 def test_batch_axis_last_and_outputs_in_the_middle(case, batched):
     args, calls, axes = stacked(case, batched, axis=-1)
     got = jax.vmap(op(case), axes, out_axes=1)(*args)
-    assert_same([jnp.moveaxis(x, 1, 0) for x in got], [op(case)(*call) for call in calls])
+    assert_each([jnp.moveaxis(x, 1, 0) for x in got], [op(case)(*call) for call in calls])
 
 
 def test_vmap_of_vmap():
@@ -102,8 +84,8 @@ def test_vmap_of_vmap():
     twice = [jnp.concatenate([x, x[:, ::-1]]) if axis == 0 else x for x, axis in zip(twice, axes, strict=True)]
     got = jax.vmap(jax.vmap(op(MROPE), axes), axes)(*twice)
     want = [op(MROPE)(*call) for call in calls]
-    assert_same([x[0] for x in got], want)
-    assert_same([x[1, ::-1] for x in got], want)
+    assert_each([x[0] for x in got], want)
+    assert_each([x[1, ::-1] for x in got], want)
     names = primitives(jax.vmap(jax.vmap(op(MROPE), axes), axes), *twice)
     assert names.count("fused_qk_rmsnorm_rope_gate") == 1 and "scan" not in names
 
@@ -132,7 +114,7 @@ def test_vmap_of_grad(batched, cotangents_batched):
     cts = [make_cotangents(MROPE, seed if cotangents_batched else 0) for seed in range(SIZE)]
     stack = [jnp.stack(x) for x in zip(*cts, strict=True)] if cotangents_batched else list(cts[0])
     axes = axes + [0 if cotangents_batched else None] * 3
-    function = quick_jit(jax.vmap(gradients(MROPE, "xla"), axes))
+    function = quick_jit(jax.vmap(gradients(op(MROPE, "xla")), axes))
     got = function(*args, *stack)
     want = [one_call(MROPE)(*call, *ct) for call, ct in zip(calls, cts, strict=True)]
     for x, each in zip(got, zip(*want, strict=True), strict=True):
@@ -144,13 +126,8 @@ def test_grad_of_vmap(batched):
     """The gradient of an argument that is not batched is the sum over the batch."""
     args, calls, axes = stacked(MROPE, batched)
     cts = [make_cotangents(MROPE, seed) for seed in range(SIZE)]
-
-    @quick_jit
-    def got(args, cts):
-        return jax.vjp(lambda *floats: jax.vmap(op(MROPE, "xla"), axes)(*floats, args[5]), *args[:5])[1](cts)
-
     each = [one_call(MROPE)(*call, *ct) for call, ct in zip(calls, cts, strict=True)]
-    got = got(args, tuple(jnp.stack(x) for x in zip(*cts, strict=True)))
+    got = quick_jit(gradients(jax.vmap(op(MROPE, "xla"), axes)))(*args, *map(jnp.stack, zip(*cts, strict=True)))
     for i, axis in enumerate(axes[:5]):
         want = jnp.stack([x[i] for x in each])
         np.testing.assert_allclose(got[i], want if axis == 0 else want.sum(0), rtol=1e-5, atol=1e-5)
@@ -177,19 +154,18 @@ def test_batched_activations_are_one_launch(name):
     cts = tuple(jnp.stack([x] * SIZE) for x in make_cotangents(CASE))
 
     def grad_of_vmap(args, cts):
-        return jax.vjp(lambda *floats: jax.vmap(op(CASE, name), axes)(*floats, args[5]), *args[:5])[1](cts)[:4]
+        return gradients(jax.vmap(op(CASE, name), axes))(*args, *cts)[:4]
 
     def vmap_of_grad(args, cts):
-        return jax.vmap(lambda *args: gradients(CASE, name)(*args)[:2], (*axes, 0, 0, 0))(*args, *cts)
+        return jax.vmap(lambda *args: gradients(op(CASE, name))(*args)[:2], (*axes, 0, 0, 0))(*args, *cts)
 
     def calls(function, *args):
-        with device("NVIDIA H200"):
-            text = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+        text = lowered_text(function, *args)
         assert "stablehlo.while" not in text
-        return [line for line in text.splitlines() if "custom_call @" in line and "pallas_qk" in line]
+        return kernels(text)
 
     assert len(calls(jax.vmap(op(CASE, name), axes), *args)) == 1
     for function in (grad_of_vmap, vmap_of_grad):
         found = calls(function, args, cts)
-        assert sum(f"pallas_qk_{name}_backward" in call for call in found) == 1
-        assert sum(f"pallas_qk_{name}_forward" in call for call in found) == 0  # nobody asks for the outputs
+        assert found.count(f"pallas_qk_{name}_backward") == 1
+        assert found.count(f"pallas_qk_{name}_forward") == 0  # nobody asks for the outputs

@@ -19,7 +19,12 @@ from jax import lax
 
 from tests.cases import Case
 
-UNIT_ROUNDOFF = 2.0**-24  # float32
+# The largest relative error of rounding to a dtype, and the smallest normal number, below which it is larger.
+ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
+SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126}
+# What rounding may add below it: half a unit of the subnormal numbers, here a whole one. There a float32 result may be
+# flushed to zero. So might a bfloat16 one, which is computed in float32, but no case has values as small as that.
+SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": SMALLEST_NORMAL["float32"]}
 
 
 def max_differing_fraction(case: Case, platform: str = "gpu") -> float:
@@ -82,7 +87,7 @@ def float32_bound(case: Case, *, tree: bool = True) -> float:
     """
     lanes = 1 << (case.head_dim - 1).bit_length()
     additions = lanes.bit_length() - 1 if tree else case.head_dim - 1
-    return 2 * ((additions + 1 + 3) / 2 + 4 + 2 + 3) * UNIT_ROUNDOFF
+    return 2 * ((additions + 1 + 3) / 2 + 4 + 2 + 3) * ROUNDOFF["float32"]
 
 
 def _ordered(x: jax.Array) -> jax.Array:
@@ -106,7 +111,7 @@ def _ulp(x: jax.Array) -> jax.Array:
     """The distance from |x| to the next larger value, float32; x is float16 or bfloat16."""
     bits = lax.bitcast_convert_type(jnp.abs(x), jnp.uint16)
     above = lax.bitcast_convert_type(bits + jnp.uint16(1), x.dtype)
-    return jnp.maximum(above.astype(jnp.float32) - jnp.abs(x).astype(jnp.float32), jnp.finfo(jnp.float32).tiny)
+    return jnp.maximum(above.astype(jnp.float32) - jnp.abs(x).astype(jnp.float32), SMALLEST["float32"])
 
 
 @functools.partial(jax.jit, static_argnames=("head_dim", "rotary_dim"))
@@ -120,7 +125,7 @@ def worst_distances(got: jax.Array, want: jax.Array, head_dim: int, rotary_dim: 
     half = rotary_dim // 2
     first, second, rest = jnp.abs(want[:, :half]), jnp.abs(want[:, half:rotary_dim]), jnp.abs(want[:, rotary_dim:])
     if want.dtype == jnp.float32:
-        tiny = jnp.finfo(jnp.float32).tiny  # a subnormal result may be flushed to zero
+        tiny = SMALLEST["float32"]
         pair, lane = jnp.maximum(jnp.hypot(first, second), tiny), jnp.maximum(rest, tiny)
     else:
         pair, lane = _ulp(jnp.maximum(first, second)), _ulp(rest)

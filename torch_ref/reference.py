@@ -1,8 +1,10 @@
 """The operation in eager PyTorch, step by step as a model writes it: to read, and to differentiate."""
 
+from collections.abc import Sequence
+
 import torch
 
-from torch_ref._checks import check_static, check_tensors
+from torch_ref._checks import check
 
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 POSITION_DTYPES = (
@@ -57,8 +59,8 @@ def fused_qk_rmsnorm_rope_gate(
       q_out (T, Hq*D), k_out (T, Hkv*D) and gate_out (T, Hq*D) in the dtype of `q_gate`, each in memory of its own.
 
     Raises:
-      ValueError: a shape or value breaks a rule above, or the tensors lie on different devices.
-      TypeError: a dtype or type does.
+      ValueError: a shape, rotary_dim or mrope_section breaks a rule above, or the tensors lie on different devices.
+      TypeError: a dtype does.
 
     Numerics: float32 inside, float64 for float64. `round` is the trip to the dtype of `q_gate` and back, nothing for
     float32 and float64; autograd takes it for the identity and rounds the gradient that passes it, too. A negative
@@ -67,10 +69,9 @@ def fused_qk_rmsnorm_rope_gate(
 
     Semantics from `fused_qk_rmsnorm_rope_gate` of vLLM 0.33.0, which leaves positions outside the table undefined.
     """
-    static = check_static(eps, num_q_heads, num_kv_heads, head_dim, rotary_dim, mrope_section, norm_beta)
     tensors = (q_gate, k, q_weight, k_weight, cos_sin_cache, positions)
-    check_tensors(*tensors, static, activation_dtypes=ACTIVATION_DTYPES, position_dtypes=POSITION_DTYPES)
-    eps, num_q_heads, num_kv_heads, head_dim, rotary_dim, mrope_section, norm_beta = static
+    sizes = (num_q_heads, num_kv_heads, head_dim, rotary_dim, mrope_section)
+    check(*tensors, *sizes, activation_dtypes=ACTIVATION_DTYPES, position_dtypes=POSITION_DTYPES)
 
     num_tokens = q_gate.shape[0]
     compute_dtype = torch.float64 if q_gate.dtype == torch.float64 else torch.float32
@@ -96,7 +97,7 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, norm_beta: floa
 
 
 def _gather_cos_sin(
-    table: torch.Tensor, positions: torch.Tensor, mrope_section: tuple[int, int, int] | None
+    table: torch.Tensor, positions: torch.Tensor, mrope_section: Sequence[int] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Two (T, 1, R/2) tensors, one value a token and frequency."""
     rotary_dim = table.shape[1]

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_ref._checks import check_static, check_tensors
+from torch_ref._checks import check
 
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 POSITION_DTYPES = (torch.int32, torch.int64)
@@ -57,8 +57,8 @@ def fused_qk_rmsnorm_rope_gate(
       q_out (T, Hq*D), k_out (T, Hkv*D) and gate_out (T, Hq*D) in the dtype of `q_gate`, dense.
 
     Raises:
-      ValueError: a shape or value breaks a rule above, or the tensors lie on different devices.
-      TypeError: a dtype or type does.
+      ValueError: a shape, rotary_dim or mrope_section breaks a rule above, or the tensors lie on different devices.
+      TypeError: a dtype does.
       NotImplementedError: the tensors lie neither on a CPU nor on a CUDA device.
 
     Positions are trusted, as in the serving kernel: one outside the table reads memory outside it. Nothing is
@@ -71,10 +71,9 @@ def fused_qk_rmsnorm_rope_gate(
 
     Semantics from `fused_qk_rmsnorm_rope_gate` of vLLM 0.33.0; float32 activations and checked shapes are added.
     """
-    static = check_static(eps, num_q_heads, num_kv_heads, head_dim, rotary_dim, mrope_section, norm_beta)
     tensors = (q_gate, k, q_weight, k_weight, cos_sin_cache, positions)
-    check_tensors(*tensors, static, activation_dtypes=ACTIVATION_DTYPES, position_dtypes=POSITION_DTYPES)
-    eps, num_q_heads, num_kv_heads, head_dim, rotary_dim, mrope_section, norm_beta = static
+    sizes = (num_q_heads, num_kv_heads, head_dim, rotary_dim, mrope_section)
+    check(*tensors, *sizes, activation_dtypes=ACTIVATION_DTYPES, position_dtypes=POSITION_DTYPES)
     for name, tensor in (
         ("q_gate", q_gate),
         ("k", k),
@@ -127,7 +126,7 @@ def fused_qk_rmsnorm_rope_gate(
             dtype=_TRITON_DTYPES[q_gate.dtype],
             row_block=lanes,
             half_block=triton.next_power_of_2(rotary_dim // 2),
-            mrope_section=mrope_section,
+            mrope_section=mrope_section and tuple(mrope_section),
             # Only where a token's offset needs 64 bits: they are 13 instructions more in each program, of 158.
             wide_offsets=(num_tokens - 1) * max(rows.stride(0) for rows in (q_gate, k, q_out, k_out)) >= 2**31,
             # What decides bits: the order of the row's sum follows num_warps, and products are fused into sums.

@@ -12,30 +12,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_qk import _reference
-from pallas_qk._config import (
-    Options,
-    Spec,
-    TritonBackward,
-    next_power_of_2,
-    triton_backward,
-)
-from pallas_qk._operands import Gradients, Inputs, Outputs, gradient_types, spec_of
+from pallas_qk._options import Options, Spec, next_power_of_2
+from pallas_qk._rows import Gradients, Inputs, Outputs, Rows, gradient_types, rows_for, sharing, spec_of, weight_of
 from pallas_qk._target import num_sms
-from pallas_qk._triton import (
-    _LAYOUTS,
-    _and,
-    _Arithmetic,
-    _div,
-    _iota,
-    _load,
-    _plain_arithmetic,
-    _ptx_arithmetic,
-    _rows,
-    _store,
-    heads_of,
-    interleaved,
+from pallas_qk._triton.arithmetic import Arithmetic, plain_arithmetic, ptx_arithmetic
+from pallas_qk._triton.config import TritonBackward, triton_backward
+from pallas_qk._triton.tiles import (
+    LAYOUTS,
+    array_shape,
+    both,
+    div,
+    iota,
+    load,
     output,
-    q_shape,
+    rows_in,
+    rows_of_program,
+    spread_k,
+    store,
 )
 
 BACKWARD_NAME = "pallas_qk_triton_backward"
@@ -61,15 +54,17 @@ def backward(
     if config is None:
         wide = any(x.dtype == jnp.float32 for x in (inputs.q, inputs.q_weight, inputs.k_weight, inputs.cos_sin_cache))
         config = triton_backward(spec, num_sms(), mrope=options.mrope_section is not None, wide=wide)
+    rows = rows_for(spec, options)
     kernel = functools.partial(
         _backward_kernel,
+        rows=rows,
         spec=spec,
         options=options,
         config=config,
-        arithmetic=_plain_arithmetic(dtype) if interpret else _ptx_arithmetic(dtype),
+        arithmetic=plain_arithmetic(dtype) if interpret else ptx_arithmetic(dtype),
     )
     num_programs, partial_rows = config.q_programs + config.k_programs, _partial_rows(config)
-    q_in_heads = inputs.q.reshape(q_shape(spec, options))
+    q_in_heads = inputs.q.reshape(array_shape(rows, "q", spec))
     # One warp a program. What crosses warps goes through shared memory, and a kernel that uses any, 256 bytes even, is
     # launched with a carve-out that leaves 28 KB of L1 (H200, T = 16384, 16/2 heads: 196.9 against 182.6 us).
     dq, dk, partials = pl.pallas_call(
@@ -84,11 +79,11 @@ def backward(
         interpret=interpret,
         name=BACKWARD_NAME,
     )(inputs._replace(q=q_in_heads), cotangents)
-    dq_weight, dk_weight = _sum_weights(partials, config.q_programs * partial_rows, types[2:], interpret)
+    dq_weight, dk_weight = sum_weights(partials, config.q_programs * partial_rows, types[2:], interpret)
     return Gradients(dq.reshape(inputs.q.shape), dk, dq_weight, dk_weight)
 
 
-def _sum_weights(partials: jax.Array, q_rows: int, types, interpret: bool) -> tuple[jax.Array, jax.Array]:
+def sum_weights(partials: jax.Array, q_rows: int, types, interpret: bool) -> tuple[jax.Array, jax.Array]:
     """The column sums (D,) of the first `q_rows` rows of partials and of the others, in the dtypes of `types`."""
     num_rows, head_dim = partials.shape
     tile_rows = min(next_power_of_2(max(q_rows, num_rows - q_rows)), _SUM_ROWS)
@@ -109,10 +104,11 @@ def _backward_kernel(
     dk_ref,
     partials_ref,
     *,
+    rows: dict[str, Rows],
     spec: Spec,
     options: Options,
     config: TritonBackward,
-    arithmetic: _Arithmetic,
+    arithmetic: Arithmetic,
 ):
     """One program: every so many-th block of B rows of q, or of k, and its partial weight gradients.
 
@@ -120,45 +116,51 @@ def _backward_kernel(
     dx = g - x * r^2 / D * sum(g * x).
     """
     num_tokens, head_dim, num_rows = spec.num_tokens, spec.head_dim, config.rows_per_step
-    layout = _LAYOUTS[config.layout](num_rows, head_dim, options.rotary_dim)
+    layout = LAYOUTS[config.layout](num_rows, head_dim, options.rotary_dim)
     columns, exists = layout.columns[: len(layout.offsets)], layout.exists[: len(layout.offsets)]
     arithmetic = arithmetic._replace(rotate=functools.partial(_rotate_back, arithmetic))
     # Rows past the last are ones with cotangents of zero: a row of zeros has no finite 1 / rms where eps is 0.
     one, zero = jnp.ones((), dq_ref.dtype), jnp.zeros((), dq_ref.dtype)
     no_x = [one if e is None else jnp.where(e, one, zero) for e in exists]
 
-    def walk(program, programs, slot, num_heads, weight_ref, normalised, copied):
-        source, dout_ref, target = normalised
-        beside_ref, beside = copied
+    def walk(program, programs, slot, heads: str, num_heads: int):
+        normed, copied = sharing(rows, heads)
+        ((name_of_normed, kind),) = normed.items()
+        weight_ref, dout_ref = weight_of(inputs, kind), getattr(cotangents, name_of_normed)
+        gradients = {"q": dq_ref, "k": dk_ref}
+        # What the forward reads at a kind's source, its gradient is written to: source and target are exchanged.
+        source = rows_in(getattr(inputs, kind.source.array), rows, kind.source, spec)
+        target = rows_in(gradients[kind.source.array], rows, kind.source, spec)
 
-        def rows(step, lanes):
-            return _rows(program + step * programs, num_rows, num_tokens, num_heads, lanes)
+        def rows_at(step, lanes):
+            return rows_of_program(program + step * programs, num_rows, num_tokens, num_heads, lanes)
 
         def load_positions(step):
             """The positions of a step's tokens, one for each axis; without positions, the tokens."""
-            token = jnp.minimum(rows(step, 1)[0], num_tokens - 1)  # past the last row there is none
+            token = jnp.minimum(rows_at(step, 1)[0], num_tokens - 1)  # past the last row there is none
             if inputs.positions is None:
                 return [token]
-            return [_load(inputs.positions, (axis, token)) for axis in range(inputs.positions.shape[0])]
+            return [load(inputs.positions, (axis, token)) for axis in range(inputs.positions.shape[0])]
 
         def body(step, carry):
             dweights, positions = carry
             # Every load is issued before the first store.
-            if beside_ref is not None:
-                # One tile over the whole row, 16 bytes a thread in every layout.
-                columns_beside = _iota((num_rows, next_power_of_2(head_dim)), 1)
-                token, head, in_rows = rows(step, columns_beside.shape[1])
-                place_beside = token, head, columns_beside
-                in_beside = _and(in_rows, None if columns_beside.shape[1] == head_dim else columns_beside < head_dim)
-                vector_beside = _load(beside_ref, place_beside, in_beside)
-            token, head, in_rows = rows(step, columns[0].shape[1])
-            in_tiles = [_and(in_rows, e) for e in exists]
+            copies = {}
+            for name in copied:
+                # One tile over the whole row, 16 bytes per thread in every layout.
+                wide_columns = iota((num_rows, next_power_of_2(head_dim)), 1)
+                token, head, in_rows = rows_at(step, wide_columns.shape[1])
+                in_copied = both(in_rows, None if wide_columns.shape[1] == head_dim else wide_columns < head_dim)
+                wide_place = token, head, wide_columns
+                copies[name] = load(getattr(cotangents, name), wide_place, in_copied)
+            token, head, in_rows = rows_at(step, columns[0].shape[1])
+            in_tiles = [both(in_rows, e) for e in exists]
             xs = [
-                _load(source.ref, source.at(token, head, c), m, n)
+                load(source.ref, source.at(token, head, c), m, n)
                 for c, m, n in zip(columns, in_tiles, no_x, strict=True)
             ]
             douts = [
-                _load(dout_ref, (token, head, c), _and(in_rows, e))
+                load(dout_ref, (token, head, c), both(in_rows, e))
                 for c, e in zip(layout.columns, layout.exists, strict=True)
             ]
             angles = [
@@ -166,17 +168,20 @@ def _backward_kernel(
             ]
             # One step ahead: the next table row then waits for nothing (2 us).
             positions = load_positions(step + 1)
-            if beside_ref is not None:
-                _store(beside.ref, beside.at(*place_beside), vector_beside, in_beside)
+            for name, copy in copies.items():
+                place = copied[name].source
+                beside = rows_in(gradients[place.array], rows, place, spec)
+                store(beside.ref, beside.at(*wide_place), copy, in_copied)
             # From L1. Loaded after a store that might alias them, they keep ptxas from sinking it, and with it the
             # loads before it, below the sums.
-            weights = [_load(weight_ref, (c,), e).astype(jnp.float32) for c, e in zip(columns, exists, strict=True)]
+            weights = [load(weight_ref, (c,), e).astype(jnp.float32) for c, e in zip(columns, exists, strict=True)]
             if options.norm_beta:
                 weights = [weight + options.norm_beta for weight in weights]
 
             xs = [x.astype(jnp.float32) for x in xs]
             angles = [(cos.astype(jnp.float32), sin.astype(jnp.float32)) for cos, sin in angles]
-            dys = layout.rotate([dout.astype(jnp.float32) for dout in douts], angles, arithmetic)
+            dys = [dout.astype(jnp.float32) for dout in douts]
+            dys = dys[: len(columns)] if kind.rotation is None else layout.rotate(dys, angles, arithmetic)
             mean_plus_eps = arithmetic.mean_plus_eps(_row_sum(xs, xs, arithmetic), head_dim, options.eps)
             inv_rms = lax.rsqrt(mean_plus_eps)
             dys = [dy * inv_rms for dy in dys]
@@ -186,32 +191,29 @@ def _backward_kernel(
             along_x = (_row_sum(gs, xs, arithmetic) * inv_rms) * (inv_rms * (-1.0 / head_dim))
             dxs = [arithmetic.fma(x, along_x, g) for x, g in zip(xs, gs, strict=True)]
             for c, mask, dx in zip(columns, in_tiles, dxs, strict=True):
-                _store(target.ref, target.at(token, head, c), arithmetic.narrow(dx), mask)
+                store(target.ref, target.at(token, head, c), arithmetic.narrow(dx), mask)
             return dweights, positions
 
         num_steps = pl.cdiv(num_tokens * num_heads, num_rows)
-        own_steps = _div(num_steps - program + (programs - 1), programs)
+        own_steps = div(num_steps - program + (programs - 1), programs)
         init = [jnp.zeros(c.shape, jnp.float32) for c in columns], load_positions(0)
         dweights, _ = lax.fori_loop(0, own_steps, body, init)
-        partial = _LAYOUTS[config.layout](_partial_rows(config), head_dim, options.rotary_dim)
+        partial = LAYOUTS[config.layout](_partial_rows(config), head_dim, options.rotary_dim)
         for c, e, dweight in zip(partial.columns, partial.exists, dweights, strict=False):
-            row = slot * _partial_rows(config) + _iota(c.shape, 0)
-            _store(partials_ref, (row, c), _add_pairs_of_rows(dweight), e)
+            row = slot * _partial_rows(config) + iota(c.shape, 0)
+            store(partials_ref, (row, c), _add_pairs_of_rows(dweight), e)
 
     program, q_programs, k_programs = pl.program_id(0), config.q_programs, config.k_programs
-    is_k, group = interleaved(program, q_programs, k_programs)
-    read, written = (heads_of(q, k, spec, options) for q, k in ((inputs.q, inputs.k), (dq_ref, dk_ref)))
+    is_k, group = spread_k(program, q_programs, k_programs)
 
     @pl.when(is_k)
     def _():
-        normalised, copied = (read.k, cotangents.k, written.k), (cotangents.v, written.v)
-        walk(group, k_programs, q_programs + group, spec.num_kv_heads, inputs.k_weight, normalised, copied)
+        walk(group, k_programs, q_programs + group, "k", spec.num_kv_heads)
 
     @pl.when(jnp.logical_not(is_k))
     def _():
         slot = program - jnp.minimum(group, k_programs)
-        normalised, copied = (read.q, cotangents.q, written.q), (cotangents.gate, written.gate)
-        walk(slot, q_programs, slot, spec.num_q_heads, inputs.q_weight, normalised, copied)
+        walk(slot, q_programs, slot, "q", spec.num_q_heads)
 
 
 def _partial_rows(config: TritonBackward) -> int:
@@ -220,9 +222,10 @@ def _partial_rows(config: TritonBackward) -> int:
 
 
 def _add_pairs_of_rows(tile: jax.Array) -> jax.Array:
-    """(B/2, L) of (B, L), and one row as it is: what a warp adds and stores without shared memory.
+    """Adds neighbouring rows, (B, L) to (B/2, L); a single row stays.
 
-    All the rows of short heads, two rows by the second form or more by the first would go through it.
+    These two forms compile without shared memory. Adding all rows of short heads, two rows by the second form, or more
+    than two by the first would use it.
     """
     num_rows, lanes = tile.shape
     if num_rows > 2:
@@ -230,12 +233,12 @@ def _add_pairs_of_rows(tile: jax.Array) -> jax.Array:
     return jnp.sum(tile, axis=0, keepdims=True)
 
 
-def _rotate_back(arithmetic: _Arithmetic, d1, d2, cos, sin):
+def _rotate_back(arithmetic: Arithmetic, d1, d2, cos, sin):
     """The transposed rotation of a cotangent."""
     return arithmetic.dot2(d1, cos, d2, sin), arithmetic.dot2(d2, cos, d1, sin, negate=True)
 
 
-def _row_sum(a_tiles, b_tiles, arithmetic: _Arithmetic) -> jax.Array:
+def _row_sum(a_tiles, b_tiles, arithmetic: Arithmetic) -> jax.Array:
     """(B, 1): the sums over the rows of a * b."""
     total = a_tiles[0] * b_tiles[0]
     for a, b in zip(a_tiles[1:], b_tiles[1:], strict=True):
@@ -243,7 +246,7 @@ def _row_sum(a_tiles, b_tiles, arithmetic: _Arithmetic) -> jax.Array:
     return jnp.sum(total, axis=1, keepdims=True)
 
 
-def _cos_and_sin(inputs: Inputs, positions, frequency, rotated, options: Options, arithmetic: _Arithmetic):
+def _cos_and_sin(inputs: Inputs, positions, frequency, rotated, options: Options, arithmetic: Arithmetic):
     """cos and sin over a tile of frequencies, in the table's dtype; those of row 0 for a position outside the table.
 
     With mRoPE each axis reads its row of the table in whole, 16 bytes a thread, and the lanes choose.
@@ -254,7 +257,7 @@ def _cos_and_sin(inputs: Inputs, positions, frequency, rotated, options: Options
         if inputs.positions is not None:
             row, _ = _reference.table_rows(row, cache_ref.shape[0])
         row = jnp.broadcast_to(row, frequency.shape)
-        angles.append((_load(cache_ref, (row, frequency), rotated), _load(cache_ref, (row, half + frequency), rotated)))
+        angles.append((load(cache_ref, (row, frequency), rotated), load(cache_ref, (row, half + frequency), rotated)))
     cos, sin = angles[0]
     if options.mrope_section is not None:
         for axis in (1, 2):
@@ -270,16 +273,16 @@ def _weight_sum_kernel(partials_ref, dq_weight_ref, dk_weight_ref, *, q_rows: in
 
     def sum_columns(first_row, num_rows, group, out_ref):
         tile_rows = min(next_power_of_2(num_rows), _SUM_ROWS)
-        row, column = (_iota((tile_rows, _SUM_COLUMNS), axis) for axis in (0, 1))
+        row, column = (iota((tile_rows, _SUM_COLUMNS), axis) for axis in (0, 1))
         column = group * _SUM_COLUMNS + column
         in_columns = None if head_dim % _SUM_COLUMNS == 0 else column < head_dim
         total = jnp.zeros((1, _SUM_COLUMNS), jnp.float32)
         for start in range(0, num_rows, tile_rows):
             in_rows = None if start + tile_rows <= num_rows else start + row < num_rows
-            partials = _load(partials_ref, (first_row + start + row, column), _and(in_rows, in_columns))
+            partials = load(partials_ref, (first_row + start + row, column), both(in_rows, in_columns))
             total = total + jnp.sum(partials, axis=0, keepdims=True)
-        column = group * _SUM_COLUMNS + _iota(total.shape, 1)
-        _store(out_ref, (column,), total.astype(out_ref.dtype), None if in_columns is None else column < head_dim)
+        column = group * _SUM_COLUMNS + iota(total.shape, 1)
+        store(out_ref, (column,), total.astype(out_ref.dtype), None if in_columns is None else column < head_dim)
 
     program = pl.program_id(0)
 

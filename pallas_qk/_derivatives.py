@@ -13,24 +13,26 @@ import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import ad, mlir
 
-from pallas_qk import _reference, _sharding
-from pallas_qk._operands import Call, Inputs, Outputs
-from pallas_qk._sharding import backward_p, forward_p
+from pallas_qk import _op, _reference
+from pallas_qk._batching import batch, register_batching
+from pallas_qk._op import backward_p, forward_p
+from pallas_qk._primitive import compiler_partitioned, lower_untyped, primitive
+from pallas_qk._rows import Call, Inputs, Outputs, as_outputs, axes, flat_output_types, on_heads
 
-forward = _sharding.forward  # the differentiable op
+forward = _op.forward  # the differentiable op
 
 # Its operands are the leaves of (inputs, tangents); None stands for the tangent of an input that doesn't move.
-tangent_p = _sharding.primitive("fused_qk_rmsnorm_rope_gate_tangent")
+tangent_p = primitive("fused_qk_rmsnorm_rope_gate_tangent")
 
 
 def _tangent_of(call: Call, inputs: Inputs, tangents: Inputs) -> Outputs:
     leaves, tree = jax.tree.flatten((inputs, tangents))
-    return _sharding.as_outputs(call.options, tangent_p.bind(*leaves, call=call, tree=tree))
+    return as_outputs(call.options, tangent_p.bind(*leaves, call=call, tree=tree))
 
 
 def _tangent(call: Call, inputs: Inputs, tangents: Inputs) -> Outputs:
     """Tangents of the outputs: what `tangent_p` computes."""
-    function = functools.partial(_sharding.on_heads, _reference.unrounded, call)
+    function = functools.partial(on_heads, _reference.unrounded, call.options)
     outputs = _derivative(function, (_in_float32(inputs),), (_in_float32(tangents),))
     return jax.tree.map(lambda x: x.astype(inputs.q.dtype), outputs)
 
@@ -73,11 +75,11 @@ def _forward_jvp(primals, tangents, *, call: Call, tree, body):
 
 def _tangent_transpose(cotangents, *args, call: Call, tree):
     inputs, tangents = jax.tree.unflatten(tree, args)
-    cotangents = _sharding.as_outputs(call.options, [ad.instantiate_zeros(ct) for ct in cotangents])
+    cotangents = as_outputs(call.options, [ad.instantiate_zeros(ct) for ct in cotangents])
     # A sum over manual axes may follow: then the kernel must not round.
     rounded = not jax.sharding.get_abstract_mesh().manual_axes
     rounding = call._replace(options=dataclasses.replace(call.options, round_dweights=rounded))
-    gradients = _sharding.backward(rounding, inputs, cotangents)._asdict()
+    gradients = _op.backward(rounding, inputs, cotangents)._asdict()
     if ad.is_undefined_primal(tangents.cos_sin_cache):
         gradients["cos_sin_cache"] = _table_gradient(call, inputs, cotangents)
     moved = [(name, tangent) for name, tangent in tangents._asdict().items() if tangent is not None]
@@ -91,18 +93,18 @@ def _table_gradient(call: Call, inputs: Inputs, cotangents: Outputs) -> jax.Arra
 
     def gradient(inputs, cotangents):
         def of_table(table):
-            return _sharding.on_heads(_reference.unrounded, call, inputs._replace(cos_sin_cache=table))
+            return on_heads(_reference.unrounded, call.options, inputs._replace(cos_sin_cache=table))
 
         return jax.vjp(of_table, inputs.cos_sin_cache)[1](cotangents)[0]
 
     inputs, cotangents = _in_float32(inputs), _in_float32(cotangents)
-    return _sharding.compiler_partitioned(gradient, jax.typeof(inputs.cos_sin_cache).sharding)(inputs, cotangents)
+    return compiler_partitioned(gradient, jax.typeof(inputs.cos_sin_cache).sharding)(inputs, cotangents)
 
 
 def _sum_to(gradient: jax.Array, aval) -> jax.Array:
     """The gradient summed over the manual axes along which the input did not vary, then rounded to its dtype."""
-    axes = jax.typeof(gradient).manual_axis_type.varying - aval.manual_axis_type.varying
-    return (lax.psum(gradient, tuple(axes)) if axes else gradient).astype(aval.dtype)
+    summed = jax.typeof(gradient).manual_axis_type.varying - aval.manual_axis_type.varying
+    return (lax.psum(gradient, tuple(summed)) if summed else gradient).astype(aval.dtype)
 
 
 def _tangent_jvp(primals, tangents, *, call: Call, tree):
@@ -112,8 +114,8 @@ def _tangent_jvp(primals, tangents, *, call: Call, tree):
 
 def _backward_jvp(primals, tangents, *, call: Call, tree, body):
     del body
-    outputs = jax.tree.leaves(_sharding.backward(call, *jax.tree.unflatten(tree, primals)))
-    function = functools.partial(_sharding.on_heads, _reference.backward, call)
+    outputs = jax.tree.leaves(_op.backward(call, *jax.tree.unflatten(tree, primals)))
+    function = functools.partial(on_heads, _reference.backward, call.options)
     return outputs, _further_derivative(function, tree, primals, tangents, outputs)
 
 
@@ -123,32 +125,32 @@ def _further_derivative(function: Callable, tree, primals, tangents, outputs):
 
     operands = jax.tree.unflatten(tree, primals)
     shardings = [jax.typeof(x).sharding for x in outputs]
-    return _sharding.compiler_partitioned(derivative, shardings)(operands, _moving(tree, tangents))
+    return compiler_partitioned(derivative, shardings)(operands, _moving(tree, tangents))
 
 
 def _tangent_batch(axis, args, dims, *, call: Call, tree):
-    names = jax.tree.leaves(_sharding.axes(call.options, *jax.tree.unflatten(tree, args)))
-    outputs = _sharding.batch(functools.partial(tangent_p.bind, call=call, tree=tree), names, axis, args, dims)
+    names = jax.tree.leaves(axes(call.options, *jax.tree.unflatten(tree, args)))
+    outputs = batch(functools.partial(tangent_p.bind, call=call, tree=tree), names, axis, args, dims)
     return outputs, [0] * len(outputs)
 
 
 @tangent_p.def_abstract_eval
 def _tangent_abstract_eval(*args, call: Call, tree):
     inputs, tangents = jax.tree.unflatten(tree, args)
-    outputs = _sharding.output_shapes(call.options, inputs)
-    return _sharding.result_types(outputs, call.options, (inputs, tangents))
+    outputs = flat_output_types(inputs, call.options)
+    return _op.result_types(outputs, call.options, (inputs, tangents))
 
 
 def _tangent_lowering(ctx, *args, call: Call, tree):
     def function(*args):
         return jax.tree.leaves(_tangent(call, *jax.tree.unflatten(tree, args)))
 
-    return _sharding.lower_untyped(ctx, function, *args)
+    return lower_untyped(ctx, function, *args)
 
 
 ad.primitive_jvps[forward_p] = _forward_jvp
 ad.primitive_jvps[tangent_p] = _tangent_jvp
 ad.primitive_jvps[backward_p] = _backward_jvp
 ad.primitive_transposes[tangent_p] = _tangent_transpose
-_sharding.register_batching(tangent_p, _tangent_batch)
+register_batching(tangent_p, _tangent_batch)
 mlir.register_lowering(tangent_p, _tangent_lowering)

@@ -1,0 +1,100 @@
+"""The operations that `run` times: for each the calls that are right, the bytes that it must move, and its memory."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import pallas_qk
+from benchmarks import block, gradients
+from benchmarks.agreement import Agreement, agreement
+from benchmarks.checked import Checked, Checks, check
+from benchmarks.floor import block_bytes, minimum_bytes
+from benchmarks.providers import JAX_OPS, PROVIDERS, Builder, Call, jitted, to_jax
+from tests import forms
+from tests.cases import Case, Inputs
+
+
+class Operation(NamedTuple):
+    """Something that can be timed.
+
+    check(case, inputs, providers) gives the calls that agree with what they are compared with, and whether all do;
+    minimum_bytes(case) what any implementation must move; memory is how many times that the GPU must hold at once.
+    """
+
+    check: Callable[[Case, Inputs, Mapping[str, Builder]], Checks]
+    minimum_bytes: Callable[[Case], int]
+    memory: float
+
+
+def check_forward(case: Case, inputs: Inputs, providers: Mapping[str, Builder]) -> Checks:
+    """The calls that agree with the oracle as promised."""
+    builds = {name: functools.partial(build, case, inputs) for name, build in providers.items() if name != "oracle"}
+    return _check_op(case, inputs, providers, builds, "none: the reference")
+
+
+def check_gate_in_place(case: Case, inputs: Inputs, providers: Mapping[str, Builder]) -> Checks:
+    """The op without its gate's copy, timed together with the oracle's whole op."""
+    form = dataclasses.replace(case, gate="in_place")
+
+    def build(name: str) -> Call:
+        op = JAX_OPS[name](form)
+        return jitted(lambda *arrays: op(*arrays)[:2], *forms.arguments(form, inputs))  # the slice isn't made
+
+    builds = {name: functools.partial(build, name) for name in providers if name in pallas_qk.IMPLEMENTATIONS}
+    return _check_op(case, inputs, providers, builds, "none: the reference, with its copy of the gate")
+
+
+def _check_op(
+    case: Case,
+    inputs: Inputs,
+    providers: Mapping[str, Builder],
+    builds: Mapping[str, Callable[[], Call]],
+    reference: str,
+) -> Checks:
+    """The calls whose results agree with as many of the oracle's; the oracle leads where it is among `providers`.
+
+    `reference` says what the oracle was compared with.
+    """
+    oracle = PROVIDERS["oracle"](case, inputs)
+    want = to_jax(oracle())
+
+    def compare(name: str, got) -> Agreement:
+        return agreement(name, case, (*got, *want[len(got) :]), want, platform="gpu")
+
+    calls, kept = check(case, builds, compare)
+    if "oracle" in providers:
+        calls = {"oracle": Checked(oracle, {"against": reference, "elements": 0, "differing": 0}), **calls}
+    return calls, kept
+
+
+def check_backward(case: Case, inputs: Inputs, providers: Mapping[str, Builder]) -> Checks:
+    """The calls whose gradients are the float32 ones, rounded; what has no backward is left out."""
+    arrays, cotangents = forms.arguments(case, inputs), gradients.cotangents(case)
+    want = gradients.expected(forms.op(case, "xla"), cotangents, arrays)
+    builds = {
+        name: functools.partial(jitted, gradients.gradients(JAX_OPS[name](case)), cotangents, *arrays)
+        for name in providers
+        if name in JAX_OPS
+    }
+    return check(case, builds, lambda name, got: gradients.op_agreement(case, got, want))
+
+
+# Inputs, two results and the copy's two buffers lie in memory at once; float32 gradients take twice as much.
+OPERATIONS = {
+    "forward": Operation(check_forward, minimum_bytes, 2.5),
+    "backward": Operation(check_backward, functools.partial(minimum_bytes, direction="backward"), 5.0),
+    "gate_in_place": Operation(
+        check_gate_in_place, lambda case: minimum_bytes(dataclasses.replace(case, gate="in_place")), 3.0
+    ),
+    "block": Operation(block.check_forward, block_bytes, 3.0),
+    "block_packed": Operation(
+        functools.partial(block.check_forward, packed=True), functools.partial(block_bytes, packed=True), 3.0
+    ),
+    "block_backward": Operation(block.check_backward, functools.partial(block_bytes, direction="backward"), 5.0),
+    "block_packed_backward": Operation(
+        functools.partial(block.check_backward, packed=True),
+        functools.partial(block_bytes, packed=True, direction="backward"),
+        5.0,
+    ),
+}

@@ -1,0 +1,217 @@
+"""The checks of the arrays of a call: what they are, their dtypes and shapes, by the rows that lie in them."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_qk._checks import check_dtype_name, describe
+from pallas_qk._options import Options
+from pallas_qk._rows import Inputs, Source, rows_of, sources_of
+
+
+def unboxed(x):
+    """The array in a box that gives it by `__jax_array__`, as modules hold their parameters."""
+    while not isinstance(x, jax.Array | np.ndarray) and hasattr(x, "__jax_array__"):
+        x = x.__jax_array__()
+    return x
+
+
+def _check_array(name: str, array) -> None:
+    """Refuses what is no array, and an array that is more than its values: masked, reduced over a mesh, on the host."""
+    if not isinstance(array, jax.Array | np.ndarray) or isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a JAX or NumPy array, got {describe(array)}. {_conversion(array)}")
+    if not getattr(array.dtype, "isnative", True):  # JAX's own dtypes, such as that of keys, have no byte order
+        got = array.dtype.str
+        raise TypeError(f"{name} must have this machine's byte order, got {got}. Convert it with astype.")
+    if not isinstance(array, jax.Array):
+        return
+    type_ = jax.typeof(array)
+    spec, manual = type_.sharding.spec, type_.manual_axis_type
+    if spec.reduced | spec.unreduced | manual.reduced | manual.unreduced:
+        raise ValueError(
+            f"{name} must be neither reduced nor unreduced over mesh axes, got {type_.str_short()}. "
+            "Pass it through jax.sharding.reshard before, or in shard_map through jax.lax.pcast or, unreduced, psum."
+        )
+    if type_.memory_space == jax.memory.Space.Host:
+        raise ValueError(
+            f"{name} must lie in device memory, got {type_.str_short()}. "
+            "Move it with jax.device_put(array, jax.memory.Space.Device)."
+        )
+
+
+def _conversion(value) -> str:
+    if isinstance(value, np.ma.MaskedArray):
+        return "Pass its filled()."
+    if isinstance(value, jax.Ref):
+        return "Read it with [...]."
+    convert = "pallas_qk.dlpack.from_torch" if type(value).__module__.startswith("torch") else "jnp.asarray"
+    return f"Convert it with {convert}."
+
+
+class Function(NamedTuple):
+    """What a public function calls its first array, and what errors say of it."""
+
+    array: str
+    sizes: str  # of the first array's last axes
+    other: str  # the function for the other form
+    packed: bool = False  # whether q, k and v are this array
+    instead: str = ""  # of a packed array that can't be sharded
+
+
+FUNCTIONS = {
+    "fused_qk_rmsnorm_rope_gate": Function(
+        "q_gate",
+        "num_q_heads, 2 * head_dim, as one axis or two",
+        "fused_qk_rmsnorm_rope takes q without gates",
+    ),
+    "fused_qk_rmsnorm_rope": Function(
+        "q",
+        "num_q_heads, head_dim, as one axis or two",
+        "fused_qk_rmsnorm_rope_gate takes q with gates",
+    ),
+    "fused_qkv_rmsnorm_rope_gate": Function(
+        "qkv",
+        "num_q_heads * 2 * head_dim + 2 * num_kv_heads * head_dim, [q and gate of each head | k | v]",
+        "fused_qkv_rmsnorm_rope takes qkv without gates",
+        True,
+        "q_gate and k to fused_qk_rmsnorm_rope_gate",
+    ),
+    "fused_qkv_rmsnorm_rope": Function(
+        "qkv",
+        "num_q_heads * head_dim + 2 * num_kv_heads * head_dim, [q | k | v]",
+        "fused_qkv_rmsnorm_rope_gate takes qkv with gates",
+        True,
+        "q and k to fused_qk_rmsnorm_rope",
+    ),
+}
+
+
+class Sizes(NamedTuple):
+    """What the sizes and options of a call say of its arrays."""
+
+    sources: dict[str, Source]  # by array
+    weights: tuple[str, ...]
+    head_dim: int
+    rotary_dim: int
+    mrope: bool
+
+
+@functools.cache  # each eager call comes here
+def sizes_of(options: Options, num_q_heads: int, num_kv_heads: int, head_dim: int) -> Sizes:
+    rows = rows_of(options, num_q_heads, num_kv_heads, head_dim)
+    weights = tuple(kind.weight for kind in rows.values() if kind.weight is not None)
+    return Sizes(sources_of(rows), weights, head_dim, options.rotary_dim, options.mrope_section is not None)
+
+
+def check_arrays(function: str, inputs: Inputs, sizes: Sizes) -> bool:
+    """Whether heads have an axis of their own. `function` is the public one that was called."""
+    first = FUNCTIONS[function].array
+    sources, weights, head_dim, rotary_dim, mrope = sizes
+    arrays = {first: inputs.q}
+    if "k" in sources:
+        arrays["k"] = inputs.k
+    activations = tuple(arrays)
+    for name in weights:
+        arrays[name] = getattr(inputs, name)
+    arrays["cos_sin_cache"] = inputs.cos_sin_cache
+    if inputs.positions is not None:
+        arrays["positions"] = inputs.positions
+    elif mrope:
+        raise ValueError(
+            "positions must be given with mrope_section, got None. "
+            "Pass them, or pass mrope_section to pallas_qk.rope.cos_sin_rows and its rows here without it."
+        )
+    for name, array in arrays.items():
+        _check_array(name, array)
+
+    check_dtype_name(first, str(inputs.q.dtype))
+    for name in activations:
+        if arrays[name].dtype != inputs.q.dtype:
+            wanted, got = inputs.q.dtype, arrays[name].dtype
+            raise TypeError(f"{name} must have the dtype of {first}, {wanted}, got {got}. Cast one to the other.")
+    for name in (*weights, "cos_sin_cache"):
+        check_dtype_name(name, str(arrays[name].dtype))
+    if inputs.positions is not None:
+        _check_positions_dtype(inputs.positions.dtype)
+
+    lead, split = _check_first(function, inputs, sources["q"], mrope)
+    if "k" in sources:
+        k = sources["k"]
+        shape = (k.token // k.head, k.head) if split else (k.token,)
+        hint = "num_kv_heads, head_dim" if split else "num_kv_heads * head_dim"
+        _check_shape("k", inputs.k, (*lead, *shape), f"the leading axes of {first}, then {hint}")
+    for name in weights:
+        _check_shape(name, arrays[name], (head_dim,), "head_dim")
+    leading = f"the leading axes of {first}"
+    if inputs.positions is None:
+        hint = f"{leading}, then rotary_dim; without positions the table has the row of each token"
+        _check_shape("cos_sin_cache", inputs.cos_sin_cache, (*lead, rotary_dim), hint)
+        return split
+    hint = "rotary_dim, each row [cos | sin]"
+    _check_shape("cos_sin_cache", inputs.cos_sin_cache, ("max_position", rotary_dim), hint)
+    if inputs.cos_sin_cache.shape[0] < 1:
+        got = inputs.cos_sin_cache.shape
+        raise ValueError(f"cos_sin_cache must have at least one row, got shape {got}. Build it for max_position >= 1.")
+    if mrope:
+        hint = f"one row each for time, height and width, then {leading}; leave mrope_section out for a single row"
+        _check_shape("positions", inputs.positions, (3, *lead), hint)
+    else:
+        _check_shape("positions", inputs.positions, lead, f"{leading}; three rows of positions need mrope_section")
+    return split
+
+
+def _check_positions_dtype(dtype) -> None:
+    if jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"positions must be integers, got {dtype}. Cast whole numbers with astype(jnp.int32); of fractions pass "
+            "the rows of pallas_qk.rope.cos_sin_rows as cos_sin_cache, and positions=None."
+        )
+    if not jnp.issubdtype(dtype, jnp.integer) or dtype.kind == "m":  # NumPy counts times among the integers
+        raise TypeError(f"positions must be integers, got {dtype}. Cast them with astype(jnp.int32).")
+
+
+def _check_first(function: str, inputs: Inputs, source: Source, mrope: bool) -> tuple[tuple[int, ...], bool]:
+    """The leading axes, and whether heads have an axis of their own.
+
+    A single head fits both readings of (..., 1, width); the number of axes of the positions, or of a gathered table,
+    then tells the leading ones.
+    """
+    name, sizes, other, *_ = FUNCTIONS[function]
+    q, flat = inputs.q, (source.token,)
+    if source.heads is None:
+        _check_trailing(name, q, [flat], f"{sizes}; {other}")
+        return q.shape[:-1], False
+    split = source.token // source.head, source.head
+    _check_trailing(name, q, [flat, split], f"{sizes}; {other}")
+    fits_split = q.shape[-2:] == split
+    if fits_split and q.shape[-1:] == flat:
+        table = inputs.positions is None
+        num_lead = inputs.cos_sin_cache.ndim - 1 if table else inputs.positions.ndim - mrope
+        fits_split = num_lead == q.ndim - 2
+    return q.shape[: -2 if fits_split else -1], fits_split
+
+
+def _check_trailing(name: str, array, trailing: list[tuple[int, ...]], remedy: str) -> None:
+    if not any(array.shape[-len(shape) :] == shape for shape in trailing):
+        shapes = " or ".join(f"(..., {', '.join(map(str, shape))})" for shape in trailing)
+        raise ValueError(f"{name} must have shape {shapes}, got {tuple(array.shape)}. Its sizes: {remedy}.")
+
+
+def _check_shape(name: str, array, shape: tuple[int | str, ...], remedy: str) -> None:
+    matches = array.ndim == len(shape) and all(
+        isinstance(want, str) or got == want for got, want in zip(array.shape, shape, strict=True)
+    )
+    if not matches:
+        inner = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
+        raise ValueError(f"{name} must have shape ({inner}), got {tuple(array.shape)}. Its sizes: {remedy}.")
+
+
+def canonical_positions(positions: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """Keeps NumPy's 64-bit positions negative, or past every table, where JAX would narrow them to 32 bits."""
+    if isinstance(positions, np.ndarray) and positions.dtype.itemsize == 8 and not jax.config.read("jax_enable_x64"):
+        at_most = np.minimum(positions, 2**31 - 1).astype(np.int64)  # of unsigned ones, too
+        return np.maximum(at_most, -1).astype(np.int32)
+    return positions

@@ -1,0 +1,76 @@
+"""The op on one device's arrays by the implementation that is chosen, as a primitive with a lowering per platform.
+
+Arrays are (T, heads, elements), or (T, elements) where q, k and v are packed.
+"""
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+from pallas_qk import _implementations, _reference
+from pallas_qk._options import Options
+from pallas_qk._rows import Gradients, Inputs, Outputs, gradient_types, output_types, spec_of
+from pallas_qk._target import as_on_a_gpu, cuda_target
+
+
+def forward(inputs: Inputs, *, options: Options, implementation: str | None) -> Outputs:
+    """The contract of `_reference.forward`, by the implementation asked for or by the first that runs.
+
+    The platform is chosen at lowering: a model traced on a CPU host and lowered for CUDA holds the GPU kernel.
+    """
+    return _bind("forward", (inputs,), output_types(inputs, options), options, implementation)
+
+
+def backward(inputs: Inputs, cotangents: Outputs, *, options: Options, implementation: str | None) -> Gradients:
+    """The contract of `_reference.backward`, by the implementation asked for or by the first that runs."""
+    return _bind("backward", (inputs, cotangents), gradient_types(inputs, options), options, implementation)
+
+
+def _bind(direction: str, operands, results, options: Options, implementation: str | None):
+    spec, target = spec_of(operands[0], options), cuda_target()
+    name = implementation or _implementations.first_supported(spec, target)
+    if name == "xla":
+        return getattr(_reference, direction)(*operands, options=options)
+    leaves, tree = jax.tree.flatten(operands)
+    types, result_tree = jax.tree.flatten(results)
+    params = {"direction": direction, "tree": tree, "types": tuple(types), "options": options}
+    # Raised at lowering: under a mesh this is also traced with global shapes, which no device runs.
+    params |= {"implementation": name, "reason": _implementations.unsupported(name, spec, target)}
+    outputs = _kernel_p.bind(*leaves, **params, elsewhere_xla=implementation is None)
+    return jax.tree.unflatten(result_tree, outputs)
+
+
+# One primitive with a lowering per platform. lax.platform_dependent would do but for a lowering for several platforms
+# at once, where Pallas lowers its call for each of them and refuses the CPU.
+_kernel_p = Primitive("pallas_qk_kernel")
+_kernel_p.multiple_results = True
+
+
+@_kernel_p.def_abstract_eval
+def _abstract_eval(*args, types, **params):
+    del args, params
+    return [jax.core.ShapedArray(x.shape, x.dtype) for x in types]
+
+
+def _lower(ctx, leaves, name: str, direction: str, tree, options: Options):
+    def function(*leaves):
+        run = getattr(_implementations.module(name), direction)
+        return jax.tree.leaves(run(*jax.tree.unflatten(tree, leaves), options=options))
+
+    return mlir.lower_fun(function, multiple_results=True)(ctx, *leaves)
+
+
+def _on_cuda(ctx, *leaves, direction, tree, options, implementation, reason, **_):
+    _implementations.refuse(implementation, reason)
+    with as_on_a_gpu():
+        return _lower(ctx, leaves, implementation, direction, tree, options)
+
+
+def _elsewhere(ctx, *leaves, direction, tree, options, implementation, elsewhere_xla, **_):
+    if not elsewhere_xla:
+        _implementations.refuse_platforms(implementation, ctx.platforms or ctx.module_context.platforms)
+    return _lower(ctx, leaves, "xla", direction, tree, options)
+
+
+mlir.register_lowering(_kernel_p, _on_cuda, platform="cuda")
+mlir.register_lowering(_kernel_p, _elsewhere)

@@ -1,0 +1,372 @@
+"""The op's backward pass as a Pallas GPU kernel on the Mosaic GPU backend.
+
+T num_tokens, Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim, G threads of a row, V lanes of a vector.
+
+One main kernel reads every activation and cotangent once. Its warps are persistent: each walks over rows (token, head)
+of q or of k, holds a row in the registers of G threads, and adds to the weight's gradient lane by lane in the thread
+that holds the lane. What a warp has in the end is one float32 partial row, which its program sums with those of its
+other warps; a small second kernel sums the programs' rows. Every order is fixed.
+
+No shared memory: a kernel that uses any of it, 256 bytes even, is launched with a carve-out that leaves 28 KB of L1
+(see `pallas_qk/_triton/backward.py`, where that was measured). So warps meet in global memory.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import math as mlir_math
+
+from pallas_qk._mosaic_gpu.config import MosaicBackward, mosaic_backward, mosaic_backward_group
+from pallas_qk._mosaic_gpu.emit import (
+    WARP,
+    WARPGROUP,
+    Int,
+    Pointer,
+    Value,
+    butterfly,
+    constant,
+    f32,
+    from_thread,
+    loop,
+    narrow,
+    ptx,
+    repeated,
+    select,
+    thread_index,
+    warp_index,
+    when,
+    widen,
+    word_bits,
+)
+from pallas_qk._mosaic_gpu.launch import launch
+from pallas_qk._mosaic_gpu.thread import (
+    Layout,
+    RowsIn,
+    Table,
+    Vector,
+    copied_vectors,
+    effective_weights,
+    inv_rms,
+    mrope_reads,
+    pieces,
+    spread_k,
+    vector,
+)
+from pallas_qk._mosaic_gpu.weight_sum import sum_rows
+from pallas_qk._options import Options, Spec, next_power_of_2
+from pallas_qk._rows import (
+    Gradients,
+    Inputs,
+    Outputs,
+    Place,
+    Rows,
+    gradient_types,
+    rows_for,
+    sharing,
+    spec_of,
+    weight_of,
+)
+from pallas_qk._target import num_sms
+
+BACKWARD_NAME = "pallas_qk_mosaic_gpu_backward"
+
+
+def backward(
+    inputs: Inputs, cotangents: Outputs, *, options: Options, config: MosaicBackward | None = None
+) -> Gradients:
+    """The contract of `_reference.backward`."""
+    spec, types, dtype = spec_of(inputs, options), gradient_types(inputs, options), inputs.q.dtype
+    if spec.num_tokens == 0:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
+    if config is None:
+        num_axes = 1 if options.mrope_section is None else 3
+        cache_itemsize = inputs.cos_sin_cache.dtype.itemsize
+        config = mosaic_backward(spec, num_sms(), num_axes=num_axes, cache_itemsize=cache_itemsize)
+    thread = functools.partial(
+        _backward_thread,
+        rows=rows_for(spec, options),
+        max_position=inputs.cos_sin_cache.shape[0],
+        spec=spec,
+        options=options,
+        config=config,
+        layout=_backward_layout(config, spec.head_dim, options.rotary_dim, dtype),
+    )
+    num_programs = pl.cdiv(config.q_warps + config.k_warps, _warps_per_program(config))
+    of_warps, of_programs = (
+        jax.ShapeDtypeStruct((rows, spec.head_dim), jnp.float32)
+        for rows in (config.q_warps + config.k_warps, num_programs)
+    )
+    written_types = types if num_programs == 1 else types._replace(q_weight=of_programs, k_weight=of_programs)
+    gradients, _ = launch(
+        BACKWARD_NAME,
+        thread,
+        (inputs, cotangents),
+        (written_types, of_warps),
+        num_programs=num_programs,
+        num_warpgroups=config.num_warpgroups,
+    )
+    if num_programs == 1:
+        return gradients
+    dq_weight, dk_weight = sum_rows([gradients.q_weight, gradients.k_weight], [types.q_weight, types.k_weight])
+    return gradients._replace(q_weight=dq_weight, k_weight=dk_weight)
+
+
+def _warps_per_program(config: MosaicBackward) -> int:
+    return config.num_warpgroups * WARPGROUP // WARP
+
+
+def _backward_layout(config: MosaicBackward, head_dim: int, rotary_dim: int, dtype: jnp.dtype) -> Layout:
+    """Each thread's vectors lie G*V lanes apart. V is the same in every configuration, and with it the sums' order."""
+    threads, lanes = mosaic_backward_group(head_dim, rotary_dim, dtype.itemsize, config.rows_per_warp)
+    bits = tuple((lanes << i).bit_length() - 1 for i in range(threads.bit_length() - 1))
+    return Layout(threads, lanes, tuple(range(0, head_dim, threads * lanes)), bits, partners=False)
+
+
+def _backward_thread(
+    program: Int,
+    read: tuple[Inputs, Outputs],
+    written: tuple[Gradients, Pointer],
+    *,
+    rows: dict[str, Rows],
+    max_position: int,
+    spec: Spec,
+    options: Options,
+    config: MosaicBackward,
+    layout: Layout,
+) -> None:
+    """One thread: its lanes of each row that its warp walks over. The weights' gradients are one row per program."""
+    inputs, cotangents = read
+    gradients, partials = written
+    num_tokens, head_dim, dtype = spec.num_tokens, spec.head_dim, gradients.q.dtype
+    table = Table(inputs.cos_sin_cache, inputs.positions, max_position, num_tokens, options)
+    lane_id = thread_index() & WARP - 1
+    member = lane_id & layout.threads - 1
+    column = member * layout.lanes
+    vectors = [vector(column, base, layout.lanes, layout.reach, head_dim) for base in layout.bases]
+    wide_vectors = copied_vectors(layout, member, head_dim, dtype)
+    rotations = _rotations(vectors, layout, lane_id, dtype, table)
+    rows_per_step = WARP // layout.threads
+    num_sums = len(vectors) * layout.lanes
+
+    def walk(first: Int, num_warps: int, heads: str, num_heads: int):
+        normed, copied = sharing(rows, heads)
+        ((name_of_normed, kind),) = normed.items()
+        weight, lead = weight_of(inputs, kind), kind.source
+        num_rows = num_tokens * num_heads
+        tiles = pl.cdiv(num_rows, rows_per_step)
+        # What the forward reads at a kind's source, its gradient is written to: source and target are exchanged.
+        source, target = (RowsIn(getattr(arrays, lead.array), lead, num_heads) for arrays in (inputs, gradients))
+
+        def cotangent(name: str) -> RowsIn:
+            return RowsIn(getattr(cotangents, name), Place(name, head_dim, num_heads * head_dim), num_heads)
+
+        def row_of(tile: Int) -> Int:
+            return tile if rows_per_step == 1 else tile * rows_per_step + lane_id // layout.threads
+
+        def positions_of(row: Int) -> list[Int]:
+            return table.positions_of(row.minimum(num_rows - 1) // num_heads)
+
+        weights = [w for v in vectors for w in effective_weights(v.load(weight), weight.dtype, options.norm_beta)]
+
+        def step(tile: Int, carried: list[Value]) -> list[Value]:
+            sums, ahead = carried[:num_sums], [Int(position) for position in carried[num_sums:]]
+            row, exists = row_of(tile), None
+            if num_rows % rows_per_step:
+                exists = row < num_rows
+                row = row.minimum(num_rows - 1)
+
+            table_rows = [table.row(position) for position in ahead]
+            xs = [_at(source, row, v).load(v.lanes) for v in vectors]
+            ds = [_at(cotangent(name_of_normed), row, v).load(v.lanes) for v in vectors]
+            copies = {name: [_at(cotangent(name), row, v).load(v.lanes) for v in wide_vectors] for name in copied}
+            turns = rotations if kind.rotation is not None else []
+            angles = [table.load(table_rows, rotation.frequency, layout.lanes) for rotation in turns]
+            ahead = positions_of(row_of(tile + num_warps))  # the next row's table loads then wait for nothing
+            for name, copy in copies.items():
+                place = copied[name].source
+                assert place._replace(first=lead.first) == lead  # so one offset serves both
+                beside = place.first - lead.first
+                for v, words in zip(wide_vectors, copy, strict=True):
+                    (_at(target, row, v) + beside).store(words)
+            _keep_above(row)
+
+            lanes = [lane for words in xs for lane in widen(words, dtype)]
+            dys = [widen(words, dtype) for words in ds]
+            for index, (rotation, loaded) in enumerate(zip(turns, angles, strict=True)):
+                cos, sin = rotation.angles(table, loaded)
+                partner = widen(rotation.partner(ds), dtype)
+                rotated = [
+                    mlir_math.fma(p, s, arith.mulf(d, c))
+                    for d, p, c, s in zip(dys[index], partner, cos, sin, strict=True)
+                ]
+                dys[index] = select(rotation.where, rotated, dys[index])
+
+            r = inv_rms(_row_sum(lanes, lanes, vectors, layout), head_dim, options.eps)
+            scaled = [arith.mulf(d, r) for dy_lanes in dys for d in dy_lanes]
+            added = [mlir_math.fma(d, lane, s) for d, lane, s in zip(scaled, lanes, sums, strict=True)]
+            weighted = [arith.mulf(d, w) for d, w in zip(scaled, weights, strict=True)]
+            # dx = g - x * r^2/D * sum(g * x), where r = 1/rms and g = dy * r * w.
+            dot = arith.mulf(_row_sum(weighted, lanes, vectors, layout), r)
+            factor = arith.mulf(dot, arith.mulf(r, f32(-1 / head_dim)))
+            dxs = [mlir_math.fma(lane, factor, g) for lane, g in zip(lanes, weighted, strict=True)]
+            for v, piece in zip(vectors, pieces(dxs, layout.lanes), strict=True):
+                _at(target, row, v).store(narrow(piece, dtype))
+            return [*select(exists, added, sums), *(position.value for position in ahead)]
+
+        zeros = [f32(0.0)] * num_sums
+        ahead = [position.value for position in positions_of(row_of(first))]
+        sums = loop(first, constant(tiles), num_warps, [*zeros, *ahead], step)[:num_sums]
+        distance = layout.threads
+        while distance < WARP:
+            sums = [arith.addf(s, butterfly(s, distance)) for s in sums]
+            distance *= 2
+        for v, piece in zip(vectors, pieces(sums, layout.lanes), strict=True):
+            v.store(partials.row(warp, head_dim), narrow(piece, partials.dtype))
+
+    q_warps, k_warps, warps_per_program = config.q_warps, config.k_warps, _warps_per_program(config)
+    warp = program * warps_per_program + warp_index()
+    is_k, k_before = spread_k(warp, q_warps, k_warps)
+    with when(is_k):
+        walk(k_before, k_warps, "k", spec.num_kv_heads)
+    with when(is_k.equals(0) & (warp < q_warps + k_warps)):
+        walk(warp - k_before.minimum(k_warps), q_warps, "q", spec.num_q_heads)
+
+    # What other warps of the program wrote to global memory is there after the barrier.
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "bar.sync 0;", "~{memory}", has_side_effects=True)
+    warps = [program * warps_per_program + i for i in range(warps_per_program)]
+    for start in range(0, 2 * head_dim, config.num_warpgroups * WARPGROUP):
+        # One column of q's rows or of k's. Every row is loaded before the first addition.
+        index = thread_index() + start
+        of_k = (index < head_dim).equals(0)
+        with when(index < 2 * head_dim):
+            (column,) = select(of_k, [index + -head_dim], [index])
+            terms = []
+            for other in warps:
+                row = partials.row(other.minimum(q_warps + k_warps - 1), head_dim)
+                (value,) = widen((row + column).load(1), partials.dtype)
+                takes_k, _ = spread_k(other, q_warps, k_warps)
+                counts = takes_k.equals(of_k) & (other < q_warps + k_warps)
+                terms += select(counts, [value], [f32(0.0)])
+            total = functools.reduce(arith.addf, terms)
+            for which, array in ((0, gradients.q_weight), (1, gradients.k_weight)):
+                with when(of_k.equals(which)):
+                    (array.row(program, head_dim) + column).store(narrow([total], array.dtype))
+
+
+class InverseRotation(NamedTuple):
+    """The inverse rotation of one of a thread's vectors, whose RoPE partner a thread of its group holds."""
+
+    where: Int | None  # None: everywhere
+    frequency: Int
+    signs: Int  # bits to flip in a word of the partner: in the second half the signs
+    sources: dict[int, Int]  # vectors that hold partners, and where they do
+    holder: Int | None  # the thread of the warp that holds the partner; None: this one
+    masks: list[list[Int]]  # bits of each word of angles that mRoPE reads at its second and third position
+
+    def partner(self, ds: list[list[Int]]) -> list[Int]:
+        """The partner's words, negated in the second half."""
+        words: list[Int] = []
+        for index, where in self.sources.items():
+            held = ds[index] if self.holder is None else [from_thread(word, self.holder) for word in ds[index]]
+            words = select(where, held, words) if words else held
+        return [word ^ self.signs for word in words]
+
+    def angles(self, table: Table, loaded) -> tuple[list[Value], list[Value]]:
+        """float32 cos and sin, merged by mRoPE."""
+        dtype = table.cache.dtype
+        (cos, sin), *others = loaded
+        # Merged before they are widened: 16 instructions per position where selecting lanes takes 50.
+        for masks, (other_cos, other_sin) in zip(self.masks, others, strict=True):
+            cos, sin = _merged(masks, other_cos, cos), _merged(masks, other_sin, sin)
+        return widen(cos, dtype), widen(sin, dtype)
+
+
+def _rotations(vectors: list[Vector], layout: Layout, lane_id: Int, dtype: jnp.dtype, table: Table):
+    """The rotations of the first vectors, in turn."""
+    rotary_dim, rotations = table.options.rotary_dim, []
+    half, reach = rotary_dim // 2, layout.reach
+    signs = repeated(1 << (8 * dtype.itemsize - 1), layout.lanes, dtype)
+    for v in vectors:
+        if v.base >= rotary_dim:
+            break
+        first = v.column + v.base
+        where = None if v.base + reach <= rotary_dim else first < rotary_dim
+        in_first_half = first < half
+        # Lanes without a partner read themselves and frequency 0.
+        (partner,) = select(where, select(in_first_half, [first + half], [first + -half]), [first])
+        (frequency,) = select(where, select(in_first_half, [first], [first + -half]), [constant(0)])
+        (flipped,) = select(in_first_half, [constant(0, signs.width)], [signs])
+        rotated = range(v.base, min(v.base + reach, rotary_dim), layout.lanes)
+        partners = [f + half if f < half else f - half for f in rotated]
+        sources = {index: (partner // reach).equals(index) for index in sorted({p // reach for p in partners})}
+        holder = None
+        if any((p - f) % reach for p, f in zip(partners, rotated, strict=True)):
+            holder = (lane_id & WARP - layout.threads) + partner % reach // layout.lanes
+        masks = _mrope_masks(frequency, layout.lanes, table)
+        rotations.append(InverseRotation(where, frequency, flipped, sources, holder, masks))
+    return rotations
+
+
+def _mrope_masks(frequency: Int, lanes: int, table: Table) -> list[list[Int]]:
+    """For mRoPE's second and third position: the bits of each word of consecutive frequencies that are read there."""
+    dtype, masks = table.cache.dtype, []
+    width = word_bits(lanes, dtype)
+    per_word = width // (8 * dtype.itemsize)
+    for axis in (1, 2) if table.options.mrope_section else ():
+        each_reads = mrope_reads(frequency, axis, lanes, table.options)
+        words = [constant(0, width)] * (lanes // per_word)
+        for lane, reads in enumerate(each_reads):
+            ones = ((1 << 8 * dtype.itemsize) - 1) << (lane % per_word * 8 * dtype.itemsize)
+            (own,) = select(reads, [constant(ones, width)], [constant(0, width)])
+            words[lane // per_word] = words[lane // per_word] | own
+        masks.append(words)
+    return masks
+
+
+def _merged(masks: list[Int], a: list[Int], b: list[Int]) -> list[Int]:
+    """The bits of `a` where the masks have ones, of `b` elsewhere."""
+    return [y ^ ((x ^ y) & mask) for mask, x, y in zip(masks, a, b, strict=True)]
+
+
+def _row_sum(xs: list[Value], ys: list[Value], vectors: list[Vector], layout: Layout) -> Value:
+    """The sum of x * y over the row, in every thread of its group, in an order that only V decides."""
+    sums = {}
+    for v, x, y in zip(vectors, pieces(xs, layout.lanes), pieces(ys, layout.lanes), strict=True):
+        total = f32(0.0)  # a sum that starts with 0.0 is not -0.0, so vectors that a row lacks change nothing
+        for a, b in zip(x, y, strict=True):
+            total = mlir_math.fma(a, b, total)
+        (sums[v.base],) = select(v.exists, [total], [f32(0.0)])
+    step = next_power_of_2(layout.bases[-1] + 1) // 2
+    while step >= layout.reach:
+        sums = {b: arith.addf(s, sums[b + step]) if b + step in sums else s for b, s in sums.items() if not b & step}
+        step //= 2
+    total, distance = sums[0], layout.threads // 2
+    while distance:
+        total = arith.addf(total, butterfly(total, distance))
+        distance //= 2
+    return total
+
+
+def _at(rows: RowsIn, row: Int, v: Vector) -> Pointer:
+    """Where a vector of a row lies, by an offset that LLVM can't see through.
+
+    It would keep a pointer into each array in registers across the loop.
+    """
+    offset = rows.offset(row) + v.column.resized(64)
+    opaque = Int(ptx("mov.b64 $0, $1;", "=l,l", offset.value.type, offset.value))
+    return rows.array + opaque + (rows.place.first + v.base)
+
+
+def _keep_above(row: Int) -> None:
+    """Keeps loads and stores in front of what follows; ptxas would sink some of them among the sums.
+
+    It moves nothing across a pmevent, even one that a false predicate never lets happen (without it 192.8 us against
+    188.8, T = 16384, 16/2 heads, two rows per warp; a bar.warp.sync it sinks).
+    """
+    code = "{ .reg .pred p; setp.eq.u32 p, $0, -1; @p pmevent 1; }"
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), [row.value], code, "r", has_side_effects=True)

@@ -1,0 +1,121 @@
+"""The launch configurations of the Mosaic GPU kernels, and the rules that choose them by shapes and dtype."""
+
+import dataclasses
+import math
+
+from pallas_qk._options import Spec, chunk_lanes, has_halves, next_power_of_2
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicForward:
+    """Launch configuration of the forward kernel on Pallas Mosaic GPU.
+
+    `layout` says which lanes of a row one thread holds. "chunks": the same few lanes of each of the D/C chunks of C
+    lanes. "halves": vectors in pairs R/2 lanes apart. "row": consecutive vectors, the partners loaded once more.
+    A row has 32/rows_per_warp threads, or fewer where it is too short. `weights` says when they are loaded: "first",
+    with x; "after_gate", once the gate (or v) is stored; "after_sum", once the squares are summed. With nothing to
+    copy, "after_gate" means "first" and takes 31 registers (sm_90a, D = 256, "halves").
+    `k_first` says that programs of k rows come before all others instead of evenly among them.
+    """
+
+    layout: str  # "chunks", "halves" or "row"
+    rows_per_warp: int
+    weights: str = "first"
+    k_first: bool = False
+
+
+def mosaic_forward(spec: Spec, *, gate_copied: bool = True) -> MosaicForward:
+    """The configuration for `spec`.
+
+    H200, bf16, D = 256, R = 64, 16/2 heads unless said; times of one sentence are of one run. Halves take one row a
+    warp, eight lanes a thread: 16 take 62 registers where 48 would do, since Mosaic GPU compiles with
+    `.minnctapersm 1`, under which ptxas spends them.
+
+    Weights: loading them after the gate's store keeps ptxas from sinking that store and the loads before it (halves: 32
+    registers instead of 40, so that an SM holds 2048 threads; chunks: 2.46 against 2.69 us at T = 256). First is best
+    for a single token (1.09 against 1.12 us), after the sum where memory binds (538.1 against 540.0 us at T = 65536;
+    with the weights first 542.5). Where all lanes are rotated that takes 40 registers and loses again (574.6 with them
+    after the gate against 584.1 us at T = 65536, D = R = 128, 32/8 heads).
+
+    Layout: chunks with two rows a warp lead where a launch is one wave (1.57 against 1.63 us at T = 64, 2.43 against
+    2.59 at 256, 3.36 against 3.74 at 512); at 768 they are even, and behind where the arrays just fill L2 (6.40 against
+    6.25 at 1024, 13.43 against 13.15 at 1536). Where no gate is copied they lead at T = 16384 too (the gate in place:
+    76.2 us against 80.6 with halves and weights after the gate, 83.0 after the sum; copy 71.7). Not timed: T = 32, and
+    more than 16 chunks.
+
+    k rows first, the lightest, leave no program of q for a second turn (1.57 against 1.66 us at T = 64, 1.22 against
+    1.25 at 16), and cost where turns are many (540.9 against 538.0 at 65536). Not timed apart from other changes:
+    T = 1024, where they may cost too (before, with chunks and k rows among the others, 6.08 us where a copy took 5.94;
+    since, 6.62 where it took 5.92).
+    """
+    d, r, num_rows = spec.head_dim, spec.rotary_dim, spec.num_tokens * spec.num_q_heads
+    rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(d)))
+    k_first = 64 <= num_rows < 65536
+    if num_rows >= 512 and (num_rows < 16384 or not gate_copied) and d // chunk_lanes(d, r) <= 16:
+        return MosaicForward("chunks", min(32, 2 * rows_per_warp), weights="after_gate", k_first=k_first)
+    layout = "halves" if has_halves(d, r) else "row"
+    after_sum = num_rows >= 65536 and r < d
+    weights = "first" if num_rows < 64 else "after_sum" if after_sum else "after_gate"
+    return MosaicForward(layout, rows_per_warp, weights=weights, k_first=k_first)
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicBackward:
+    """Launch configuration of the backward kernel on Pallas Mosaic GPU.
+
+    Each of `q_warps` and `k_warps` warps walks over its share of q rows or of k rows and writes one row of partial
+    weight gradients. A row has 32/rows_per_warp threads, or fewer where it is too short; a program has `num_warpgroups`
+    of four warps.
+    """
+
+    rows_per_warp: int
+    num_warpgroups: int
+    q_warps: int
+    k_warps: int
+
+
+def mosaic_backward_group(head_dim: int, rotary_dim: int, itemsize: int, rows_per_warp: int) -> tuple[int, int]:
+    """Threads of a row and lanes of a vector, up to 16 bytes; RoPE partners are whole vectors."""
+    lanes = math.gcd(16 // itemsize, head_dim, rotary_dim // 2)
+    return min(32 // rows_per_warp, max(1, next_power_of_2(head_dim) // lanes)), lanes
+
+
+def mosaic_backward(spec: Spec, num_sms: int, *, num_axes: int, cache_itemsize: int) -> MosaicBackward:
+    """The configuration for `spec` on a GPU of `num_sms` streaming multiprocessors, with 1 or 3 rows of positions.
+
+    One program an SM, as large as the registers allow: that is exactly one resident wave whatever ptxas does, which has
+    to fit the program's threads into the 65536 registers of an SM.
+
+    H200, bf16, D = 256, R = 64, 16/2 heads, T = 16384 (copy 168.6 us): 24 warps an SM take 177.3 us, 20 184.2, 28 187.5
+    and 24 in six programs 0.5 more. A row of k takes as long as a row of q, though it moves three vectors where that
+    moves five: counting it as 1.25 costs 1.3 us, and as 0.7, at 32 warps, 14.7. Two rows a warp (9.6 us more), an L2
+    prefetch (22) and several waves (9.4, and 5.8 at T = 1024) lost. A single program needs no second kernel: 2.30 us
+    against 2.94 at T = 1. At T = 64 programs of two warpgroups take 4.10, of one 4.45.
+    """
+    itemsize = 4 if spec.dtype == "float32" else 2
+    rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(spec.head_dim)))
+    threads, lanes = mosaic_backward_group(spec.head_dim, spec.rotary_dim, itemsize, rows_per_warp)
+    vectors, rotated = (-(-size // (threads * lanes)) for size in (spec.head_dim, spec.rotary_dim))
+    words, cache_words = (-(-lanes * size // 4) for size in (itemsize, cache_itemsize))
+    # What a thread holds at once: sums and weights; x, dy and the gate's cotangent; cos and sin at each axis and the
+    # masks that merge them. 16 registers more are enough without spills (sm_90a, CUDA 12.9 and 13.0).
+    held = 2 * vectors * lanes + 3 * vectors * words + (3 * num_axes - 1) * rotated * cache_words
+    num_warpgroups = max(1, min(6, 512 // (held + 16)))
+
+    rows_per_tile = 32 // threads
+    q_tiles, k_tiles = (-(-spec.num_tokens * h // rows_per_tile) for h in (spec.num_q_heads, spec.num_kv_heads))
+    resident = 4 * num_warpgroups * num_sms
+    k_warps = min(resident - 1, max(1, round(resident * spec.num_kv_heads / (spec.num_q_heads + spec.num_kv_heads))))
+    # No more warps than the longest share needs.
+    q_warps, k_warps = (
+        -(-tiles // -(-tiles // warps)) for tiles, warps in ((q_tiles, resident - k_warps), (k_tiles, k_warps))
+    )
+    warps = q_warps + k_warps
+    if warps <= 4 * num_warpgroups:
+        num_warpgroups = -(-warps // 4)  # one program, whose sums are the gradients: no second kernel
+    elif warps <= 4 * (num_warpgroups - 2) * num_sms:
+        # Few warps spread best in small programs. ptxas then takes more registers, which leave room for two fewer.
+        num_warpgroups = min(2, num_warpgroups)
+    else:
+        num_warpgroups = min(num_warpgroups, -(-warps // (4 * num_sms)))
+    return MosaicBackward(rows_per_warp, num_warpgroups, q_warps, k_warps)

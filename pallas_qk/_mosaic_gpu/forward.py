@@ -1,0 +1,275 @@
+"""The op as a Pallas GPU kernel on the Mosaic GPU backend.
+
+T num_tokens, Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim, G threads of a row, V lanes of a vector.
+
+The kernel is written per thread, as one `inline_mgpu` body: G threads of a warp own a row (token, head), keep it in
+registers and sum it with lane shuffles. That fixes what array code leaves to the compiler: width and address space of
+every access, order of the sum, form of every rounding. Pallas's interpret mode can't run such a body;
+`tests/mosaic_interpreter.py` runs the emitted code instead.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxlib.mlir.dialects import arith
+from jaxlib.mlir.dialects import math as mlir_math
+
+from pallas_qk._mosaic_gpu.config import MosaicForward, mosaic_forward
+from pallas_qk._mosaic_gpu.emit import (
+    ACCESS_BYTES,
+    WARP,
+    WARPGROUP,
+    Int,
+    Pointer,
+    Value,
+    bits_of,
+    constant,
+    narrow,
+    select,
+    thread_index,
+    when,
+    widen,
+)
+from pallas_qk._mosaic_gpu.launch import launch
+from pallas_qk._mosaic_gpu.thread import (
+    Layout,
+    RowsIn,
+    Table,
+    Vector,
+    copied_vectors,
+    effective_weights,
+    inv_rms,
+    spread_k,
+    sum_of_squares,
+    vector,
+)
+from pallas_qk._options import Options, Spec, chunk_lanes, next_power_of_2, rotation_fuses_y2
+from pallas_qk._rows import Inputs, Outputs, Place, Rows, output_types, rows_for, sharing, spec_of, stored, weight_of
+
+FORWARD_NAME = "pallas_qk_mosaic_gpu_forward"
+
+
+def forward(inputs: Inputs, *, options: Options, config: MosaicForward | None = None) -> Outputs:
+    """The contract of `_reference.forward`."""
+    spec, types = spec_of(inputs, options), output_types(inputs, options)
+    if spec.num_tokens == 0:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
+    rows = rows_for(spec, options)
+    if config is None:
+        config = mosaic_forward(spec, gate_copied=bool(sharing(stored(rows), "q")[1]))
+    layout = _layout(config, spec.head_dim, options.rotary_dim, inputs.q.dtype)
+    rows_per_program = WARPGROUP // layout.threads
+    q_programs = pl.cdiv(spec.num_tokens * spec.num_q_heads, rows_per_program)
+    k_programs = pl.cdiv(spec.num_tokens * spec.num_kv_heads, rows_per_program)
+    thread = functools.partial(
+        _forward_thread,
+        rows=rows,
+        rows_per_program=rows_per_program,
+        programs=(q_programs, k_programs),
+        max_position=inputs.cos_sin_cache.shape[0],
+        spec=spec,
+        options=options,
+        config=config,
+        layout=layout,
+    )
+    return launch(FORWARD_NAME, thread, inputs, types, num_programs=q_programs + k_programs, num_warpgroups=1)
+
+
+def _layout(config: MosaicForward, head_dim: int, rotary_dim: int, dtype: jnp.dtype) -> Layout:
+    half, offsets = rotary_dim // 2, [0]
+    # Partners are whole vectors in every layout.
+    widest = math.gcd(ACCESS_BYTES // dtype.itemsize, head_dim, half)
+    # Tiles of `width` lanes at `offsets` of the row, shared out among the threads, a vector at a time.
+    match config.layout:
+        case "chunks":
+            width = chunk_lanes(head_dim, rotary_dim)
+            offsets = list(range(0, head_dim, width))
+        case "halves":
+            width, offsets = head_dim // 2, [0, half]
+        case "row":
+            width = next_power_of_2(head_dim)
+    threads = WARP // config.rows_per_warp
+    lanes = max(1, min(widest, width // threads))
+    threads = min(threads, width // lanes)
+
+    def column(lane: int) -> int:
+        # Halves leave out the bit that tells partners apart.
+        return lane + (lane & -half) if config.layout == "halves" else lane
+
+    bits = tuple(column(lanes << i).bit_length() - 1 for i in range(threads.bit_length() - 1))
+    bases = (offset + column(lane) for offset in offsets for lane in range(0, width, threads * lanes))
+    return Layout(threads, lanes, tuple(sorted(b for b in bases if b < head_dim)), bits, config.layout != "row")
+
+
+def _forward_thread(
+    program: Int,
+    inputs: Inputs,
+    outputs: Outputs,
+    *,
+    rows: dict[str, Rows],
+    rows_per_program: int,
+    programs: tuple[int, int],
+    max_position: int,
+    spec: Spec,
+    options: Options,
+    config: MosaicForward,
+    layout: Layout,
+) -> None:
+    """One thread: its lanes of one row (token, head) of every kind that shares the heads of q, or those of k.
+
+    All of them and the table are loaded before the first store. A row past the end repeats the last one, with equal
+    bits, so that stores need no mask.
+    """
+    num_tokens, head_dim, dtype = spec.num_tokens, spec.head_dim, outputs.q.dtype
+    table = Table(inputs.cos_sin_cache, inputs.positions, max_position, num_tokens, options)
+    thread = thread_index()
+    member = thread & layout.threads - 1
+    vectors, rotations = _vectors_and_rotations(layout, member, head_dim, options.rotary_dim)
+    wide_vectors = copied_vectors(layout, member, head_dim, dtype)
+
+    def treat(block: Int, heads: str, num_heads: int):
+        normed, copied = sharing(stored(rows), heads)
+        num_rows = num_tokens * num_heads
+        row = block * rows_per_program + thread // layout.threads
+        if num_rows % rows_per_program:
+            row = row.minimum(num_rows - 1)
+        positions = table.positions_of(row // num_heads)
+        table_rows = [table.row(position) for position in positions]
+
+        def start_of_row(arrays: Inputs | Outputs, place: Place) -> Pointer:
+            return RowsIn(getattr(arrays, place.array), place, num_heads).row(row)
+
+        lead = next(iter(normed.values())).source
+        lead_row = start_of_row(inputs, lead)
+
+        def source(kind: Rows) -> Pointer:
+            """Kinds that lie side by side share one offset."""
+            if kind.source._replace(first=lead.first) == lead:
+                return lead_row + (kind.source.first - lead.first) if kind.source != lead else lead_row
+            return start_of_row(inputs, kind.source)
+
+        def target(kind: Rows) -> Pointer:
+            assert kind.target is not None
+            return start_of_row(outputs, kind.target)
+
+        targets = {name: target(kind) for name, kind in normed.items()}
+        xs = {name: [widen(v.load(source(kind)), dtype) for v in vectors] for name, kind in normed.items()}
+        copies = {name: [v.load(source(kind)) for v in wide_vectors] for name, kind in copied.items()}
+        angles = [table.load(table_rows, rotation.frequency, layout.lanes) for rotation in rotations]
+        weights: dict[str, list[list[Int]]] = {}
+
+        def load_weights(when_: str, after: Int | None = None):
+            if config.weights == when_:
+                for name, kind in normed.items():
+                    weight = weight_of(inputs, kind)
+                    weights[name] = [v.load(weight if after is None else weight + after) for v in vectors]
+
+        load_weights("first")
+        for name, copy in copies.items():
+            for v, piece in zip(wide_vectors, copy, strict=True):
+                v.store(target(copied[name]), piece)
+        # Loaded after a store they might alias, the weights keep ptxas from moving that store, and the loads before it,
+        # below the sum.
+        load_weights("after_gate")
+        for name, kind in normed.items():
+            total = sum_of_squares(xs[name], vectors, layout, member, head_dim)
+            if not weights:
+                # The sum's sign bit is 0 (PTX's NaN has none either), which the compiler can't know: the loads stay
+                # behind.
+                load_weights("after_sum", after=bits_of(total) >> 31)
+            r = inv_rms(total, head_dim, options.eps)
+            words: list[list[Int]] = []
+            ys: list[list[Value]] = []
+            for lanes, weight_words in zip(xs[name], weights[name], strict=True):
+                ws = effective_weights(weight_words, weight_of(inputs, kind).dtype, options.norm_beta)
+                y = [arith.mulf(arith.mulf(lane, r), w) for lane, w in zip(lanes, ws, strict=True)]
+                words.append(narrow(y, dtype))
+                ys.append(widen(words[-1], dtype))
+            if kind.rotation is not None:
+                for rotation, loaded in zip(rotations, angles, strict=True):
+                    cos, sin = table.angles(positions, loaded, rotation.frequency)
+                    for index, lanes in rotation.apply(ys, cos, sin, rotation_fuses_y2(options, dtype)).items():
+                        words[index] = select(rotation.where, narrow(lanes, dtype), words[index])
+            own = len(layout.bases)  # what follows are partners that were only loaded
+            for v, word in zip(vectors[:own], words[:own], strict=True):
+                v.store(targets[name], word)
+
+    q_programs, k_programs = programs
+    if config.k_first:
+        is_k, k_before = program < k_programs, program
+    else:
+        is_k, k_before = spread_k(program, q_programs, k_programs)
+    with when(is_k):
+        treat(k_before, "k", spec.num_kv_heads)
+    with when(is_k.equals(0)):
+        treat(program - k_before.minimum(k_programs), "q", spec.num_q_heads)
+
+
+class Rotation(NamedTuple):
+    """A pair of vectors that RoPE rotates into each other."""
+
+    own: int
+    other: int
+    is_first: Int | None  # whether own is the pair's first and other was only loaded; None: both are the thread's
+    where: Int | None  # None: everywhere
+    frequency: Int
+
+    def apply(
+        self, ys: list[list[Value]], cos: list[Value], sin: list[Value], fuses_y2: bool
+    ) -> dict[int, list[Value]]:
+        own, other = ys[self.own], ys[self.other]
+        if self.is_first is None:
+            first, second = _rotate(own, other, cos, sin, fuses_y2)
+            return {self.own: first, self.other: second}
+        halves = select(self.is_first, own, other), select(self.is_first, other, own)
+        first, second = _rotate(*halves, cos, sin, fuses_y2)
+        return {self.own: select(self.is_first, first, second)}
+
+
+def _vectors_and_rotations(
+    layout: Layout, member: Int, head_dim: int, rotary_dim: int
+) -> tuple[list[Vector], list[Rotation]]:
+    """A thread's vectors, those of the layout's bases first, and their rotations."""
+    half, rotations = rotary_dim // 2, []
+    column = _scatter(member, layout.bits)
+    vectors = [vector(column, base, layout.lanes, layout.reach, head_dim) for base in layout.bases]
+    for index, base in enumerate(layout.bases):
+        if layout.partners and base < half:
+            where = None if layout.reach <= rotary_dim else column < rotary_dim
+            frequency = (column if layout.reach <= half else column & half - 1) + base
+            rotations.append(Rotation(index, layout.bases.index(base + half), None, where, frequency))
+        elif not layout.partners and base < rotary_dim:
+            lane = vectors[index].column + base
+            is_first = lane < half
+            where = None if base + layout.reach <= rotary_dim else lane < rotary_dim
+            # Lanes without a partner read themselves and frequency 0.
+            (partner,) = select(where, select(is_first, [lane + half], [lane + -half]), [lane])
+            (frequency,) = select(where, select(is_first, [lane], [lane + -half]), [constant(0)])
+            rotations.append(Rotation(index, len(vectors), is_first, where, frequency))
+            vectors.append(Vector(partner, 0, layout.lanes))
+    return vectors, rotations
+
+
+def _scatter(member: Int, bits: tuple[int, ...]) -> Int:
+    """The column whose bits[i] is bit i of `member`."""
+    column = constant(0)
+    for shift in sorted({bit - i for i, bit in enumerate(bits)}):
+        mask = sum(1 << i for i, bit in enumerate(bits) if bit - i == shift)
+        column = column + (member & mask) * (1 << shift)
+    return column
+
+
+def _rotate(first, second, cos, sin, fuses_y2: bool) -> tuple[list[Value], list[Value]]:
+    """One product of each sum is rounded and the other fused, as in the serving kernel."""
+    lanes = list(zip(first, second, cos, sin, strict=True))
+    return (
+        [mlir_math.fma(a, c, arith.negf(arith.mulf(b, s))) for a, b, c, s in lanes],
+        [
+            mlir_math.fma(b, c, arith.mulf(a, s)) if fuses_y2 else mlir_math.fma(a, s, arith.mulf(b, c))
+            for a, b, c, s in lanes
+        ],
+    )

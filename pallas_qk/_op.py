@@ -1,0 +1,134 @@
+"""The op over the whole mesh and under vmap, for every implementation: two primitives, forward and backward.
+
+Arrays are flat in heads, (*lead, heads*D), with any leading axes; positions are (1 or 3, *lead). The primitives take
+the leaves of (Inputs,) or (Inputs, Outputs), so an array that a call does not have is no operand.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import mlir
+from jax.sharding import ManualAxisType, PartitionSpec
+
+from pallas_qk import _implementations, _mesh_checks, _reference
+from pallas_qk._batching import batch, has_batched_leading_axes, register_batching
+from pallas_qk._options import Options
+from pallas_qk._partition import in_plain_xla, program
+from pallas_qk._primitive import compiler_partitioned, lower_untyped, primitive
+from pallas_qk._rows import (
+    Call,
+    Gradients,
+    Inputs,
+    Outputs,
+    as_gradients,
+    as_outputs,
+    axes,
+    kinds_of,
+    on_heads,
+    read_by_gradients,
+    read_by_outputs,
+)
+
+
+def forward(call: Call, inputs: Inputs) -> Outputs:
+    """The op, with the gate wherever q has one."""
+    leaves, tree = jax.tree.flatten((inputs,))
+    # `lower_partitioned` runs the body. It is a parameter because JAX searches parameters for equations that need
+    # device assignments, as custom_partitioning does.
+    outputs = forward_p.bind(*leaves, call=call, tree=tree, body=program("forward", call, (inputs,)))
+    return as_outputs(call.options, outputs)
+
+
+def backward(call: Call, inputs: Inputs, cotangents: Outputs) -> Gradients:
+    """The weights' gradients are summed over all leading axes."""
+    operands = inputs, cotangents
+    leaves, tree = jax.tree.flatten(operands)
+    gradients = backward_p.bind(*leaves, call=call, tree=tree, body=program("backward", call, operands))
+    return as_gradients(call.options, gradients)
+
+
+def result_types(results: Outputs | Gradients, options: Options, operands):
+    """Types of results that have a shape and dtype: sharded as what they are like, varying as what they depend on."""
+    inputs, types = operands[0], []
+    like: tuple
+    reads: tuple
+    if isinstance(results, Outputs):
+        sources = [getattr(inputs, kind.source.array) for kind in kinds_of(options).values()]
+        like, reads = as_outputs(options, sources), read_by_outputs(options, *operands)
+    else:
+        like, reads = inputs[:4], read_by_gradients(options, *operands)
+    for result, x, read in zip(results, like, reads, strict=True):
+        if result is not None:
+            varying = frozenset().union(*(y.manual_axis_type.varying for y in read if y is not None))
+            update = {"shape": result.shape, "dtype": result.dtype, "manual_axis_type": ManualAxisType(varying=varying)}
+            types.append(x.update(weak_type=False, **update))
+    return types
+
+
+def _op_primitive(name: str, direction: str, as_results: Callable) -> Primitive:
+    p = primitive(name)
+
+    @p.def_abstract_eval
+    def abstract_eval(*args, call, tree, body):
+        return result_types(as_results(call.options, body.out_avals), call.options, jax.tree.unflatten(tree, args))
+
+    def lower_partitioned(ctx, *args, body, **_):
+        context = ctx.module_context
+        if isinstance(context.axis_context, mlir.ShardingContext):
+            _mesh_checks.check_partitioner(
+                context.axis_context.num_devices, exported=context.lowering_parameters.for_export
+            )
+        return lower_untyped(ctx, jaxpr_as_fun(body), *args)
+
+    def lower_plain(ctx, *args, call, tree, **_):
+        """Where plain XLA alone can run: without the partitioner's call, which such platforms may lack (TPU)."""
+        _implementations.refuse_platforms(call.implementation, ctx.platforms or ctx.module_context.platforms)
+        plain = functools.partial(in_plain_xla, direction, call, tree)
+        function = compiler_partitioned(plain, [x.sharding for x in ctx.avals_out])
+        return mlir.lower_fun(function, multiple_results=True)(ctx, *args)
+
+    for platform in ("cpu", "cuda"):
+        mlir.register_lowering(p, lower_partitioned, platform=platform)
+    mlir.register_lowering(p, lower_plain)
+    return p
+
+
+forward_p = _op_primitive("fused_qk_rmsnorm_rope_gate", "forward", as_outputs)
+backward_p = _op_primitive("fused_qk_rmsnorm_rope_gate_backward", "backward", as_gradients)
+
+
+def _forward_batch(axis, args, dims, *, call: Call, tree, body):
+    del body
+
+    def bind(*args):
+        return jax.tree.leaves(forward(call, *jax.tree.unflatten(tree, args)))
+
+    names = jax.tree.leaves(axes(call.options, *jax.tree.unflatten(tree, args)))
+    outputs = batch(bind, names, axis, args, dims)
+    return outputs, [0] * len(outputs)
+
+
+def _backward_batch(axis, args, dims, *, call: Call, tree, body):
+    del body
+
+    def bind(*args):
+        return jax.tree.leaves(backward(call, *jax.tree.unflatten(tree, args)))
+
+    names = jax.tree.leaves(axes(call.options, *jax.tree.unflatten(tree, args)))
+    outputs = list(batch(bind, names, axis, args, dims))
+    if has_batched_leading_axes(names, dims):
+        # The kernel sums over all tokens. Sums for each example are plain XLA, which drops them where nobody asks.
+        def weights(*args):
+            gradients = on_heads(_reference.backward, call.options, *jax.tree.unflatten(tree, args))
+            return gradients.q_weight, gradients.k_weight
+
+        activations = jax.typeof(outputs[0]).sharding  # the batch is their first axis
+        sharding = activations.update(spec=PartitionSpec(activations.spec[0], None))
+        outputs[-2:] = compiler_partitioned(jax.vmap(weights, dims), (sharding, sharding))(*args)
+    return outputs, [0] * len(outputs)
+
+
+register_batching(forward_p, _forward_batch)
+register_batching(backward_p, _backward_batch)

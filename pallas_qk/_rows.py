@@ -1,0 +1,291 @@
+"""What one call reads, does and writes, as data: the file that knows the forms of a call.
+
+T num_tokens, Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim. A row is one head of one token, D elements.
+Rows of one kind are treated alike, and a form of a call is a few kinds of rows. What depends on the form derives from
+them: shapes, types, the axes that may be sharded, what a result depends on, and where a kernel reads and writes.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_qk._options import Options, Spec
+
+
+class Place(NamedTuple):
+    """Where row (token, head) starts in a flat array: first + head * h + token * t, in elements."""
+
+    array: str  # a field of Inputs, and of Gradients, or of Outputs
+    head: int  # from a head to the next
+    token: int  # from a token to the next
+    first: int = 0  # of head 0 of token 0
+
+
+class Rows(NamedTuple):
+    """Rows of one kind."""
+
+    heads: str  # "q" or "k": the axis of heads, the programs that take the rows, and what may be sharded
+    source: Place
+    target: Place | None  # None: XLA reads the rows where they lie. Mosaic GPU alone stores by the numbers in it
+    weight: str | None = None  # of the norm, a field of Inputs; None: the rows are copied as they are
+    rotation: Literal["halves"] | None = None  # elements j and j + R/2 are a pair; None: not rotated
+
+
+class Inputs(NamedTuple):
+    """What the op reads; None where a call has no such array. A tree may also say something of each array."""
+
+    q: Any  # (T, Hq, D); with gates (T, Hq, 2*D), each head [q | gate]; packed (T, elements of [q heads | k | v])
+    k: Any  # (T, Hkv, D); None where it lies in a packed q
+    q_weight: Any  # (D,)
+    k_weight: Any  # (D,)
+    cos_sin_cache: Any  # (max_pos, R); without positions (T, R), the row of each token
+    positions: Any  # (1 or 3, T)
+
+
+class Outputs(NamedTuple):
+    """What the op returns, by kind of rows, and the cotangents of that; None where a call has no such rows."""
+
+    q: Any  # (T, Hq, D)
+    k: Any  # (T, Hkv, D)
+    v: Any = None  # (T, Hkv, D), of a packed q
+    gate: Any = None  # (T, Hq, D)
+
+
+class Gradients(NamedTuple):
+    """What the backward returns."""
+
+    q: Any  # as Inputs.q
+    k: Any  # as Inputs.k
+    q_weight: Any  # (D,), see `Options.round_dweights`
+    k_weight: Any  # (D,)
+
+
+class Call(NamedTuple):
+    """What one call fixes besides its arrays."""
+
+    options: Options
+    implementation: str | None
+
+
+def rows_of(options: Options, num_q_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, Rows]:
+    """Each kind of rows, by its field in Outputs."""
+    d, kv_width = head_dim, num_kv_heads * head_dim
+    q_head = d if options.gate is None else 2 * d
+    q_width = num_q_heads * q_head
+    if options.packed is None:
+        q, k, v = Place("q", q_head, q_width), Place("k", d, kv_width), None
+    else:
+        token = q_width + 2 * kv_width
+        q, k, v = (
+            Place("q", q_head, token),
+            Place("q", d, token, first=q_width),
+            Place("q", d, token, first=q_width + kv_width),
+        )
+    rows = {
+        "q": Rows("q", q, Place("q", d, num_q_heads * d), "q_weight", "halves"),
+        "k": Rows("k", k, Place("k", d, kv_width), "k_weight", "halves"),
+    }
+    if v is not None:
+        rows["v"] = Rows("k", v, Place("v", d, kv_width))
+    if options.gate is not None:
+        target = Place("gate", d, num_q_heads * d) if options.gate == "copied" else None
+        rows["gate"] = Rows("q", q._replace(first=d), target)
+    return rows
+
+
+def kinds_of(options: Options) -> dict[str, Rows]:
+    """`rows_of` where what is read and done counts, and no size."""
+    return rows_of(options, 1, 1, 1)
+
+
+def sharing(rows: Mapping[str, Rows], heads: str) -> tuple[dict[str, Rows], dict[str, Rows]]:
+    """The kinds of rows that share an axis of heads: those that are normalised, and those that are not."""
+    shared = {name: kind for name, kind in rows.items() if kind.heads == heads}
+    normed = {name: kind for name, kind in shared.items() if kind.weight is not None}
+    return normed, {name: kind for name, kind in shared.items() if kind.weight is None}
+
+
+def stored(rows: Mapping[str, Rows]) -> dict[str, Rows]:
+    """The kinds of rows that a kernel's forward stores."""
+    return {name: kind for name, kind in rows.items() if kind.target is not None}
+
+
+def weight_of(arrays: Inputs, kind: Rows) -> Any:
+    """The weight of rows that are normalised."""
+    assert kind.weight is not None
+    return getattr(arrays, kind.weight)
+
+
+# Arrays and what lies in them.
+
+
+class Source(NamedTuple):
+    """An array that holds rows."""
+
+    kinds: tuple[str, ...]  # of rows, in the order in which they lie there
+    heads: str | None  # whose heads are an axis of it; None: those of several are packed into one axis
+    head: int  # elements from a head to the next
+    token: int  # elements from a token to the next
+
+
+def sources_of(rows: Mapping[str, Rows]) -> dict[str, Source]:
+    """The arrays that hold rows, q first."""
+    kinds_in: dict[str, list[str]] = {}
+    for name, kind in sorted(rows.items(), key=lambda item: item[1].source.first):
+        kinds_in.setdefault(kind.source.array, []).append(name)
+    sources = {}
+    for array, names in kinds_in.items():
+        place, heads = rows[names[0]].source, {rows[name].heads for name in names}
+        sources[array] = Source(tuple(names), heads.pop() if len(heads) == 1 else None, place.head, place.token)
+    return sources
+
+
+def spec_of(inputs: Inputs, options: Options) -> Spec:
+    """The sizes of a call of one device's arrays."""
+    num_q_heads, num_kv_heads = options.packed or (inputs.q.shape[1], inputs.k.shape[1])
+    head_dim = inputs.q_weight.shape[0]
+    still_open = (size for x in jax.tree.leaves(inputs) for size in x.shape if not isinstance(size, int))
+    return Spec(
+        inputs.q.shape[0],
+        num_q_heads,
+        num_kv_heads,
+        head_dim,
+        options.rotary_dim,
+        str(inputs.q.dtype),
+        open_size=next(still_open, None),
+    )
+
+
+def rows_for(spec: Spec, options: Options) -> dict[str, Rows]:
+    return rows_of(options, spec.num_q_heads, spec.num_kv_heads, spec.head_dim)
+
+
+def output_types(inputs: Inputs, options: Options) -> Outputs:
+    """The types of what a kernel's forward writes."""
+    spec = spec_of(inputs, options)
+    heads = {"q": spec.num_q_heads, "k": spec.num_kv_heads}
+    types = {
+        name: jax.ShapeDtypeStruct((spec.num_tokens, heads[kind.heads], spec.head_dim), inputs.q.dtype)
+        for name, kind in stored(rows_for(spec, options)).items()
+    }
+    return Outputs(**types)
+
+
+def gradient_types(inputs: Inputs, options: Options) -> Gradients:
+    """The types of what a kernel's backward writes."""
+    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), Gradients(*inputs[:4]))
+    if options.round_dweights:
+        return types
+    weight = jax.ShapeDtypeStruct(inputs.q_weight.shape, jnp.float32)
+    return types._replace(q_weight=weight, k_weight=weight)
+
+
+def flat_output_types(inputs: Inputs, options: Options) -> Outputs:
+    """The types of every kind of rows, those too that no kernel writes, of arrays flat in heads."""
+    (head_dim,), kinds = inputs.q_weight.shape, kinds_of(options)
+    num_heads = dict(zip(("q", "k"), options.packed or (None, None), strict=True))
+    for array, source in sources_of(kinds).items():
+        if source.heads is not None:
+            num_heads[source.heads] = getattr(inputs, array).shape[-1] // (len(source.kinds) * head_dim)
+    lead, dtype = inputs.q.shape[:-1], inputs.q.dtype
+    return as_outputs(
+        options, [jax.ShapeDtypeStruct((*lead, num_heads[kind.heads] * head_dim), dtype) for kind in kinds.values()]
+    )
+
+
+def as_outputs(options: Options, leaves: Sequence) -> Outputs:
+    """Every kind of rows, those too that no kernel writes."""
+    return Outputs(**dict(zip(kinds_of(options), leaves, strict=True)))
+
+
+def as_gradients(options: Options, leaves: Sequence) -> Gradients:
+    """The arrays that have rows, and the weights."""
+    *activations, q_weight, k_weight = leaves
+    arrays = {"k": None} | dict(zip(sources_of(kinds_of(options)), activations, strict=True))
+    return Gradients(**arrays, q_weight=q_weight, k_weight=k_weight)
+
+
+# What results depend on.
+
+
+def read_by_outputs(options: Options, *trees: Inputs) -> Outputs:
+    """What each output depends on: inputs, and the tangents of inputs."""
+    x = Inputs(*zip(*trees, strict=True))
+
+    def read(kind: Rows) -> tuple:
+        source = getattr(x, kind.source.array)
+        return source if kind.weight is None else source + getattr(x, kind.weight) + x.cos_sin_cache + x.positions
+
+    return as_outputs(options, [read(kind) for kind in kinds_of(options).values()])
+
+
+def read_by_gradients(options: Options, inputs: Inputs, cotangents: Outputs) -> Gradients:
+    """What each gradient depends on."""
+    reads: dict[str, tuple] = dict.fromkeys(Gradients._fields, ())
+    for name, kind in kinds_of(options).items():
+        cotangent = getattr(cotangents, name)
+        if kind.weight is None:
+            reads[kind.source.array] += (cotangent,)
+            continue
+        read = cotangent, getattr(inputs, kind.source.array), inputs.cos_sin_cache, inputs.positions
+        reads[kind.weight] += read
+        reads[kind.source.array] += (*read, getattr(inputs, kind.weight))
+    return Gradients(**reads)
+
+
+# Axes by name: "..." are the leading ones, "q" and "k" heads times D, "q*2" heads times two rows of D.
+
+
+def axes(options: Options, *trees: Any) -> tuple[Any, ...]:
+    """The axes of each array of the trees, the first of which is Inputs; another Inputs holds tangents."""
+    names: dict[str, str | None] = {"k": None}
+    for array, source in sources_of(kinds_of(options)).items():
+        if source.heads is None:
+            names[array] = "... packed"
+        else:
+            rows_per_head = len(source.kinds)
+            names[array] = f"... {source.heads}" if rows_per_head == 1 else f"... {source.heads}*{rows_per_head}"
+    q, k = names["q"], names["k"]
+    table = "... rotary" if trees[0].positions is None else "position rotary"
+    of = {
+        Inputs: Inputs(q, k, "lane", "lane", table, "row ..."),
+        Outputs: Outputs("... q", "... k", "... k", "... q"),
+        Gradients: Gradients(q, k, "lane", "lane"),
+    }
+
+    def of_tree(tree):
+        present = zip(tree, of[type(tree)], strict=True)
+        return type(tree)(*(None if array is None else its_axes for array, its_axes in present))
+
+    return tuple(map(of_tree, trees))
+
+
+def split_axis(name: str) -> tuple[str, int]:
+    """The heads of an axis of `axes`, and the rows of each: "q*2" is ("q", 2)."""
+    heads, _, rows_per_head = name.partition("*")
+    return heads, int(rows_per_head or 1)
+
+
+def on_heads(function: Callable, options: Options, *operands, flatten: bool = False):
+    """The results, flat in heads, of a function of arrays (*lead, heads, rows of D); with `flatten`, of (T, …)."""
+    inputs = operands[0]
+    (head_dim,), lead = inputs.q_weight.shape, inputs.q.shape[:-1]
+    tokens = (math.prod(lead),) if flatten else lead
+
+    def split(names: str, x):
+        *first, last = names.split()
+        if first == ["..."]:
+            heads, rows_per_head = split_axis(last)
+            width = rows_per_head * head_dim
+            return x.reshape(*tokens, *((x.shape[-1] // width, width) if heads in ("q", "k") else x.shape[-1:]))
+        return x.reshape(x.shape[0], *tokens) if last == "..." else x
+
+    results = function(*jax.tree.map(split, axes(options, *operands), operands), options=options)
+
+    def merge(names: str, x):
+        return x.reshape(*lead, math.prod(x.shape[len(tokens) :])) if names.startswith("...") else x
+
+    return jax.tree.map(merge, axes(options, inputs, results)[1], results)

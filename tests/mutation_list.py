@@ -1,0 +1,1277 @@
+"""The mutations that `tests.mutations` tries, grouped by the file that they break, in the order of the package.
+
+Each breaks one place and names tests that must fail. `what` is its id, which stays when the code moves.
+"""
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """`old`, which `file` holds exactly once, becomes `new`; some of `tests` must fail."""
+
+    file: str
+    what: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    needs_gpu: str = ""  # why no test can see it without one
+
+
+def tests_of(file: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"tests/test_{file}.py::{name}" for name in names) if names else (f"tests/test_{file}.py",)
+
+
+def _in(file: str, *mutations: tuple) -> list[Mutation]:
+    """Each is (what, old, new, tests), and where it needs a GPU the reason."""
+    return [Mutation(file, *mutation) for mutation in mutations]
+
+
+TREE = tests_of("tree", "test_reference_sum_is_the_tree")
+TREE_OF_TRITON = tests_of("tree", "test_each_layout_of_the_triton_kernel_sums_the_tree")
+FORMS_OF_XLA = tests_of("properties", "test_forward_keeps_to_its_definition[xla-6]")
+FORMS_OF_MOSAIC = tests_of("properties", "test_forward_keeps_to_its_definition[mosaic_gpu-25]")
+PACKED_IN_TRITON = tests_of("kernel_forms", "test_a_form_has_the_bits_of_the_plain_one[triton-copied-packed-table]")
+PACKED_IN_MOSAIC = tests_of("kernel_forms", "test_a_form_has_the_bits_of_the_plain_one[mosaic_gpu-copied-packed-table]")
+GRADIENTS_OF_XLA = tests_of("properties", "test_backward_of_plain_xla_keeps_to_its_definition")
+GRADIENTS_OF_MOSAIC = tests_of("properties", "test_backward_agrees_with_plain_xla[mosaic_gpu-8]")
+GRADIENTS_OF_TRITON = tests_of("triton_vjp", "test_every_layout_and_number_of_rows")
+POSITIONS_OF_XLA = tests_of("positions", "test_positions_outside[xla-int32]")
+OUTSIDE_OF_MOSAIC = "test_a_position_past_the_table_gives_nan_in_its_lanes_and_a_negative_one_row_0"
+OUTSIDE_OF_TORCH = tests_of(
+    "torch_ref", "test_a_position_past_the_table_gives_nan_in_its_rotated_lanes_and_a_negative_one_row_0"
+)
+RECIPE = tests_of("mosaic_gpu", "test_every_rounding_is_the_recipe_s")
+SHARDED = tests_of("sharding", "test_tokens_and_heads[(4,2)-auto]")
+BAD_CALL = tests_of("errors", "test_bad_call")
+MROPE_AND_BETA = "xla-T5-H3.2-D16-R8-float32-mrope_section=(2,1,1)-norm_beta=1.0-max_position=32"
+# The places of a sum or product show in float32, the round trip in 16 bits.
+BITS_OF_TRITON = tests_of(
+    "parity",
+    "test_agrees_on_a_gpu[triton-T4096-H16.2-D256-R64-float32]",
+    "test_agrees_on_a_gpu[triton-T127-H24.4-D128-R128-bfloat16]",
+    "test_agrees_on_a_gpu[triton-T1025-H5.2-D96-R96-float32-norm_beta=1.0]",
+)
+PTX = "inline assembly, which only a GPU runs"
+
+MUTATIONS = [
+    # What a call is and may be: options, rows, checks, the public functions.
+    *_in(
+        "pallas_qk/_options.py",
+        (
+            "tree order: the warps from the lowest bit",
+            "return [0, *range(5, 0, -1), *range(bits - 1, 5, -1)]",
+            "return [0, *range(5, 0, -1), *range(6, bits)]",
+            TREE,
+        ),
+        (
+            "tree order: pairs also where a thread holds one lane",
+            "if bits <= 5:\n        return list(range(bits - 1, -1, -1))",
+            "if bits <= 5:\n        return [0, *range(bits - 1, 0, -1)]",
+            TREE,
+        ),
+        (
+            "the fused form of a single frequency with mRoPE",
+            "(options.mrope_section is not None and options.rotary_dim > 2)",
+            "options.mrope_section is not None",
+            RECIPE,
+        ),
+        (
+            "the fused form in float32",
+            'options.rotary_dim > 2) or str(dtype) == "float32"',
+            "options.rotary_dim > 2)",
+            RECIPE,
+        ),
+        (
+            "chunks as wide as the rotated lanes",
+            "return math.gcd(rotary_dim // 2, head_dim, 1 << 30)",
+            "return math.gcd(rotary_dim, head_dim, 1 << 30)",
+            tests_of("forward", "test_every_layout_gives_the_same_bits"),
+        ),
+        (
+            "the rows of k are not counted against 32 bits",
+            "spec.num_tokens * max(spec.num_q_heads, spec.num_kv_heads), 2**31 - margin",
+            "spec.num_tokens * spec.num_q_heads, 2**31 - margin",
+            tests_of("choice", "test_rows_are_counted_in_32_bits"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_rows.py",
+        (
+            "a size that an export leaves open is not seen",
+            "open_size=next(still_open, None),",
+            "open_size=None,",
+            tests_of("export", "test_a_table_of_any_length"),
+        ),
+        (
+            "rows: the gate at q's place",
+            'rows["gate"] = Rows("q", q._replace(first=d), target)',
+            'rows["gate"] = Rows("q", q, target)',
+            tests_of("forward", "test_gate_bits_are_kept[xla]"),
+        ),
+        (
+            "rows: packed v at k's place",
+            'Place("q", d, token, first=q_width + kv_width),',
+            'Place("q", d, token, first=q_width),',
+            PACKED_IN_MOSAIC,
+        ),
+        (
+            "a gate left in place is written by the kernel too",
+            'Place("gate", d, num_q_heads * d) if options.gate == "copied" else None',
+            'Place("gate", d, num_q_heads * d)',
+            tests_of("surface", "test_nothing_is_moved_beside_the_kernel[in place-mosaic_gpu]"),
+        ),
+        (
+            "rounded gradients of weights are float32",
+            "if options.round_dweights:\n        return types",
+            "if not options.round_dweights:\n        return types",
+            tests_of("kernel_forms", "test_weight_gradients_rounded_by_the_kernel[xla-9]"),
+        ),
+        (
+            "an output does not vary with the rows of the table",
+            "source + getattr(x, kind.weight) + x.cos_sin_cache + x.positions",
+            "source + getattr(x, kind.weight)",
+            tests_of("surface", "test_rows_that_vary_alone"),
+        ),
+        (
+            "the weights' gradients vary with nothing",
+            "reads[kind.weight] += read",
+            "reads[kind.weight] += ()",
+            tests_of("sharding", "test_gradients_inside_shard_map"),
+        ),
+        (
+            "the row of each token is taken for a shared table",
+            'table = "... rotary" if trees[0].positions is None else "position rotary"',
+            'table = "position rotary"',
+            tests_of("surface", "test_vmap_over_activations_is_one_call[rows, copied-0]"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_checks.py",
+        (
+            "checks: sections that don't sum to R/2",
+            "or min(section) < 0 or sum(section) != rotary_dim // 2:",
+            "or min(section) < 0:",
+            BAD_CALL,
+        ),
+        (
+            "checks: a bool is an integer",
+            "return isinstance(value, numbers.Integral) and not isinstance(value, bool)",
+            "return isinstance(value, numbers.Integral)",
+            BAD_CALL,
+        ),
+        (
+            "checks: an eps of NaN",
+            "if not 0 <= eps <= _LARGEST:",
+            "if eps < 0 or eps > _LARGEST:",
+            BAD_CALL,
+        ),
+        (
+            "checks: a norm_beta of -0.0 keeps its sign",
+            "return float(norm_beta) + 0.0",
+            "return float(norm_beta)",
+            tests_of("forward", "test_a_norm_beta_of_negative_zero_is_zero"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_array_checks.py",
+        (
+            "guard: NumPy's 64 bits narrowed unseen",
+            "return np.maximum(at_most, -1).astype(np.int32)",
+            "return positions.astype(np.int32)",
+            tests_of("positions", "test_numpy_positions_of_64_bits_are_not_narrowed_unseen"),
+        ),
+        (
+            "reduced types inside shard_map pass",
+            "if spec.reduced | spec.unreduced | manual.reduced | manual.unreduced:",
+            "if spec.reduced | spec.unreduced:",
+            tests_of("sharding", "test_reduced_and_unreduced_arrays_in_shard_map_are_refused"),
+        ),
+        (
+            "checks: a masked array loses its mask",
+            "if not isinstance(array, jax.Array | np.ndarray) or isinstance(array, np.ma.MaskedArray):",
+            "if not isinstance(array, jax.Array | np.ndarray):",
+            BAD_CALL,
+        ),
+    ),
+    *_in(
+        "pallas_qk/_mesh_checks.py",
+        (
+            "sharding: a head cut across devices",
+            "if num_heads % num_shards:",
+            "if num_heads < num_shards:",
+            tests_of("sharding", "test_a_head_cut_across_devices_is_refused"),
+        ),
+        (
+            "a fork of a process that ran the op goes on",
+            "if _first_process() != os.getpid():",
+            "if False:",
+            tests_of("surroundings", "test_a_worker_forked_from_a_process_that_runs_jax_is_told_to_be_spawned"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_api.py",
+        (
+            "positions of less than a byte reach the kernels",
+            "if inputs.positions is not None and jnp.iinfo(inputs.positions.dtype).bits < 8:",
+            "if False:",
+            tests_of("positions", "test_a_kernel_is_given_whole_words_for_positions_of_less_than_a_byte"),
+        ),
+        (
+            "NumPy's 64-bit positions are left to JAX",
+            "inputs._replace(positions=_array_checks.canonical_positions(inputs.positions))",
+            "inputs._replace(positions=inputs.positions)",
+            tests_of("positions", "test_numpy_positions_of_64_bits_are_not_narrowed_unseen"),
+        ),
+        (
+            "copy_gate=False copies the gate",
+            "gate=gate,",
+            'gate="copied" if gate else None,',
+            tests_of("surface", "test_nothing_is_moved_beside_the_kernel[in place-mosaic_gpu]"),
+        ),
+    ),
+    # The op over a mesh, under vmap and differentiated, and the choice of what runs.
+    *_in(
+        "pallas_qk/_op.py",
+        (
+            "the partitioner's call on platforms without it",
+            'for platform in ("cpu", "cuda"):',
+            'for platform in ("cpu", "cuda", "tpu"):',
+            tests_of("sharding", "test_platforms_that_partition_plain_xla_themselves[auto-False-tpu]"),
+        ),
+        (
+            "explicit axes left out of plain XLA's results",
+            "function = compiler_partitioned(plain, [x.sharding for x in ctx.avals_out])",
+            "function = plain",
+            tests_of("sharding", "test_platforms_that_partition_plain_xla_themselves[explicit-False-tpu]"),
+        ),
+        (
+            "an export over devices holds the partitioner's call",
+            "exported=context.lowering_parameters.for_export\n",
+            "exported=False\n",
+            tests_of("export", "test_over_devices_outside_shard_map_is_refused"),
+        ),
+        (
+            "results vary over every axis that any operand varies over",
+            "*(y.manual_axis_type.varying for y in read if y is not None)",
+            "*(y.manual_axis_type.varying for y in jax.tree.leaves(operands))",
+            tests_of("sharding", "test_shard_map"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_derivatives.py",
+        (
+            "derivative: no psum over the axes that an input does not vary along",
+            "return (lax.psum(gradient, tuple(summed)) if summed else gradient).astype(aval.dtype)",
+            "return gradient.astype(aval.dtype)",
+            tests_of("sharding", "test_gradients_inside_shard_map"),
+        ),
+        (
+            "the weights' gradients rounded before their sum over manual axes",
+            "rounded = not jax.sharding.get_abstract_mesh().manual_axes",
+            "rounded = True",
+            tests_of("sharding", "test_gradients_inside_shard_map"),
+        ),
+        (
+            "tangents computed in the activations' dtype",
+            "(_in_float32(inputs),), (_in_float32(tangents),))",
+            "(inputs,), (tangents,))",
+            tests_of("gradients", "test_forward_mode_in_16_bits"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_partition.py",
+        (
+            "sharding: no psum of the weights' gradients",
+            "(lax.psum(x, over) if over else x)",
+            "x",
+            SHARDED,
+        ),
+        (
+            "sharding: the weights' gradients rounded before their sum",
+            "exact = call._replace(options=dataclasses.replace(call.options, round_dweights=False))",
+            "exact = call",
+            SHARDED,
+        ),
+        (
+            "sharding: psum over tokens alone",
+            'sums = tokens + heads["q"], tokens + heads["k"]',
+            "sums = tokens, tokens",
+            SHARDED,
+        ),
+        (
+            "sharding: the factor of q_gate the other way round",
+            'CompoundFactor(heads, f"{heads}_rows")',
+            'CompoundFactor(f"{heads}_rows", heads)',
+            SHARDED,
+        ),
+        (
+            "sharding: k laid out as q is",
+            "[heads.get(split_axis(name)[0], ())]",
+            '[heads.get(split_axis(name)[0].replace("k", "q"), ())]',
+            tests_of("sharding", "test_tokens_and_heads[(4,2), k replicated-auto]"),
+        ),
+        (
+            "sharding: padded tokens count in the weights' gradients",
+            "mesh_axes if size % _num_parts(mesh, mesh_axes) == 0 else ()",
+            "mesh_axes",
+            tests_of("sharding", "test_tokens_that_do_not_divide"),
+        ),
+        (
+            "a sharded weight shards the other one",
+            'return [f"whole{next(numbers)}"]',
+            "return [axis]",
+            tests_of("sharding", "test_a_sharded_weight_is_gathered_alone"),
+        ),
+        (
+            "sharding: heads over an axis that shards tokens",
+            "for axis in _mesh_axes(mesh, x)[-1] if axis not in tokens)",
+            "for axis in _mesh_axes(mesh, x)[-1])",
+            tests_of("sharding", "test_q_and_k_that_share_an_axis_otherwise"),
+        ),
+        (
+            "sharding: a part of a mesh axis has no name",
+            "primes = [prime for size in sizes for prime in _prime_factors(size)]",
+            "primes = list(sizes)",
+            tests_of("sharding", "test_two_kv_heads_shared_by_eight_devices"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_primitive.py",
+        (
+            "one device's code forgets the GPU that the mesh names",
+            "AbstractMesh((), (), abstract_device=device))",
+            "AbstractMesh((), ()))",
+            tests_of("choice", "test_an_old_gpu_gets_xla"),
+        ),
+        (
+            "explicit axes left out of plain XLA",
+            "if not any(sharding.mesh.explicit_axes for sharding in jax.tree.leaves(shardings)):",
+            "if shardings:",
+            tests_of("sharding", "test_further_derivatives[explicit, set_mesh]"),
+        ),
+        (
+            "a call without jit goes round in circles",
+            "with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):",
+            "with jax.debug_nans(False), jax.debug_infs(False):",
+            tests_of("choice", "test_disable_jit_runs_the_same_op"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_batching.py",
+        (
+            "vmap: results mapped where no argument is",
+            "if any(dim is not None for dim in dims):",
+            "if True:",
+            tests_of("gradients", "test_every_mode_and_order[xla-T5-H3.2-D16-R8-float32-max_position=32-jacfwd]"),
+        ),
+        (
+            "vmap: the batch in front of mRoPE's rows",
+            'front = names.split().index("...")',
+            "front = 0",
+            tests_of("vmap", "test_vmap_of_vmap"),
+        ),
+        (
+            "vmap: unbatched arrays not broadcast",
+            "batching.broadcast(x, axis.size, front, axis.explicit_mesh_axis)",
+            "batching.broadcast(x, 1, front, axis.explicit_mesh_axis)",
+            tests_of("vmap", "test_every_combination"),
+        ),
+        (
+            "vmap: batched weights added to the leading axes",
+            'return all(dim is None or "..." in x.split() for x, dim in zip(names, dims, strict=True))',
+            'return any(dim is not None and "..." in x.split() for x, dim in zip(names, dims, strict=True))',
+            tests_of("vmap", "test_every_combination"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_dispatch.py",
+        (
+            "choice: a name falls back in silence",
+            "elsewhere_xla=implementation is None",
+            "elsewhere_xla=True",
+            tests_of("choice", "test_a_gpu_name_on_another_platform_says_so"),
+        ),
+        (
+            "one device's rows are not counted",
+            "_implementations.refuse(implementation, reason)",
+            "_implementations.refuse(implementation, None)",
+            tests_of("sharding", "test_rows_are_those_of_one_device[mosaic_gpu]"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_implementations.py",
+        (
+            "choice: the other GPU kernel first",
+            '_PREFERENCE = ("mosaic_gpu", "triton", "xla") if',
+            '_PREFERENCE = ("mosaic_gpu", "triton", "xla") if not',
+            tests_of("choice", "test_none_takes_the_gpu_kernel_on_cuda_and_xla_elsewhere"),
+        ),
+        (
+            "choice: a missing backend is not missed",
+            "if (missing := _missing_module(name)) is not None:",
+            "if (missing := _missing_module(name)) == name:",
+            tests_of("choice", "test_a_jax_without_one_of_the_backends"),
+        ),
+        (
+            "a name is refused for the rows of all devices together",
+            "spec = dataclasses.replace(spec, num_tokens=min(1, spec.num_tokens))",
+            "pass",
+            tests_of("sharding", "test_rows_are_those_of_one_device[mosaic_gpu]"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_target.py",
+        (
+            "code is made for the newest of several GPUs",
+            "return Target(min(map(_capability, local_gpus()), default=_HOPPER))",
+            "return Target(max(map(_capability, local_gpus()), default=_HOPPER))",
+            tests_of("choice", "test_of_several_local_gpus_the_least_counts"),
+        ),
+        (
+            "code is made for the most multiprocessors of several GPUs",
+            "return min((d.core_count for d in local_gpus()), default=_HOPPER_SMS)",
+            "return max((d.core_count for d in local_gpus()), default=_HOPPER_SMS)",
+            tests_of("choice", "test_of_several_local_gpus_the_least_counts"),
+        ),
+        (
+            "a GPU that no table knows counts as a Hopper",
+            "if word in _CAPABILITY_OF_KIND), _AMPERE))",
+            "if word in _CAPABILITY_OF_KIND), _HOPPER))",
+            tests_of("choice", "test_compute_capability_of_an_abstract_device"),
+        ),
+        (
+            "a local GPU is looked up in the table",
+            "if local.device_kind == device.device_kind:",
+            "if local is device:",
+            tests_of("choice", "test_a_local_gpu_that_the_mesh_names_is_asked_itself"),
+        ),
+    ),
+    # Plain XLA, whose rules the kernels share.
+    *_in(
+        "pallas_qk/_reference.py",
+        (
+            "xla: the bits of a lane in ascending order",
+            "for bit in tree_order(num_lanes):",
+            "for bit in range(len(bits_left)):",
+            TREE,
+        ),
+        (
+            "xla: a plain sum",
+            "mean_square = tree_sum(x32 * x32) / head_dim",
+            "mean_square = jnp.sum(x32 * x32, axis=-1) / head_dim",
+            tests_of("rounding", "test_the_norm_of_plain_xla_sums_by_the_tree"),
+        ),
+        (
+            "xla: no bfloat16 round trip",
+            "return lax.reduce_precision(y, exponent_bits=8, mantissa_bits=7)",
+            "return y",
+            tests_of("rounding"),
+        ),
+        (
+            "xla: a float16 round trip that flushes subnormals",
+            "return lax.optimization_barrier(y.astype(dtype)).astype(jnp.float32)",
+            "return lax.reduce_precision(y, exponent_bits=5, mantissa_bits=10)",
+            tests_of("rounding"),
+        ),
+        (
+            "xla: no float16 round trip",
+            "return lax.optimization_barrier(y.astype(dtype)).astype(jnp.float32)",
+            "return y",
+            tests_of("rounding"),
+        ),
+        (
+            "xla: rotation of values that were not rounded",
+            "return _rotate(round_trip(y, x.dtype), rotation, cos, sin).astype(x.dtype)",
+            "return _rotate(y, rotation, cos, sin).astype(x.dtype)",
+            tests_of("rounding"),
+        ),
+        (
+            "xla: rotation the other way round",
+            "return jnp.concatenate([y1 * cos - y2 * sin, y1 * sin + y2 * cos, rest], axis=-1)",
+            "return jnp.concatenate([y1 * cos + y2 * sin, y2 * cos - y1 * sin, rest], axis=-1)",
+            FORMS_OF_XLA,
+        ),
+        (
+            "xla: width reads by the limit of height",
+            "== axis) & (frequency < 3 * mrope_section[axis])",
+            "== axis) & (frequency < 3 * mrope_section[1])",
+            tests_of("forward", "test_equals_the_definition[xla-T7-H3.1-D256-R64-bfloat16-mrope_section=(18,5,9)]"),
+        ),
+        (
+            "xla: sections that start one too late",
+            "start = sum(mrope_section[:axis])",
+            "start = sum(mrope_section[: axis + 1])",
+            tests_of("properties", "test_forward_keeps_to_its_definition"),
+        ),
+        (
+            "guard: one row too many",
+            "is_past = positions >= limit",
+            "is_past = positions > limit",
+            POSITIONS_OF_XLA,
+        ),
+        (
+            "guard: negative positions read the table's end",
+            "jnp.where((positions < 0) | is_past, 0, positions)",
+            "jnp.where(is_past, 0, positions)",
+            POSITIONS_OF_XLA,
+        ),
+        (
+            "derivatives read NaN past the table",
+            "cos, sin = _cos_and_sin(inputs, options, past=None)\n    gradients,",
+            "cos, sin = _cos_and_sin(inputs, options, past=jnp.nan)\n    gradients,",
+            tests_of("gradients", "test_a_masked_token_outside_the_table_adds_nothing[xla-grad-False]"),
+        ),
+        (
+            "tangents read NaN past the table",
+            "cos, sin = _cos_and_sin(inputs, options, past=None)\n    for",
+            "cos, sin = _cos_and_sin(inputs, options, past=jnp.nan)\n    for",
+            tests_of("gradients", "test_derivatives_read_row_0_outside_the_table[xla-just past]"),
+        ),
+        (
+            "the table's gradient sees positions past it",
+            "lax.stop_gradient(table) if past is None else past",
+            "table if past is None else past",
+            tests_of("gradients", "test_derivatives_read_row_0_outside_the_table[xla-just past]"),
+        ),
+        (
+            "guard: compared after narrowing",
+            "if positions.dtype.itemsize < 4:",
+            "if positions.dtype.itemsize != 4:",
+            tests_of("positions", "test_positions_outside[xla-int64]"),
+        ),
+        (
+            "guard: narrow types not widened",
+            "if positions.dtype.itemsize < 4:",
+            "if positions.dtype.itemsize < 1:",
+            tests_of("positions", "test_a_table_whose_size_is_the_types_limit_plus_one"),
+        ),
+        (
+            "xla: zeros instead of NaN",
+            "_cos_and_sin(inputs, options, past=jnp.nan)",
+            "_cos_and_sin(inputs, options, past=0.0)",
+            POSITIONS_OF_XLA,
+        ),
+        (
+            "xla: gate and q exchanged",
+            "kind.source.first % kind.source.head\n        rows[name]",
+            "(kind.source.first + head_dim) % kind.source.head\n        rows[name]",
+            FORMS_OF_XLA,
+        ),
+        (
+            "xla: k with q's weight",
+            "rows[name] = norm_and_rope(rows[name], weight_of(inputs, kind), kind.rotation, cos, sin, options)",
+            "rows[name] = norm_and_rope(rows[name], inputs.q_weight, kind.rotation, cos, sin, options)",
+            FORMS_OF_XLA,
+        ),
+        (
+            "xla: no eps",
+            "y = x32 * lax.rsqrt(mean_square + options.eps)[..., None] * weight",
+            "y = x32 * lax.rsqrt(mean_square)[..., None] * weight",
+            tests_of("forward", "test_zero_rows_give_zeros[xla]"),
+        ),
+        (
+            "xla: no beta",
+            "return weight + norm_beta if norm_beta else jnp.where(weight == 0, 0.0, weight)",
+            "return jnp.where(weight == 0, 0.0, weight)",
+            FORMS_OF_XLA,
+        ),
+        (
+            "xla: a weight of -0.0 keeps its sign",
+            "return weight + norm_beta if norm_beta else jnp.where(weight == 0, 0.0, weight)",
+            "return weight + norm_beta",
+            tests_of("forward", "test_a_weight_of_negative_zero_counts_as_zero[xla]"),
+        ),
+        (
+            "xla backward: rotated forwards",
+            "_rotate(dy[..., :rotary_dim], rotation, cos, -sin)",
+            "_rotate(dy[..., :rotary_dim], rotation, cos, sin)",
+            GRADIENTS_OF_XLA,
+        ),
+        (
+            "xla backward: the gate's cotangent before q's gradient",
+            "jnp.concatenate(xs, axis=-1) for xs in sections.values()",
+            "jnp.concatenate(xs[::-1], axis=-1) for xs in sections.values()",
+            GRADIENTS_OF_XLA,
+        ),
+        (
+            "xla backward: 1/rms once too few",
+            "dx = inv_rms * (g - x32 * (inv_rms * inv_rms * jnp.mean(g * x32, axis=-1)[..., None]))",
+            "dx = inv_rms * (g - x32 * (inv_rms * jnp.mean(g * x32, axis=-1)[..., None]))",
+            GRADIENTS_OF_XLA,
+        ),
+        (
+            "xla backward: no beta",
+            "g = dy * _over_rows(weight.astype(jnp.float32) + options.norm_beta, x)",
+            "g = dy * _over_rows(weight.astype(jnp.float32), x)",
+            tests_of("gradients", f"test_every_mode_and_order[{MROPE_AND_BETA}-grad of grad]"),
+        ),
+    ),
+    # The Mosaic GPU kernels, by the interpreter of what they emit.
+    *_in(
+        "pallas_qk/_mosaic_gpu/__init__.py",
+        (
+            "choice: Mosaic GPU on an Ampere",
+            "if target.compute_capability < (9, 0):",
+            "if target.compute_capability < (8, 0):",
+            tests_of("choice", "test_an_old_gpu_gets_xla") + tests_of("mosaic_gpu", "test_unsupported_says_why"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_mosaic_gpu/emit.py",
+        (
+            "mosaic guard: a signed position without its sign",
+            "extend = arith.extsi if is_signed(self.dtype) else arith.extui",
+            "extend = arith.extui",
+            tests_of("mosaic_gpu", f"{OUTSIDE_OF_MOSAIC}[100-int8]"),
+        ),
+        (
+            "mosaic: offsets of the table in 32 bits",
+            "return self + index.resized(64) * lanes",
+            "return self + (index * lanes).resized(64)",
+            tests_of("large", "test_table"),
+            "a table of 2^32 elements, for which only a GPU has a test",
+        ),
+        (
+            "mosaic: NaN in the first lane of a word alone",
+            "word.width else lane * 0x10001, word.width)",
+            "word.width else lane, word.width)",
+            tests_of("mosaic_gpu", f"{OUTSIDE_OF_MOSAIC}[100-int32]"),
+        ),
+        (
+            "mosaic: the first lane's bits stay in the second",
+            "*([word & -(1 << 16)] if is_pair else [])",
+            "*([word] if is_pair else [])",
+            RECIPE,
+        ),
+        (
+            "mosaic: lanes of a word swapped on the way out",
+            'x2.f32 $0, $2, $1;", "=r,f,f"',
+            'x2.f32 $0, $1, $2;", "=r,f,f"',
+            RECIPE,
+        ),
+    ),
+    *_in(
+        "pallas_qk/_mosaic_gpu/launch.py",
+        (
+            "mosaic: the last program left out",
+            "grid=(num_programs,),",
+            "grid=(num_programs - 1,),",
+            RECIPE,
+        ),
+        (
+            "mosaic: a name for a single warpgroup, which costs a barrier",
+            "None if num_warpgroups == 1 else num_warpgroups,\n        thread_name=None if num_warpgroups == 1 else",
+            "num_warpgroups,\n        thread_name=",
+            tests_of("mosaic_gpu", "test_what_is_emitted"),
+        ),
+        (
+            "mosaic: a kernel without its name",
+            "kernel_name=name,",
+            "kernel_name=None,",
+            tests_of("mosaic_gpu", "test_what_is_emitted"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_mosaic_gpu/thread.py",
+        (
+            "mosaic: the bits of a lane in ascending order",
+            "for bit in order:",
+            "for bit in sorted(order):",
+            RECIPE,
+        ),
+        (
+            "mosaic: the other square of a pair fused",
+            "mlir_math.fma(first, first, arith.mulf(second, second))",
+            "mlir_math.fma(second, second, arith.mulf(first, first))",
+            RECIPE,
+        ),
+        (
+            "mosaic: two threads that share a pair fuse one square each",
+            "(first,), (second,) = select(is_second, [other], [x]), select(is_second, [x], [other])",
+            "first, second = x, other",
+            RECIPE,
+        ),
+        (
+            "mosaic: mean and eps in two roundings",
+            "rcp.approx.ftz.f32 t, $2; fma.rn.f32 t, $1, t, $3; rsqrt",
+            "rcp.approx.ftz.f32 t, $2; fma.rn.f32 t, $1, t, $1; rsqrt",
+            RECIPE,
+        ),
+        (
+            "mosaic: width reads by the limit of height",
+            "remainder, limit = frequency % 3, 3 * section[axis]",
+            "remainder, limit = frequency % 3, 3 * section[1]",
+            tests_of("mosaic_gpu", "test_equals_the_definition[T7-H3.1-D256-R64-bfloat16-mrope_section=(18,5,9)]"),
+        ),
+        (
+            "mosaic: sections that start at 0",
+            "first, size = sum(section[:axis]), section[axis]",
+            "first, size = 0, section[axis]",
+            FORMS_OF_MOSAIC,
+        ),
+        (
+            "mosaic guard: compared after narrowing",
+            "inside = position < self._limit(position)",
+            "inside = position.resized(32) < min(self._limit(position), 2**31 - 1)",
+            tests_of("mosaic_gpu", f"{OUTSIDE_OF_MOSAIC}[100-int64]"),
+        ),
+        (
+            "mosaic guard: an unsigned position with a sign",
+            "signed=is_signed(self.positions.dtype))",
+            "signed=True)",
+            tests_of("mosaic_gpu", f"{OUTSIDE_OF_MOSAIC}[100-uint32]"),
+        ),
+        (
+            "mosaic guard: a negative position is past the table",
+            "signed=is_signed(self.positions.dtype))",
+            "signed=False)",
+            tests_of("mosaic_gpu", f"{OUTSIDE_OF_MOSAIC}[100-int32]"),
+        ),
+        (
+            "mosaic: row 0 instead of NaN",
+            "cos = select(is_past, [nan_like(word, self.cache.dtype) for word in cos], cos)",
+            "cos = select(is_past, cos, cos)",
+            tests_of("mosaic_gpu", f"{OUTSIDE_OF_MOSAIC}[100-int32]"),
+        ),
+        (
+            "mosaic: tokens of a packed array too close",
+            "gap = self.place.token - self.num_heads * self.place.head",
+            "gap = (self.place.token - self.num_heads * self.place.head) // 2",
+            FORMS_OF_MOSAIC,
+        ),
+        (
+            "mosaic: offsets of rows in 32 bits",
+            "offset = row.resized(64) * self.place.head",
+            "offset = (row * self.place.head).resized(64)",
+            tests_of("large", "test_outputs_of_the_mosaic_kernel_by_its_interpreter"),
+        ),
+        (
+            "mosaic: offsets of tokens in 32 bits",
+            "return offset + (row // self.num_heads).resized(64) * gap",
+            "return offset + (row // self.num_heads * gap).resized(64)",
+            tests_of("mosaic_gpu", "test_offsets_past_2_32_elements"),
+        ),
+        (
+            "mosaic: no eps",
+            "sum_of_squares.type, sum_of_squares, f32(head_dim), f32(eps))",
+            "sum_of_squares.type, sum_of_squares, f32(head_dim), f32(0.0))",
+            RECIPE,
+        ),
+        (
+            "mosaic: no beta",
+            "return [arith.addf(lane, f32(norm_beta)) for lane in widen(words, dtype)]",
+            "return [arith.addf(lane, f32(0.0)) for lane in widen(words, dtype)]",
+            RECIPE,
+        ),
+        (
+            "mosaic: a weight of -0.0 keeps its sign",
+            "return widen([Int(ptx(code,",
+            "return widen(words, dtype) or widen([Int(ptx(code,",
+            tests_of("mosaic_gpu", "test_weights_of_minus_zero_give_zero"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_mosaic_gpu/config.py",
+        (
+            "mosaic: more rows than threads in a warp",
+            "min(32, 2 * rows_per_warp), weights",
+            "2 * rows_per_warp, weights",
+            tests_of("mosaic_gpu", "test_equals_the_definition[T65-H12.1-D8-R4-bfloat16]"),
+        ),
+        (
+            "mosaic: the weights after the sum where every lane is rotated",
+            "after_sum = num_rows >= 65536 and r < d",
+            "after_sum = num_rows >= 65536",
+            tests_of("choice", "test_rule_of_the_mosaic_gpu_kernel"),
+        ),
+        (
+            "mosaic backward: more programs than the GPU holds at once",
+            "resident = 4 * num_warpgroups * num_sms",
+            "resident = 8 * num_warpgroups * num_sms",
+            tests_of("mosaic_gpu_vjp", "test_the_rule_is_one_resident_wave"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_mosaic_gpu/forward.py",
+        (
+            "mosaic: rotation of values that were not rounded",
+            "ys.append(widen(words[-1], dtype))",
+            "ys.append(y)",
+            RECIPE,
+        ),
+        (
+            "mosaic: the wrong partner",
+            "rotations.append(Rotation(index, layout.bases.index(base + half), None, where, frequency))",
+            "rotations.append(Rotation(index, layout.bases.index(half), None, where, frequency))",
+            tests_of("mosaic_gpu", "test_every_configuration_gives_the_same_bits"),
+        ),
+        (
+            "mosaic: the fused form without mRoPE",
+            "mlir_math.fma(b, c, arith.mulf(a, s)) if fuses_y2 else",
+            "mlir_math.fma(b, c, arith.mulf(a, s)) if True else",
+            RECIPE,
+        ),
+        (
+            "mosaic: the fused form with mRoPE",
+            "mlir_math.fma(b, c, arith.mulf(a, s)) if fuses_y2 else",
+            "mlir_math.fma(b, c, arith.mulf(a, s)) if False else",
+            RECIPE,
+        ),
+        (
+            "mosaic: rows past the last",
+            "row = row.minimum(num_rows - 1)",
+            "row = row.minimum(num_rows)",
+            tests_of("mosaic_gpu", "test_a_token_alone_gives_the_bits_it_gives_in_a_batch"),
+        ),
+        (
+            "mosaic: the gate read at q's place",
+            "if kind.source != lead else lead_row",
+            'if kind.heads != "q" else lead_row',
+            tests_of("mosaic_gpu", "test_gates_keep_nan_payloads_and_rows_their_nans"),
+        ),
+        (
+            "mosaic: k with q's weight",
+            "weight = weight_of(inputs, kind)\n",
+            "weight = inputs.q_weight\n",
+            FORMS_OF_MOSAIC,
+        ),
+    ),
+    *_in(
+        "pallas_qk/_mosaic_gpu/backward.py",
+        (
+            "mosaic backward: the projection's sign",
+            "arith.mulf(r, f32(-1 / head_dim))",
+            "arith.mulf(r, f32(1 / head_dim))",
+            GRADIENTS_OF_MOSAIC,
+        ),
+        (
+            "mosaic backward: a partner with its own sign",
+            "return [word ^ self.signs for word in words]",
+            "return words",
+            GRADIENTS_OF_MOSAIC,
+        ),
+        (
+            "mosaic backward: rows past the last count in the weights' gradients",
+            "return [*select(exists, added, sums),",
+            "return [*added,",
+            GRADIENTS_OF_MOSAIC,
+        ),
+        (
+            "mosaic backward: partial rows of warps that are not there",
+            "counts = takes_k.equals(of_k) & (other < q_warps + k_warps)",
+            "counts = takes_k.equals(of_k)",
+            GRADIENTS_OF_MOSAIC,
+        ),
+        (
+            "mosaic backward: the gate's gradient at q's place",
+            "beside = place.first - lead.first",
+            "beside = 0",
+            tests_of("kernel_gradients", "test_cotangents_of_gates_keep_their_bits_and_rows_their_nans[mosaic_gpu]"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_mosaic_gpu/weight_sum.py",
+        (
+            "mosaic backward: the sum repeats the last partial row",
+            "term = select(row < num_rows, widen(words, source.dtype), [f32(0.0)] * lanes)",
+            "term = widen(words, source.dtype)",
+            tests_of("mosaic_gpu_vjp", "test_a_second_kernel_sums_what_several_programs_have"),
+        ),
+        (
+            "mosaic backward: the sum of the first partial rows alone",
+            "for first in range(0, num_rows, _ROWS):",
+            "for first in range(0, min(num_rows, _ROWS), _ROWS):",
+            tests_of("mosaic_gpu_vjp", "test_a_second_kernel_sums_what_several_programs_have"),
+        ),
+        (
+            "mosaic backward: the sums of k's weight by no warp",
+            "num_programs = pl.cdiv(warps * len(partials), warps_per_program)",
+            "num_programs = pl.cdiv(warps, warps_per_program)",
+            tests_of("mosaic_gpu_vjp", "test_a_second_kernel_sums_what_several_programs_have"),
+        ),
+    ),
+    # The Triton kernels, by Pallas's interpret mode.
+    *_in(
+        "pallas_qk/_triton/__init__.py",
+        (
+            "choice: Triton on a GPU that is too old",
+            "if target.compute_capability < (8, 0):",
+            "if target.compute_capability < (7, 0):",
+            tests_of("choice", "test_an_old_gpu_gets_xla"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_triton/tiles.py",
+        (
+            "triton: a layout that claims the wrong bits",
+            "bits = [bit for bit in range(head_dim.bit_length() - 2, -1, -1) if 1 << bit != half]",
+            "bits = [bit for bit in range(head_dim.bit_length() - 2, -1, -1) if 1 << bit != rotary_dim]",
+            TREE_OF_TRITON,
+        ),
+        (
+            "triton: the wrong partner chunk",
+            "rotated = [arithmetic.rotate(ys[j], ys[j + pairs], cos, sin)",
+            "rotated = [arithmetic.rotate(ys[j], ys[2 * pairs - 1 - j], cos, sin)",
+            tests_of("forward", "test_chunks_of_few_lanes"),
+        ),
+        (
+            "triton: lanes past the end of a row count in the sum",
+            "return Layout([lane, partner], [lane < head_dim, rotated], [0], bits, [frequency], rotated, rotate)",
+            "return Layout([lane, partner], [None, rotated], [0], bits, [frequency], rotated, rotate)",
+            TREE_OF_TRITON + tests_of("forward", "test_equals_the_definition[triton-T7-H3.1-D80-R40-float16]"),
+        ),
+        (
+            "triton: no mask on the rows",
+            "mask = None if num_tokens * num_heads % num_rows_per_program == 0 else",
+            "mask = None if True else",
+            tests_of("masks", "test_rows_that_fill_no_program_are_masked"),
+        ),
+        (
+            "triton: the gate read at q's place",
+            "part=(first,) if len(source.kinds) > 1 else ())",
+            "part=(0,) if len(source.kinds) > 1 else ())",
+            tests_of("forward", "test_gate_bits_are_kept[triton]"),
+        ),
+        (
+            "triton: a packed gate read at q's place",
+            "return RowIndex(ref, first, step)",
+            "return RowIndex(ref, first - first % step, step)",
+            PACKED_IN_TRITON,
+        ),
+    ),
+    *_in(
+        "pallas_qk/_triton/arithmetic.py",
+        (
+            "triton: the bits of a lane in ascending order",
+            "for bit in order:",
+            "for bit in sorted(order):",
+            TREE_OF_TRITON,
+        ),
+        (
+            "triton: the places of a pair swapped",
+            "== place, words, 0) for place in (0, 1))",
+            "== place, words, 0) for place in (1, 0))",
+            BITS_OF_TRITON,
+            PTX,
+        ),
+        (
+            "triton: a pair loses one of its places",
+            "== place, words, 0) for place in (0, 1))",
+            "== place, words, 0) for place in (0, 0))",
+            TREE_OF_TRITON,
+        ),
+        (
+            "triton: rotation of values that were not rounded",
+            "y1, y2 = _reference.round_trip(y1, dtype), _reference.round_trip(y2, dtype)",
+            "y1, y2 = y1 * 1.0, y2 * 1.0",
+            tests_of("rounding"),
+        ),
+        (
+            "triton: no round trip in PTX",
+            "y1, y2 = round_trip(y1), round_trip(y2)",
+            "y1, y2 = y1 * 1.0, y2 * 1.0",
+            BITS_OF_TRITON,
+            PTX,
+        ),
+        (
+            "triton: the other product fused",
+            "mul.rn.f32 t, $3, $4; {sign}fma.rn.f32 $0, $1, $2, t;",
+            "mul.rn.f32 t, $1, $2; {sign}fma.rn.f32 $0, $3, $4, t;",
+            BITS_OF_TRITON,
+            PTX,
+        ),
+        (
+            "triton: the fused form with mRoPE",
+            "o2 = dot2(y2, cos, y1, sin) if fuses_y2 else dot2(y1, sin, y2, cos)",
+            "o2 = dot2(y1, sin, y2, cos)",
+            BITS_OF_TRITON,
+            PTX,
+        ),
+        (
+            "triton: mean and eps in two roundings",
+            "rcp.approx.ftz.f32 r, $2; fma.rn.f32 $0, $1, r, $3; }",
+            "div.rn.f32 r, $1, $2; add.rn.f32 $0, r, $3; }",
+            BITS_OF_TRITON,
+            PTX,
+        ),
+        (
+            "triton: packed lanes swapped",
+            'return y if dtype == jnp.float32 else _ptx(f"{convert} $0, $2, $1;", "=r,r,r", dtype, y, pack=2)',
+            'return y if dtype == jnp.float32 else _ptx(f"{convert} $0, $1, $2;", "=r,r,r", dtype, y, pack=2)',
+            BITS_OF_TRITON,
+            PTX,
+        ),
+        (
+            "triton: no eps",
+            "mean_plus_eps=lambda s, head_dim, eps: s / head_dim + eps,",
+            "mean_plus_eps=lambda s, head_dim, eps: s / head_dim,",
+            tests_of("forward", "test_zero_rows_give_zeros[triton]"),
+        ),
+        (
+            "triton: words summed in 64 bits under x64",
+            "jnp.sum(words, axis=-1, dtype=jnp.int32)",
+            "jnp.sum(words, axis=-1)",
+            tests_of("positions", "test_positions_outside[triton-int64]"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_triton/config.py",
+        (
+            "triton: halves where the gate is not copied",
+            "(num_rows >= 32768 and gate_copied)",
+            "num_rows >= 32768",
+            tests_of("choice", "test_the_triton_kernel_takes_chunks_where_no_gate_is_copied"),
+        ),
+        (
+            "triton: chunks of few lanes in any number",
+            "chunks = d // chunk_lanes(d, r) <= 12",
+            "chunks = True",
+            tests_of("choice", "test_layout_rule_of_the_triton_kernel"),
+        ),
+        (
+            "triton backward: more programs than the GPU holds at once",
+            "resident = programs_per_sm * num_sms",
+            "resident = 2 * programs_per_sm * num_sms",
+            tests_of("triton_vjp", "test_programs_are_resident_at_once_and_have_work"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_triton/forward.py",
+        (
+            "triton: row 0 instead of NaN",
+            "return cos if is_past is None else jnp.where(is_past, jnp.nan, cos), sin",
+            "return cos, sin",
+            tests_of("positions", "test_positions_outside[triton-int32]"),
+        ),
+        (
+            "triton: packed v read at k's place",
+            "rows, kind.source, spec)",
+            'rows, (rows["k"] if kind is rows.get("v") else kind).source, spec)',
+            PACKED_IN_TRITON,
+        ),
+        (
+            "triton: k with q's weight",
+            "name: [load(weight_of(inputs, kind), (c,), e)",
+            "name: [load(inputs.q_weight, (c,), e)",
+            tests_of("forward", "test_equals_the_definition[triton-T2-H16.2-D256-R64-float16]"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_triton/backward.py",
+        (
+            "triton backward: k's cotangent for v's",
+            "copies[name] = load(getattr(cotangents, name), wide_place, in_copied)",
+            'copies[name] = load(getattr(cotangents, name.replace("v", "k")), wide_place, in_copied)',
+            PACKED_IN_TRITON,
+        ),
+        (
+            "triton backward: the projection's sign",
+            "(inv_rms * (-1.0 / head_dim))",
+            "(inv_rms * (1.0 / head_dim))",
+            GRADIENTS_OF_TRITON,
+        ),
+        (
+            "triton backward: the last step left out",
+            "own_steps = div(num_steps - program + (programs - 1), programs)",
+            "own_steps = div(num_steps - program + (programs - 1), programs) - 1",
+            GRADIENTS_OF_TRITON,
+        ),
+        (
+            "triton backward: rows past the last divide by zero",
+            "one, zero = jnp.ones((), dq_ref.dtype), jnp.zeros((), dq_ref.dtype)",
+            "one, zero = jnp.zeros((), dq_ref.dtype), jnp.zeros((), dq_ref.dtype)",
+            tests_of("triton_vjp", "test_rows_past_the_last_add_nothing_even_without_eps"),
+        ),
+        (
+            "triton backward: partial sums past the first tile left out",
+            "total = total + jnp.sum(partials, axis=0, keepdims=True)",
+            "total = jnp.sum(partials, axis=0, keepdims=True)",
+            tests_of("triton_vjp", "test_the_sum_of_many_partials"),
+        ),
+        (
+            "triton backward: several warps, which sum through shared memory",
+            "compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),",
+            "compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),",
+            tests_of(
+                "triton_vjp",
+                "test_every_case_is_lowered_for_cuda_to_two_kernels_without_a_gpu[T1-H16.2-D256-R64-bfloat16]",
+            ),
+        ),
+    ),
+    # Tables, positions and the exchange with torch.
+    *_in(
+        "pallas_qk/rope.py",
+        (
+            "rope: the sign of sin in one quarter",
+            "sin = jnp.where(quarter >= 2, -sin, sin)",
+            "sin = jnp.where(quarter > 2, -sin, sin)",
+            tests_of("rope", "test_rows_are_exact_at_every_position"),
+        ),
+        (
+            "rope: what follows a grid continues at its height",
+            "at += max(segment[1:])",
+            "at += segment[1]",
+            tests_of("rope", "test_mrope_positions_of_images"),
+        ),
+        (
+            "rope: a table element rounded twice",
+            "if dtype != jnp.bfloat16:\n        return values.astype(dtype)",
+            "if dtype:\n        return values.astype(dtype)",
+            tests_of("rope", "test_an_element_is_rounded_once"),
+        ),
+        (
+            "rope: padding is no position 0",
+            "positions = xp.maximum(positions, 0)",
+            "positions = positions * 1",
+            tests_of("rope", "test_negative_positions_mark_padding"),
+        ),
+        (
+            "rope: one of the four products is lost",
+            "return x_high * y_high + (middle >> 16) + (rest >> 16)",
+            "return x_high * y_high + (rest >> 16)",
+            tests_of("rope", "test_angles_are_off_by_less_than_6e_9"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_rope_kinds.py",
+        (
+            "rope: an older spelling is forgotten",
+            'ALIASES = {"mrope": "default", "su": "longrope"}',
+            'ALIASES = {"mrope": "default"}',
+            tests_of("rope", "test_longrope_chooses_by_the_length"),
+        ),
+        (
+            "rope: yarn's ramp starts at a negative frequency",
+            "first, last = max(first, 0), min(last, rotary_dim - 1)",
+            "first, last = first, min(last, rotary_dim - 1)",
+            tests_of("rope", "test_yarn_s_ramp_starts_and_ends_within_the_lanes"),
+        ),
+        (
+            "rope: yarn's ramp ends at the last frequency",
+            "first, last = max(first, 0), min(last, rotary_dim - 1)",
+            "first, last = max(first, 0), min(last, rotary_dim // 2 - 1)",
+            tests_of("rope", "test_yarn_s_ramp_starts_and_ends_within_the_lanes"),
+        ),
+        (
+            "rope: dynamic below the trained length",
+            'length = max(_needed_length("dynamic", sequence_length), trained)',
+            'length = _needed_length("dynamic", sequence_length)',
+            tests_of("rope", "test_dynamic_stretches_theta_beyond_the_trained_length"),
+        ),
+        (
+            "rope: longrope's long factors at the trained length",
+            'sequence_length) > trained else "short"',
+            'sequence_length) >= trained else "short"',
+            tests_of("rope", "test_longrope_chooses_by_the_length"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/dlpack.py",
+        (
+            "dlpack: strides are ignored",
+            "if not tensor.is_contiguous():",
+            "if tensor.is_contiguous() is None:",
+            tests_of("dlpack", "test_from_torch_refuses_what_would_be_a_copy"),
+        ),
+        (
+            "dlpack: 64 bits narrowed unseen",
+            "if str(narrowed) != dtype:",
+            "if not narrowed:",
+            tests_of("dlpack", "test_from_torch_refuses_what_no_copy_would_help"),
+        ),
+        (
+            "dlpack: a storage that was cut",
+            "if held >= needed:",
+            "if held:",
+            tests_of("dlpack", "test_from_torch_refuses_what_no_copy_would_help"),
+        ),
+        (
+            "dlpack: a copy shares the tensor's memory",
+            "array.device, may_alias=False)",
+            "array.device)",
+            tests_of("dlpack", "test_a_copy_is_jaxs_own"),
+        ),
+        (
+            "dlpack: memory goes back before the device has passed",
+            "        torch.cuda.synchronize(device)",
+            "        del torch, device",
+            tests_of("dlpack", "test_torch_memory_goes_back_after_the_device_has_passed"),
+        ),
+        (
+            "dlpack: several devices' array",
+            "if len(devices) > 1 or not array.is_fully_addressable:",
+            "if not array.is_fully_addressable:",
+            tests_of("dlpack", "test_to_torch_refuses_sharded_arrays_and_takes_what_it_proposes"),
+        ),
+    ),
+    # The oracle.
+    *_in(
+        "torch_ref/_checks.py",
+        (
+            "torch: three counts of any sum",
+            "or min(section) < 0 or sum(section) != rotary_dim // 2:",
+            "or min(section) < 0:",
+            tests_of("torch_ref", "test_a_bad_call_names_rule_value_and_remedy"),
+        ),
+        (
+            "torch: tensors of several devices",
+            "if tensor.device != q_gate.device:",
+            "if tensor.device == q_gate:",
+            tests_of("torch_ref", "test_a_bad_call_names_rule_value_and_remedy"),
+        ),
+        (
+            "torch: weights in float64 beside float32 activations",
+            "tuple(dtype for dtype in activation_dtypes if dtype.itemsize <= max(4, q_gate.itemsize))",
+            "activation_dtypes",
+            tests_of("torch_ref", "test_a_bad_call_names_rule_value_and_remedy"),
+        ),
+    ),
+    *_in(
+        "torch_ref/reference.py",
+        (
+            "torch: no round trip",
+            "return y.to(x.dtype).to(compute_dtype)",
+            "return y",
+            tests_of("torch_ref", "test_oracle_equals_the_reference"),
+        ),
+        (
+            "torch: a negative position reads the table's end",
+            "table[rows.clamp(min=0).where(~past, 0)]",
+            "table[rows.where(~past, 0)]",
+            OUTSIDE_OF_TORCH,
+        ),
+        (
+            "torch: 2^63 is a negative position",
+            "past |= rows < 0",
+            "past |= rows < -(2**63)",
+            OUTSIDE_OF_TORCH,
+        ),
+        (
+            "torch: the gate in the input's memory",
+            "gate.flatten(1).clone(memory_format=torch.contiguous_format),",
+            "gate.flatten(1),",
+            tests_of("torch_ref", "test_gate_keeps_every_bit_in_memory_of_its_own"),
+        ),
+    ),
+    *_in(
+        "torch_ref/triton_oracle.py",
+        (
+            "oracle: width reads by the limit of height",
+            "(frequency % 3 == 2) & (frequency < 3 * mrope_section[2])",
+            "(frequency % 3 == 2) & (frequency < 3 * mrope_section[1])",
+            tests_of("torch_ref", "test_oracle_equals_the_reference"),
+        ),
+        (
+            "oracle: the token's stride of q for k",
+            "row_ref = k_ref + token * k_stride + (head - num_q_heads) * head_dim",
+            "row_ref = k_ref + token * (num_kv_heads * head_dim) + (head - num_q_heads) * head_dim",
+            tests_of("torch_ref", "test_strided_tokens_give_the_bits_of_dense_ones"),
+        ),
+        (
+            "oracle: no round trip",
+            "* (weight.to(tl.float32) + norm_beta)).to(dtype).to(tl.float32)",
+            "* (weight.to(tl.float32) + norm_beta))",
+            tests_of("torch_ref", "test_oracle_equals_the_reference"),
+        ),
+    ),
+]
