@@ -176,9 +176,7 @@ def measure(options: argparse.Namespace) -> int:
         case "verify":
             from benchmarks.verify import verify
 
-            if on_cpu:
-                return verify(suites.parity_cpu(), ("xla",), platform)
-            return verify(suites.parity_gpu(), pallas_qk.IMPLEMENTATIONS, platform)
+            return verify(suites.verified(platform), ("xla",) if on_cpu else pallas_qk.IMPLEMENTATIONS, platform)
         case _:
             from benchmarks.demo import demo
 

@@ -4,8 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from pallas_qk._rows import Outputs
 from tests import tolerances
+from tests.cached import CachedCase, arrays_of, by_slot, written
 from tests.cases import Case
 from tests.compare import compare_bits, compare_outputs
 
@@ -96,6 +99,34 @@ def agreement(implementation: str, case: Case, got, want, *, platform: str) -> A
         and compare_bits("gate_out", got[2], want[2]).differing == 0
     )
     return Agreement(compared.elements, compared.differing, promised, rest, rotated, kept, compared.first)
+
+
+def cached_agreement(
+    implementation: str, cached: CachedCase, got: Outputs, want: Outputs, slots: np.ndarray, *, platform: str
+) -> Agreement:
+    """Compares a call that writes a KV cache with the oracle's two launches; rows are (T, heads*D).
+
+    q and each k, in the cache and returned, keep to the promise. v, gates and what no slot names have equal bits.
+    """
+    case, at = cached.case, written(cached, slots)
+    (k, v), (k_want, v_want) = (by_slot(cached, arrays_of(x)) for x in (got, want))
+    of_tokens = [x[at].reshape(at.size, case.num_kv_heads * case.head_dim) for x in (k, k_want)]
+    gates = want.gate if got.gate is None else got.gate, want.gate
+    found = [agreement(implementation, case, *zip((got.q, want.q), of_tokens, gates, strict=True), platform=platform)]
+    rest = compare_bits("k_cache", k.at[at].set(0), k_want.at[at].set(0)) + compare_bits("v_cache", v, v_want)
+    if cached.return_kv:
+        only_k = [(x.q[:0], x.k, want.gate[:0]) for x in (got, want)]
+        found.append(agreement(implementation, case, *only_k, platform=platform))
+        rest += compare_bits("v_out", got.v, want.v)
+    return Agreement(
+        elements=rest.elements + sum(x.elements for x in found),
+        differing=rest.differing + sum(x.differing for x in found),
+        promise=found[0].promise,
+        distance=max(x.distance for x in found),
+        rotated_distance=max(x.rotated_distance for x in found),
+        kept=rest.differing == 0 and all(x.kept for x in found),
+        first=next(filter(None, [*(x.first for x in found), rest.first]), ""),
+    )
 
 
 @jax.jit

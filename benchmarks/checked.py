@@ -39,6 +39,11 @@ def check(case: Case, builds: Mapping[str, Callable[[], Call]], compare: Callabl
     return calls, kept
 
 
+def with_oracle(calls: Mapping[str, Checked], oracle: Call, against: str) -> dict[str, Checked]:
+    """The oracle first, which was compared with nothing: `against` says so."""
+    return {"oracle": Checked(oracle, {"against": against, "elements": 0, "differing": 0}), **calls}
+
+
 def finished(call: Call) -> Any:
     """The outputs of a call as JAX arrays, whichever framework computed them."""
     outputs = call()

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import pallas_qk
-from benchmarks import block, gradients
+from benchmarks import block, gradients, kv_cache
 from benchmarks.agreement import Agreement, agreement
-from benchmarks.checked import Checked, Checks, check
-from benchmarks.floor import block_bytes, minimum_bytes
+from benchmarks.checked import Checks, check, with_oracle
+from benchmarks.floor import block_bytes, cached_bytes, minimum_bytes
 from benchmarks.providers import JAX_OPS, PROVIDERS, Builder, Call, jitted, to_jax
 from tests import forms
 from tests.cases import Case, Inputs
@@ -63,9 +63,7 @@ def _check_op(
         return agreement(name, case, (*got, *want[len(got) :]), want, platform="gpu")
 
     calls, kept = check(case, builds, compare)
-    if "oracle" in providers:
-        calls = {"oracle": Checked(oracle, {"against": reference, "elements": 0, "differing": 0}), **calls}
-    return calls, kept
+    return (with_oracle(calls, oracle, reference) if "oracle" in providers else calls), kept
 
 
 def check_backward(case: Case, inputs: Inputs, providers: Mapping[str, Builder]) -> Checks:
@@ -96,5 +94,12 @@ OPERATIONS = {
         functools.partial(block.check_backward, packed=True),
         functools.partial(block_bytes, packed=True, direction="backward"),
         5.0,
+    ),
+    # Each call has caches of its own.
+    "kv_cache": Operation(kv_cache.check_cache, lambda case: cached_bytes(kv_cache.form_of(case)), 5.0),
+    "kv_cache_gate_in_place": Operation(
+        functools.partial(kv_cache.check_cache, gate="in_place"),
+        lambda case: cached_bytes(kv_cache.form_of(case, "in_place")),
+        9.0,
     ),
 }

@@ -28,6 +28,12 @@ STYLES = {
     "oracle": Style("Triton kernel of the serving design", "#D55E00", "D"),
     "copy": Style("copy of the same bytes", "#555555", "", "--"),
 }
+# What the ends of names mean.
+VARIANTS = {
+    "_in_place": ("gate in place", ":"),
+    "_alone": ("k and v returned, no cache", "-."),
+    "_then_set": ("then .at[slots].set", ":"),
+}
 _OTHERS = ("#CC79A7", "#000000", "#F0E442")  # peers, in the order met
 
 
@@ -35,11 +41,15 @@ def style(name: str, others: Sequence[str]) -> Style:
     """That of an implementation; `others` are the names without one of their own."""
     if name in STYLES:
         return STYLES[name]
-    base = name.removesuffix("_in_place")
-    if base in STYLES and name != base:
-        known = STYLES[base]
-        return Style(f"{known.label}, gate in place", known.color, known.marker, ":")
+    for ending, (text, line) in VARIANTS.items():
+        if (known := STYLES.get(name.removesuffix(ending))) and name.endswith(ending):
+            return Style(f"{known.label}, {text}", known.color, known.marker, line)
     return Style(name, _OTHERS[others.index(name) % len(_OTHERS)], "P")
+
+
+def is_known(name: str) -> bool:
+    """Whether a name has a style of its own."""
+    return any(name.removesuffix(ending) in STYLES for ending in ("", *VARIANTS))
 
 
 class Picture(NamedTuple):
@@ -108,7 +118,7 @@ def draw(picture: Picture, output: pathlib.Path) -> list[pathlib.Path]:
 
     names = list(dict.fromkeys(name for by_name in picture.curves.values() for name in by_name))
     order = [*(name for name in STYLES if name in names), *(name for name in names if name not in STYLES)]
-    others = [name for name in order if name not in STYLES and name.removesuffix("_in_place") not in STYLES]
+    others = [name for name in order if not is_known(name)]
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": picture.name, "font.size": 11}):
         height = 3.9 * len(picture.curves) + 1.5
         figure, axes = pyplot.subplots(

@@ -7,7 +7,7 @@ dicts: a script adds an entry, or passes calls of its own to `benchmarks.timing.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from benchmarks import xla_plain
 from benchmarks.timing import wait
 from pallas_qk import dlpack
 from tests import forms
+from tests.cached import CachedCase, kv_views
 from tests.cases import Case, Inputs, make_inputs
 
 Op = Callable[..., Any]  # of the arrays of a case in its form, `tests.forms.arguments`
@@ -44,6 +45,37 @@ def oracle(case: Case, inputs: Inputs) -> Call:
 
     static: dict[str, Any] = case.static_arguments
     return functools.partial(triton_oracle.fused_qk_rmsnorm_rope_gate, *torch_inputs(inputs), **static)
+
+
+def oracle_writer(cached: CachedCase, caches: Sequence[Any], slots: Any) -> Callable[[Any, Any], None]:
+    """Writes k and v (T, Hkv, D) into torch tensors in the form of the cache, in place."""
+    import torch
+
+    from torch_ref import triton_oracle
+
+    k_cache, v_cache = kv_views(cached, caches, torch.permute)
+    if "l" in cached.sizes:
+        if not cached.layer_is_inside:
+            return lambda k, v: None
+        k_cache, v_cache = k_cache[cached.layer], v_cache[cached.layer]
+    return lambda k, v: triton_oracle.write_kv_cache(k, v, k_cache, v_cache, slots)
+
+
+def cached_oracle(cached: CachedCase, tensors: Sequence[Any], v: Any, caches: Sequence[Any], slots: Any) -> Call:
+    """The oracle's two launches, of torch tensors: the op, then its writer. Gives q, k, gate and the caches."""
+    from torch_ref import triton_oracle
+
+    case = cached.case
+    rows = (case.num_tokens, case.num_kv_heads, case.head_dim)
+    write, v_rows = oracle_writer(cached, caches, slots), v.unflatten(-1, rows[1:])
+    static: dict[str, Any] = case.static_arguments
+
+    def call():
+        q, k, gate = triton_oracle.fused_qk_rmsnorm_rope_gate(*tensors, **static)
+        write(k.view(rows), v_rows)
+        return q, k, gate, *caches
+
+    return call
 
 
 def jitted(function: Op, *arrays: Any) -> Call:

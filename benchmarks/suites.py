@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from tests.cached import AXES, CachedCase
 from tests.cases import Case
 
 HEADS = ((16, 2), (32, 2))
@@ -38,6 +39,7 @@ SUITES = {
     "block": Suite(
         ("gate_in_place", "block", "block_backward", "block_packed", "block_packed_backward"), (64, 1024, 16384)
     ),
+    "kv_cache": Suite(("kv_cache", "kv_cache_gate_in_place"), (1, 16, 64, 256, 1024, 4096, 16384, 65536)),
 }
 
 
@@ -144,6 +146,54 @@ def parity_gpu() -> list[Case]:
     return small + large + float32
 
 
+def parity_cached_gpu() -> list[CachedCase]:
+    """The calls of `verify` on a GPU that write a KV cache; in each, tokens without a slot of every kind.
+
+    Every layout from separate arrays and from a packed one, and every gate. Where the cache has another dtype, plain
+    XLA promises bits too.
+    """
+    f16, bf16, f32 = "float16", "bfloat16", "float32"
+    gates = itertools.cycle(("copied", "in_place", None))
+    layouts = [
+        CachedCase(
+            Case(129, 5, 2, 128, 64, dtype, gate=next(gates), packed=packed),
+            axes,
+            num_blocks=24,
+            block_size=7,
+            return_kv=not packed,
+        )
+        for axes in AXES
+        for packed, dtype in ((False, f16), (True, bf16))
+    ]
+    dtypes = [
+        CachedCase(Case(257, 16, 2, dtype=dtype, packed=True), axes, in_cache, num_blocks=20, block_size=16)
+        for axes in ("b s h d", "b h s (c d)")
+        for dtype, in_cache in ((f16, bf16), (f16, f32), (bf16, f16), (bf16, f32))
+    ]
+    slots = [
+        CachedCase(Case(100, 3, 1, 64, 32), num_blocks=60, block_size=2, slots_dtype=dtype)
+        for dtype in ("int8", "uint8", "int16", "uint16", "uint32", "int64", "uint64")
+    ]
+    others = [
+        CachedCase(Case(1), num_blocks=1, block_size=16),
+        CachedCase(Case(64, 3, 1, 80, 40, f16, gathered=True), "b s h (c d)", num_blocks=80, block_size=1),
+        CachedCase(Case(64, 5, 2, 96, 48, f32, norm_beta=1.0), "b s (h c) d", num_blocks=5, block_size=16),
+        CachedCase(Case(200, 16, 2, mrope_section=INTERLEAVED, packed=True), "l b s h d", num_blocks=9, block_size=32),
+        CachedCase(Case(64), "l b s h d", num_blocks=5, block_size=16, layer=3),
+        CachedCase(Case(64), "l b h s (c d)", num_blocks=5, block_size=16, layer=-1),
+        CachedCase(Case(4096, 32, 2, packed=True, gate="in_place"), num_blocks=300, block_size=16),
+        CachedCase(Case(65536, 16, 2, packed=True), num_blocks=4200, block_size=16),
+        CachedCase(Case(65536, 16, 4, 128, 128, f16), "b h s (c d)", num_blocks=4200, block_size=16),
+    ]
+    return layouts + dtypes + slots + others
+
+
+def parity_cached_cpu() -> list[CachedCase]:
+    """The calls of `verify` on a CPU that write a KV cache, in every layout."""
+    packed = [Case(9, 3, 1, 64, 32, "float16", packed=packed) for packed in (False, True)]
+    return [CachedCase(case, axes) for case, axes in zip(itertools.cycle(packed), AXES, strict=False)]
+
+
 def parity_cpu() -> list[Case]:
     """The cases of `verify` on a CPU, where the oracle runs in Triton's interpreter."""
     cases = [
@@ -157,6 +207,11 @@ def parity_cpu() -> list[Case]:
         Case(2, 3, 1, 64, 32, "float32", weight_dtype="bfloat16", cache_dtype="float16"),
         Case(2, 3, 1, 64, 32, "float16", weight_dtype="bfloat16", cache_dtype="bfloat16"),
     ]
+
+
+def verified(platform: str) -> list[Case | CachedCase]:
+    """What `verify` compares."""
+    return [*parity_cpu(), *parity_cached_cpu()] if platform == "cpu" else [*parity_gpu(), *parity_cached_gpu()]
 
 
 def shown(platform: str) -> list[tuple[str, Case]]:

@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
+import pallas_qk
 from benchmarks import record
 from benchmarks.record import Row
 from benchmarks.timing import Samples
 from tests.cases import Case
+
+KERNELS = tuple(name for name in pallas_qk.IMPLEMENTATIONS if name != "xla")
 
 
 def aligned(rows: Sequence[Sequence[str]], separator: str = "  ", left: int = 0) -> str:
@@ -54,7 +57,7 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = [f"| heads | tokens | copy | {' | '.join(names)} | of copy |", "|---" * (len(names) + 4) + "|"]
     for (num_q_heads, num_kv_heads, num_tokens), found in sorted(cases.items()):
         cells = [_microseconds(found[name]) if name in found else "-" for name in ("copy", *names)]
-        ours = [row["fraction_of_copy"] for name, row in found.items() if name.startswith(("mosaic_gpu", "triton"))]
+        ours = [row["fraction_of_copy"] for name, row in found.items() if name.removesuffix("_in_place") in KERNELS]
         best = f"{max(ours):.2f}" if ours else "-"
         lines.append(f"| {num_q_heads}/{num_kv_heads} | {num_tokens} | {' | '.join(cells)} | {best} |")
     return "\n".join(lines)

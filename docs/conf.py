@@ -9,6 +9,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "README"
 PAGES = [
     "docs/api",
+    "docs/kv_cache",
     "docs/porting",
     "benchmarks/README",
     "docs/testing",

@@ -1,16 +1,15 @@
-"""The public functions: check, choose, call."""
+"""The public functions without a KV cache."""
 
-import functools
-import math
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 
-from pallas_qk import _array_checks, _checks, _implementations, _mesh_checks
-from pallas_qk._implementations import IMPLEMENTATIONS, Choice
-from pallas_qk._options import Options, Spec
-from pallas_qk._rows import Call, Inputs, Outputs
+from pallas_qk import _checks, _implementations
+from pallas_qk._array_checks import FUNCTIONS
+from pallas_qk._call import call
+from pallas_qk._implementations import Choice
+from pallas_qk._options import Spec
+from pallas_qk._rows import Inputs
 
 
 def fused_qk_rmsnorm_rope_gate(
@@ -133,8 +132,8 @@ def fused_qk_rmsnorm_rope_gate(
       >>> q_out.shape, k_out.shape, gate_out.shape
       ((5, 4096), (5, 512), (5, 4096))
     """
-    outputs = _call(
-        "fused_qk_rmsnorm_rope_gate",
+    outputs = call(
+        FUNCTIONS["fused_qk_rmsnorm_rope_gate"],
         Inputs(q_gate, k, q_weight, k_weight, cos_sin_cache, positions),
         "copied" if _checks.check_copy_gate(copy_gate) else "in_place",
         eps,
@@ -185,8 +184,8 @@ def fused_qk_rmsnorm_rope(
       >>> q_out.shape, k_out.shape
       ((2, 5, 16, 128), (2, 5, 8, 128))
     """
-    outputs = _call(
-        "fused_qk_rmsnorm_rope",
+    outputs = call(
+        FUNCTIONS["fused_qk_rmsnorm_rope"],
         Inputs(q, k, q_weight, k_weight, cos_sin_cache, positions),
         None,
         eps,
@@ -243,8 +242,8 @@ def fused_qkv_rmsnorm_rope_gate(
       >>> [x.shape for x in outputs]
       [(5, 4096), (5, 512), (5, 512), (5, 4096)]
     """
-    outputs = _call(
-        "fused_qkv_rmsnorm_rope_gate",
+    outputs = call(
+        FUNCTIONS["fused_qkv_rmsnorm_rope_gate"],
         Inputs(qkv, None, q_weight, k_weight, cos_sin_cache, positions),
         "copied" if _checks.check_copy_gate(copy_gate) else "in_place",
         eps,
@@ -295,8 +294,8 @@ def fused_qkv_rmsnorm_rope(
       >>> q_out.shape, k_out.shape, v_out.shape
       ((5, 2048), (5, 1024), (5, 1024))
     """
-    outputs = _call(
-        "fused_qkv_rmsnorm_rope",
+    outputs = call(
+        FUNCTIONS["fused_qkv_rmsnorm_rope"],
         Inputs(qkv, None, q_weight, k_weight, cos_sin_cache, positions),
         None,
         eps,
@@ -307,67 +306,6 @@ def fused_qkv_rmsnorm_rope(
         implementation,
     )
     return outputs.q, outputs.k, outputs.v
-
-
-def _call(
-    function: str,
-    inputs: Inputs,
-    gate: str | None,
-    eps: float,
-    sizes: tuple[int, int, int, int],
-    mrope_section: Sequence[int] | None,
-    norm_beta: float,
-    mrope_layout: str,
-    implementation: str | None,
-) -> Outputs:
-    """Each public function, by its name."""
-    _mesh_checks.check_process()
-    inputs = Inputs(*map(_array_checks.unboxed, inputs))
-    num_q_heads, num_kv_heads, head_dim, rotary_dim = _checks.check_sizes(*sizes)
-    options = Options(
-        rotary_dim=rotary_dim,
-        eps=_checks.check_eps(eps),
-        norm_beta=_checks.check_norm_beta(norm_beta),
-        mrope_section=_checks.check_mrope_section(mrope_section, rotary_dim),
-        mrope_layout=_checks.check_mrope_layout(mrope_layout),
-        gate=gate,
-        packed=(num_q_heads, num_kv_heads) if _array_checks.FUNCTIONS[function].packed else None,
-    )
-    _checks.check_implementation(implementation, IMPLEMENTATIONS)
-    array_sizes = _array_checks.sizes_of(options, num_q_heads, num_kv_heads, head_dim)
-    split = _array_checks.check_arrays(function, inputs, array_sizes)
-    _mesh_checks.check_known_shardings(function, inputs, array_sizes, split=split)
-    num_tokens = math.prod(inputs.q.shape[: -2 if split else -1])
-    open_size = None if isinstance(num_tokens, int) else num_tokens
-    spec = Spec(num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim, str(inputs.q.dtype), open_size)
-    _implementations.check_supported(spec, implementation)
-    if inputs.positions is not None:
-        inputs = inputs._replace(positions=_array_checks.canonical_positions(inputs.positions))
-    return _run(inputs, function=function, call=Call(options, implementation), split=split)
-
-
-@functools.partial(jax.jit, static_argnames=("function", "call", "split"))
-def _run(inputs: Inputs, *, function: str, call: Call, split: bool) -> Outputs:
-    """Jitted here, so that an eager call gives the bits of a call inside `jax.jit`."""
-    from pallas_qk import _derivatives  # late: to define primitives it imports jax.extend, and so Pallas (17 ms)
-
-    if inputs.positions is not None and jnp.iinfo(inputs.positions.dtype).bits < 8:
-        inputs = inputs._replace(positions=inputs.positions.astype(jnp.int32))  # several lie in one byte
-    if call.options.mrope_section is None and inputs.positions is not None:
-        inputs = inputs._replace(positions=inputs.positions[None])
-    with jax.named_scope(function):
-        if not split:
-            return _derivatives.forward(call, inputs)
-        inputs = inputs._replace(q=_flat(inputs.q), k=_flat(inputs.k))
-        (head_dim,) = inputs.q_weight.shape
-        return jax.tree.map(
-            lambda x: x.reshape(*x.shape[:-1], x.shape[-1] // head_dim, head_dim), _derivatives.forward(call, inputs)
-        )
-
-
-def _flat(x: jax.Array) -> jax.Array:
-    *lead, num_heads, width = x.shape
-    return x.reshape(*lead, num_heads * width)
 
 
 def default_implementation(

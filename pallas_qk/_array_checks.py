@@ -19,7 +19,7 @@ def unboxed(x):
     return x
 
 
-def _check_array(name: str, array) -> None:
+def check_array(name: str, array) -> None:
     """Refuses what is no array, and an array that is more than its values: masked, reduced over a mesh, on the host."""
     if not isinstance(array, jax.Array | np.ndarray) or isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a JAX or NumPy array, got {describe(array)}. {_conversion(array)}")
@@ -54,6 +54,7 @@ def _conversion(value) -> str:
 class Function(NamedTuple):
     """What a public function calls its first array, and what errors say of it."""
 
+    name: str
     array: str
     sizes: str  # of the first array's last axes
     other: str  # the function for the other form
@@ -62,31 +63,48 @@ class Function(NamedTuple):
 
 
 FUNCTIONS = {
-    "fused_qk_rmsnorm_rope_gate": Function(
-        "q_gate",
-        "num_q_heads, 2 * head_dim, as one axis or two",
-        "fused_qk_rmsnorm_rope takes q without gates",
-    ),
-    "fused_qk_rmsnorm_rope": Function(
-        "q",
-        "num_q_heads, head_dim, as one axis or two",
-        "fused_qk_rmsnorm_rope_gate takes q with gates",
-    ),
-    "fused_qkv_rmsnorm_rope_gate": Function(
-        "qkv",
-        "num_q_heads * 2 * head_dim + 2 * num_kv_heads * head_dim, [q and gate of each head | k | v]",
-        "fused_qkv_rmsnorm_rope takes qkv without gates",
-        True,
-        "q_gate and k to fused_qk_rmsnorm_rope_gate",
-    ),
-    "fused_qkv_rmsnorm_rope": Function(
-        "qkv",
-        "num_q_heads * head_dim + 2 * num_kv_heads * head_dim, [q | k | v]",
-        "fused_qkv_rmsnorm_rope_gate takes qkv with gates",
-        True,
-        "q and k to fused_qk_rmsnorm_rope",
-    ),
+    function.name: function
+    for function in (
+        Function(
+            "fused_qk_rmsnorm_rope_gate",
+            "q_gate",
+            "num_q_heads, 2 * head_dim, as one axis or two",
+            "fused_qk_rmsnorm_rope takes q without gates",
+        ),
+        Function(
+            "fused_qk_rmsnorm_rope",
+            "q",
+            "num_q_heads, head_dim, as one axis or two",
+            "fused_qk_rmsnorm_rope_gate takes q with gates",
+        ),
+        Function(
+            "fused_qkv_rmsnorm_rope_gate",
+            "qkv",
+            "num_q_heads * 2 * head_dim + 2 * num_kv_heads * head_dim, [q and gate of each head | k | v]",
+            "fused_qkv_rmsnorm_rope takes qkv without gates",
+            True,
+            "q_gate and k to fused_qk_rmsnorm_rope_gate",
+        ),
+        Function(
+            "fused_qkv_rmsnorm_rope",
+            "qkv",
+            "num_q_heads * head_dim + 2 * num_kv_heads * head_dim, [q | k | v]",
+            "fused_qkv_rmsnorm_rope_gate takes qkv with gates",
+            True,
+            "q and k to fused_qk_rmsnorm_rope",
+        ),
+    )
 }
+
+
+def cached(name: str, *, gated: bool, packed: bool) -> Function:
+    """A public function that writes a KV cache, given one packed array or three."""
+    other = "fused_qkv_rmsnorm_rope_gate_cache takes q with gates"
+    if gated:
+        other = "fused_qkv_rmsnorm_rope_cache takes q without gates"
+    three = "q_gate, k and v" if gated else "q, k and v"
+    plain = FUNCTIONS[f"fused_qk{'v' * packed}_rmsnorm_rope{'_gate' * gated}"]
+    return plain._replace(name=name, other=other, instead=f"{three} as a tuple" if packed else "")
 
 
 class Sizes(NamedTuple):
@@ -106,13 +124,11 @@ def sizes_of(options: Options, num_q_heads: int, num_kv_heads: int, head_dim: in
     return Sizes(sources_of(rows), weights, head_dim, options.rotary_dim, options.mrope_section is not None)
 
 
-def check_arrays(function: str, inputs: Inputs, sizes: Sizes) -> bool:
+def check_arrays(function: Function, inputs: Inputs, sizes: Sizes) -> bool:
     """Whether heads have an axis of their own. `function` is the public one that was called."""
-    first = FUNCTIONS[function].array
+    first = function.array
     sources, weights, head_dim, rotary_dim, mrope = sizes
-    arrays = {first: inputs.q}
-    if "k" in sources:
-        arrays["k"] = inputs.k
+    arrays = {first: inputs.q} | {name: getattr(inputs, name) for name in sources if name != "q"}
     activations = tuple(arrays)
     for name in weights:
         arrays[name] = getattr(inputs, name)
@@ -125,7 +141,7 @@ def check_arrays(function: str, inputs: Inputs, sizes: Sizes) -> bool:
             "Pass them, or pass mrope_section to pallas_qk.rope.cos_sin_rows and its rows here without it."
         )
     for name, array in arrays.items():
-        _check_array(name, array)
+        check_array(name, array)
 
     check_dtype_name(first, str(inputs.q.dtype))
     for name in activations:
@@ -138,28 +154,28 @@ def check_arrays(function: str, inputs: Inputs, sizes: Sizes) -> bool:
         _check_positions_dtype(inputs.positions.dtype)
 
     lead, split = _check_first(function, inputs, sources["q"], mrope)
-    if "k" in sources:
-        k = sources["k"]
-        shape = (k.token // k.head, k.head) if split else (k.token,)
+    for name in activations[1:]:
+        source = sources[name]
+        shape = (source.token // source.head, source.head) if split else (source.token,)
         hint = "num_kv_heads, head_dim" if split else "num_kv_heads * head_dim"
-        _check_shape("k", inputs.k, (*lead, *shape), f"the leading axes of {first}, then {hint}")
+        check_shape(name, arrays[name], (*lead, *shape), f"the leading axes of {first}, then {hint}")
     for name in weights:
-        _check_shape(name, arrays[name], (head_dim,), "head_dim")
+        check_shape(name, arrays[name], (head_dim,), "head_dim")
     leading = f"the leading axes of {first}"
     if inputs.positions is None:
         hint = f"{leading}, then rotary_dim; without positions the table has the row of each token"
-        _check_shape("cos_sin_cache", inputs.cos_sin_cache, (*lead, rotary_dim), hint)
+        check_shape("cos_sin_cache", inputs.cos_sin_cache, (*lead, rotary_dim), hint)
         return split
     hint = "rotary_dim, each row [cos | sin]"
-    _check_shape("cos_sin_cache", inputs.cos_sin_cache, ("max_position", rotary_dim), hint)
+    check_shape("cos_sin_cache", inputs.cos_sin_cache, ("max_position", rotary_dim), hint)
     if inputs.cos_sin_cache.shape[0] < 1:
         got = inputs.cos_sin_cache.shape
         raise ValueError(f"cos_sin_cache must have at least one row, got shape {got}. Build it for max_position >= 1.")
     if mrope:
         hint = f"one row each for time, height and width, then {leading}; leave mrope_section out for a single row"
-        _check_shape("positions", inputs.positions, (3, *lead), hint)
+        check_shape("positions", inputs.positions, (3, *lead), hint)
     else:
-        _check_shape("positions", inputs.positions, lead, f"{leading}; three rows of positions need mrope_section")
+        check_shape("positions", inputs.positions, lead, f"{leading}; three rows of positions need mrope_section")
     return split
 
 
@@ -169,17 +185,21 @@ def _check_positions_dtype(dtype) -> None:
             f"positions must be integers, got {dtype}. Cast whole numbers with astype(jnp.int32); of fractions pass "
             "the rows of pallas_qk.rope.cos_sin_rows as cos_sin_cache, and positions=None."
         )
+    check_integers("positions", dtype)
+
+
+def check_integers(name: str, dtype) -> None:
     if not jnp.issubdtype(dtype, jnp.integer) or dtype.kind == "m":  # NumPy counts times among the integers
-        raise TypeError(f"positions must be integers, got {dtype}. Cast them with astype(jnp.int32).")
+        raise TypeError(f"{name} must be integers, got {dtype}. Cast them with astype(jnp.int32).")
 
 
-def _check_first(function: str, inputs: Inputs, source: Source, mrope: bool) -> tuple[tuple[int, ...], bool]:
+def _check_first(function: Function, inputs: Inputs, source: Source, mrope: bool) -> tuple[tuple[int, ...], bool]:
     """The leading axes, and whether heads have an axis of their own.
 
     A single head fits both readings of (..., 1, width); the number of axes of the positions, or of a gathered table,
     then tells the leading ones.
     """
-    name, sizes, other, *_ = FUNCTIONS[function]
+    _, name, sizes, other, *_ = function
     q, flat = inputs.q, (source.token,)
     if source.heads is None:
         _check_trailing(name, q, [flat], f"{sizes}; {other}")
@@ -200,7 +220,7 @@ def _check_trailing(name: str, array, trailing: list[tuple[int, ...]], remedy: s
         raise ValueError(f"{name} must have shape {shapes}, got {tuple(array.shape)}. Its sizes: {remedy}.")
 
 
-def _check_shape(name: str, array, shape: tuple[int | str, ...], remedy: str) -> None:
+def check_shape(name: str, array, shape: tuple[int | str, ...], remedy: str) -> None:
     matches = array.ndim == len(shape) and all(
         isinstance(want, str) or got == want for got, want in zip(array.shape, shape, strict=True)
     )
@@ -209,9 +229,9 @@ def _check_shape(name: str, array, shape: tuple[int | str, ...], remedy: str) ->
         raise ValueError(f"{name} must have shape ({inner}), got {tuple(array.shape)}. Its sizes: {remedy}.")
 
 
-def canonical_positions(positions: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """Keeps NumPy's 64-bit positions negative, or past every table, where JAX would narrow them to 32 bits."""
-    if isinstance(positions, np.ndarray) and positions.dtype.itemsize == 8 and not jax.config.read("jax_enable_x64"):
-        at_most = np.minimum(positions, 2**31 - 1).astype(np.int64)  # of unsigned ones, too
+def canonical_integers(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """Keeps NumPy's 64-bit integers negative, or past every size, where JAX would narrow them to 32 bits."""
+    if isinstance(x, np.ndarray) and x.dtype.itemsize == 8 and not jax.config.read("jax_enable_x64"):
+        at_most = np.minimum(x, 2**31 - 1).astype(np.int64)  # of unsigned ones, too
         return np.maximum(at_most, -1).astype(np.int32)
-    return positions
+    return x

@@ -17,8 +17,7 @@ def check_sizes(num_q_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: 
     """The four sizes as Python ints."""
     sizes = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     for name, value in (sizes | {"rotary_dim": rotary_dim}).items():
-        if not _is_integer(value):
-            raise TypeError(f"{name} must be an integer known when tracing, got {describe(value)}. Pass a Python int.")
+        check_static_integer(name, value)
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}. Pass the number that this device's arrays hold.")
@@ -29,6 +28,11 @@ def check_sizes(num_q_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: 
             "For a config with a partial_rotary_factor, pass int(partial_rotary_factor * head_dim)."
         )
     return tuple(map(operator.index, (num_q_heads, num_kv_heads, head_dim, rotary_dim)))
+
+
+def check_static_integer(name: str, value: int) -> None:
+    if not _is_integer(value):
+        raise TypeError(f"{name} must be an integer known when tracing, got {describe(value)}. Pass a Python int.")
 
 
 def check_num_tokens(num_tokens: int) -> int:

@@ -69,6 +69,12 @@ def _where(function, first, second):
 def _forward_jvp(primals, tangents, *, call: Call, tree, body):
     del body
     (inputs,), (moving,) = jax.tree.unflatten(tree, primals), _moving(tree, tangents)
+    if call.options.cache_axes:
+        moved = ", ".join(name for name, tangent in moving._asdict().items() if tangent is not None)
+        raise NotImplementedError(
+            f"what writes a KV cache must not be differentiated, got tangents of {moved}. Call the function without a "
+            "cache and write its k and v with .at[].set, or stop them with jax.lax.stop_gradient."
+        )
     outputs = forward(call, inputs)
     return jax.tree.leaves(outputs), jax.tree.leaves(_tangent_of(call, inputs, moving))
 

@@ -3,12 +3,15 @@
 import functools
 import math
 import os
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from pallas_qk._array_checks import FUNCTIONS, Sizes
+from pallas_qk import _cache_axes
+from pallas_qk._array_checks import Function, Sizes
+from pallas_qk._options import Options
 from pallas_qk._rows import Inputs
 
 
@@ -28,23 +31,24 @@ def check_process() -> None:
 
 
 def check_whole_heads(name: str, num_heads: int, num_shards: int) -> None:
-    """Refuses heads that are cut across devices. `name` is "q_gate", "q" or "k"."""
+    """Refuses heads that are cut across devices. `name` is "q_gate", "q", "k" or "kv_cache"."""
     if num_heads % num_shards:
-        heads = "num_kv_heads" if name == "k" else "num_q_heads"
+        heads = "num_kv_heads" if name in ("k", "kv_cache") else "num_q_heads"
+        axis = "axis of heads" if name == "kv_cache" else "last axis"
         raise ValueError(
             f"{name} must hold whole heads on each device, got {heads}={num_heads} over {num_shards} devices. "
-            f"Shard its last axis over a number of devices that divides {num_heads}, or leave it replicated there."
+            f"Shard its {axis} over a number of devices that divides {num_heads}, or leave it replicated there."
         )
 
 
-def check_known_shardings(function: str, inputs: Inputs, sizes: Sizes, *, split: bool) -> None:
+def check_known_shardings(function: Function, inputs: Inputs, sizes: Sizes, *, split: bool) -> None:
     """Refuses heads, and a packed axis, cut across devices where a sharding is known: of arrays, in explicit meshes.
 
     `split` says that heads have an axis of their own.
     """
     for array, source in sizes.sources.items():
-        name = FUNCTIONS[function].array if array == "q" else array
-        num_shards = _num_shards_of_last_axis(getattr(inputs, array))
+        name = function.array if array == "q" else array
+        num_shards = _num_shards(getattr(inputs, array))[-1]
         if source.heads is None:
             _check_packed(function, num_shards)
         elif not split:
@@ -56,21 +60,54 @@ def check_known_shardings(function: str, inputs: Inputs, sizes: Sizes, *, split:
             )
 
 
-def _check_packed(function: str, num_shards: int) -> None:
+def _check_packed(function: Function, num_shards: int) -> None:
     if num_shards > 1:
         raise ValueError(
             f"qkv must hold its last axis whole on each device, got it over {num_shards} devices: its parts don't end "
-            f"where shards do. Shard its leading axes, pass {FUNCTIONS[function].instead}, or call inside "
+            f"where shards do. Shard its leading axes, pass {function.instead}, or call inside "
             "jax.shard_map with each device's heads packed for it."
         )
 
 
-def _num_shards_of_last_axis(x: jax.Array | np.ndarray) -> int:
+def check_known_shardings_of_caches(options: Options, inputs: Inputs, num_kv_heads: int) -> None:
+    """Refuses what `check_cache` does where shardings are known."""
+    caches = (cache for cache in (inputs.k_cache, inputs.v_cache) if cache is not None)
+    check_cache(options, num_kv_heads, [_num_shards(cache) for cache in caches])
+
+
+def check_cache(options: Options, num_kv_heads: int, num_shards: Sequence[Sequence[int]]) -> None:
+    """Refuses caches that are cut but for whole heads; `num_shards` are those of each axis of each cache."""
+    heads, names = _cache_axes.axis_of_heads(options.cache_axes), _cache_axes.groups(options.cache_axes)
+    for of_cache in num_shards:
+        for axis, (name, shards) in enumerate(zip(names, of_cache, strict=True)):
+            if shards == 1:
+                continue
+            if axis != heads:
+                raise ValueError(
+                    "kv_cache must be whole on each device but for its heads, "
+                    f"got axis {name!r} over {shards} devices. "
+                    "Call inside jax.shard_map, with each device's own part of the cache and its own slots."
+                )
+            if options.packed is not None:
+                raise ValueError(
+                    f"kv_cache must be whole on each device beside packed qkv, got heads over {shards} devices. "
+                    "Pass q, k and v as three arrays, or call inside jax.shard_map with each device's heads packed."
+                )
+            check_whole_heads("kv_cache", num_kv_heads, shards)
+    if len({tuple(of_cache) for of_cache in num_shards}) > 1:
+        got = " and ".join(str(tuple(of_cache)) for of_cache in num_shards)
+        raise ValueError(f"the caches of k and v must be cut alike, got {got} shards of their axes. Shard both alike.")
+
+
+def _num_shards(x: jax.Array | np.ndarray) -> list[int]:
+    """Along each axis, as far as it is known."""
     sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
-    if isinstance(sharding, NamedSharding) and len(sharding.spec) == x.ndim and (axes := sharding.spec[-1]):
-        axes = (axes,) if isinstance(axes, str) else axes
-        return math.prod(sharding.mesh.shape[axis] for axis in axes)
-    return 1
+    num_shards = [1] * x.ndim
+    if isinstance(sharding, NamedSharding):
+        for axis, part in enumerate(sharding.spec):
+            mesh_axes = (part,) if isinstance(part, str) else tuple(part or ())
+            num_shards[axis] = math.prod(sharding.mesh.shape[name] for name in mesh_axes)
+    return num_shards
 
 
 def check_manual_axes(mesh: jax.sharding.AbstractMesh) -> None:

@@ -18,6 +18,7 @@ from pallas_qk._options import Options
 from pallas_qk._partition import in_plain_xla, program
 from pallas_qk._primitive import compiler_partitioned, lower_untyped, primitive
 from pallas_qk._rows import (
+    CACHES,
     Call,
     Gradients,
     Inputs,
@@ -25,7 +26,7 @@ from pallas_qk._rows import (
     as_gradients,
     as_outputs,
     axes,
-    kinds_of,
+    kinds_in_outputs,
     on_heads,
     read_by_gradients,
     read_by_outputs,
@@ -55,7 +56,10 @@ def result_types(results: Outputs | Gradients, options: Options, operands):
     like: tuple
     reads: tuple
     if isinstance(results, Outputs):
-        sources = [getattr(inputs, kind.source.array) for kind in kinds_of(options).values()]
+        sources = [
+            getattr(inputs, array if array in CACHES else kinds[0].source.array)
+            for array, kinds in kinds_in_outputs(options).items()
+        ]
         like, reads = as_outputs(options, sources), read_by_outputs(options, *operands)
     else:
         like, reads = inputs[:4], read_by_gradients(options, *operands)
@@ -101,6 +105,13 @@ backward_p = _op_primitive("fused_qk_rmsnorm_rope_gate_backward", "backward", as
 
 def _forward_batch(axis, args, dims, *, call: Call, tree, body):
     del body
+    if call.options.cache_axes:
+        (mapped,) = jax.tree.unflatten(tree, [dim is not None for dim in dims])
+        got = ", ".join(name for name, is_mapped in mapped._asdict().items() if is_mapped)
+        raise NotImplementedError(
+            f"what writes a KV cache must not be mapped by jax.vmap, got {got} mapped. Make the mapped axis one of the "
+            "tokens' leading axes, and add to the slots where each element's part of the cache starts."
+        )
 
     def bind(*args):
         return jax.tree.leaves(forward(call, *jax.tree.unflatten(tree, args)))

@@ -16,6 +16,8 @@ class Options:
     mrope_layout: str = "interleaved"  # or "sectioned"
     gate: str | None = "copied"  # by the kernel; "in_place": left in q, for XLA to slice; None: q has no gates
     packed: tuple[int, int] | None = None  # (num_q_heads, num_kv_heads) where q, k and v are one array
+    cache_axes: str = ""  # of the KV cache that k and v are written into; empty: there is none
+    return_kv: bool = True  # whether k and v are results of their own
     round_dweights: bool = False  # gradients of the weights: rounded to the weights' dtypes, or in float32
 
 
@@ -30,6 +32,7 @@ class Spec:
     rotary_dim: int
     dtype: str
     open_size: Any = None  # a size that an export leaves open
+    cache_shape: tuple[int, ...] | None = None  # of the array that holds k
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,16 +17,18 @@ from jax import lax
 from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_qk import _dispatch, _mesh_checks, _reference
+from pallas_qk import _cache_axes, _dispatch, _mesh_checks, _reference
 from pallas_qk._options import Options
 from pallas_qk._primitive import without_mesh
 from pallas_qk._rows import (
+    CACHES,
     Call,
     Gradients,
     Inputs,
     Outputs,
     axes,
     gradient_types,
+    kinds_in_outputs,
     kinds_of,
     on_heads,
     sources_of,
@@ -51,7 +53,7 @@ def _run_on_heads(run: Callable, call: Call, tree, leaves, *, flatten: bool) -> 
         """Rows that no kernel writes are a slice, which XLA fuses into what reads it."""
         results = run(inputs, *cotangents, options=options)
         if isinstance(results, Outputs):
-            in_place = [name for name, kind in kinds_of(options).items() if kind.target is None]
+            in_place = [name for name, kind in kinds_of(options).items() if not kind.targets]
             rows = _reference.parts(inputs, options) if in_place else {}
             results = results._replace(**{name: rows[name] for name in in_place})
         return results
@@ -89,7 +91,7 @@ def _all_axes(direction: str, options: Options, operands) -> tuple[list[str], li
     """The axes of the operands and of the results."""
     results: Any = Gradients(*operands[0][:4])
     if direction == "forward":
-        results = Outputs(**dict.fromkeys(kinds_of(options), True))
+        results = Outputs(**dict.fromkeys(kinds_in_outputs(options), True))
     *of_operands, of_results = axes(options, *operands, results)
     return jax.tree.leaves(of_operands), jax.tree.leaves(of_results)
 
@@ -99,6 +101,8 @@ def _sharding_rule(direction: str, options: Options, tree, num_lead: int) -> Sdy
 
     Lanes count with the heads, so that `partition` sees where one is cut. Every other axis gets a factor of its own.
     Shardy would propagate a `need_replication_factor` between arrays.
+
+    A cache shares no factor with k and v: where they were cut otherwise, Shardy would gather it.
     """
     lead = [f"lead{i}" for i in range(num_lead)]
     numbers = itertools.count()
@@ -108,6 +112,8 @@ def _sharding_rule(direction: str, options: Options, tree, num_lead: int) -> Sdy
         heads, count = split_axis(axis)
         if axis == "...":
             return lead
+        if axis.startswith(CACHES):
+            return [axis]  # a cache is cut as it was
         if heads not in ("q", "k"):
             return [f"whole{next(numbers)}"]
         if count == 1:
@@ -139,6 +145,8 @@ def partition(direction: str, call: Call, tree, mesh: Mesh, operands, results):
         mesh_axes if size % _num_parts(mesh, mesh_axes) == 0 else ()
         for mesh_axes, size in zip(lead, inputs.q.shape, strict=False)
     ]
+    if call.options.cache_axes:
+        lead = [() for _ in lead]  # each device writes the rows of all tokens
     tokens = sum(lead, ())
     heads = _heads_over(call.options, mesh, inputs, tokens)
 
@@ -172,7 +180,21 @@ def _heads_over(options: Options, mesh: Mesh, inputs: Inputs, tokens: tuple[str,
             over[source.heads] = tuple(axis for axis in _mesh_axes(mesh, x)[-1] if axis not in tokens)
             name, num_shards = "q_gate" if rows_per_head > 1 else array, _num_parts(mesh, over[source.heads])
             _mesh_checks.check_whole_heads(name, x.shape[-1] // (rows_per_head * head_dim), num_shards)
+    if options.cache_axes:
+        over["k"] = _heads_of_cache_over(options, mesh, inputs)
+        over |= {f"{array}_{group}": over["k"] for array in CACHES for group in ("h", "hc")}
     return over
+
+
+def _heads_of_cache_over(options: Options, mesh: Mesh, inputs: Inputs) -> tuple[str, ...]:
+    """The mesh axes over which the heads of the cache are sharded, and with them k and v. A cache is never gathered."""
+    caches = [cache for cache in (inputs.k_cache, inputs.v_cache) if cache is not None]
+    sharded = [_mesh_axes(mesh, cache) for cache in caches]
+    num_kv_heads = _cache_axes.sizes_of(options.cache_axes, caches[0].shape, inputs.q_weight.shape[0])["h"]
+    num_shards = [[_num_parts(mesh, axis) for axis in of_cache] for of_cache in sharded]
+    _mesh_checks.check_cache(options, num_kv_heads, num_shards)
+    heads = _cache_axes.axis_of_heads(options.cache_axes)
+    return () if heads is None else sharded[0][heads]
 
 
 def _refined(mesh: Mesh, devices: Sequence[jax.Device]) -> Mesh:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_qk._cache_write import write
 from pallas_qk._options import Options, Spec, Target, next_power_of_2, tree_order
 from pallas_qk._rows import (
     Gradients,
@@ -29,13 +30,23 @@ def unsupported(spec: Spec, target: Target) -> str | None:
 
 
 def forward(inputs: Inputs, *, options: Options) -> Outputs:
-    """Rows without a target stay where they are, see `parts`."""
+    """Rows without a target stay where they are, see `parts`. Rows of a cache are written by their tokens' slots."""
     rows, kinds = parts(inputs, options), kinds_of(options)
     cos, sin = _cos_and_sin(inputs, options, past=jnp.nan)
     for name, kind in kinds.items():
         if kind.weight is not None:
             rows[name] = norm_and_rope(rows[name], weight_of(inputs, kind), kind.rotation, cos, sin, options)
-    return as_outputs(options, [None if kinds[name].target is None else x for name, x in rows.items()])
+    outputs: dict[str, jax.Array] = {}
+    in_cache: dict[str, list[jax.Array]] = {}
+    for name, kind in kinds.items():
+        for place in kind.targets:
+            if place.slots is None:
+                outputs[place.array] = rows[name]
+            else:
+                in_cache.setdefault(place.array, []).append(rows[name])
+    for array, written in in_cache.items():
+        outputs[array] = write(getattr(inputs, array), written, inputs.slots, inputs.layer, options.cache_axes)
+    return Outputs(**outputs)
 
 
 def parts(inputs: Inputs, options: Options) -> dict[str, jax.Array]:

@@ -12,16 +12,22 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_qk import _cache_axes
+from pallas_qk._cache_axes import Slots
 from pallas_qk._options import Options, Spec
 
 
 class Place(NamedTuple):
-    """Where row (token, head) starts in a flat array: first + head * h + token * t, in elements."""
+    """Where row (token, head) starts in a flat array: first + head * h + token * t, in elements.
+
+    With slots, the token's slot says where it lies in the place of `token`, or that it lies nowhere.
+    """
 
     array: str  # a field of Inputs, and of Gradients, or of Outputs
     head: int  # from a head to the next
     token: int  # from a token to the next
     first: int = 0  # of head 0 of token 0
+    slots: Slots | None = None
 
 
 class Rows(NamedTuple):
@@ -29,7 +35,8 @@ class Rows(NamedTuple):
 
     heads: str  # "q" or "k": the axis of heads, the programs that take the rows, and what may be sharded
     source: Place
-    target: Place | None  # None: XLA reads the rows where they lie. Mosaic GPU alone stores by the numbers in it
+    # None: XLA reads the rows where they lie. Mosaic GPU alone stores by the numbers in them.
+    targets: tuple[Place, ...]
     weight: str | None = None  # of the norm, a field of Inputs; None: the rows are copied as they are
     rotation: Literal["halves"] | None = None  # elements j and j + R/2 are a pair; None: not rotated
 
@@ -43,15 +50,22 @@ class Inputs(NamedTuple):
     k_weight: Any  # (D,)
     cos_sin_cache: Any  # (max_pos, R); without positions (T, R), the row of each token
     positions: Any  # (1 or 3, T)
+    v: Any = None  # (T, Hkv, D); None where it lies in a packed q, or a call has none
+    k_cache: Any = None  # k's KV cache, which may hold v too
+    v_cache: Any = None  # v's
+    slots: Any = None  # (T,) the slot of each token in the cache
+    layer: Any = None  # (1,) the layer of the cache, where it has several
 
 
 class Outputs(NamedTuple):
-    """What the op returns, by kind of rows, and the cotangents of that; None where a call has no such rows."""
+    """What the op returns, and the cotangents of rows; None where a call has no such rows or no cache."""
 
-    q: Any  # (T, Hq, D)
-    k: Any  # (T, Hkv, D)
-    v: Any = None  # (T, Hkv, D), of a packed q
+    q: Any = None  # (T, Hq, D)
+    k: Any = None  # (T, Hkv, D)
+    v: Any = None  # (T, Hkv, D)
     gate: Any = None  # (T, Hq, D)
+    k_cache: Any = None  # as in Inputs
+    v_cache: Any = None
 
 
 class Gradients(NamedTuple):
@@ -63,6 +77,9 @@ class Gradients(NamedTuple):
     k_weight: Any  # (D,)
 
 
+CACHES = ("k_cache", "v_cache")  # of Inputs, which Outputs has again
+
+
 class Call(NamedTuple):
     """What one call fixes besides its arrays."""
 
@@ -70,13 +87,16 @@ class Call(NamedTuple):
     implementation: str | None
 
 
-def rows_of(options: Options, num_q_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, Rows]:
+def rows_of(
+    options: Options, num_q_heads: int, num_kv_heads: int, head_dim: int, cache_shape: Sequence[int] | None = None
+) -> dict[str, Rows]:
     """Each kind of rows, by its field in Outputs."""
     d, kv_width = head_dim, num_kv_heads * head_dim
     q_head = d if options.gate is None else 2 * d
     q_width = num_q_heads * q_head
     if options.packed is None:
-        q, k, v = Place("q", q_head, q_width), Place("k", d, kv_width), None
+        q, k = Place("q", q_head, q_width), Place("k", d, kv_width)
+        v = Place("v", d, kv_width) if options.cache_axes else None
     else:
         token = q_width + 2 * kv_width
         q, k, v = (
@@ -85,15 +105,25 @@ def rows_of(options: Options, num_q_heads: int, num_kv_heads: int, head_dim: int
             Place("q", d, token, first=q_width + kv_width),
         )
     rows = {
-        "q": Rows("q", q, Place("q", d, num_q_heads * d), "q_weight", "halves"),
-        "k": Rows("k", k, Place("k", d, kv_width), "k_weight", "halves"),
+        "q": Rows("q", q, (Place("q", d, num_q_heads * d),), "q_weight", "halves"),
+        "k": Rows("k", k, (Place("k", d, kv_width),) if options.return_kv else (), "k_weight", "halves"),
     }
     if v is not None:
-        rows["v"] = Rows("k", v, Place("v", d, kv_width))
+        rows["v"] = Rows("k", v, (Place("v", d, kv_width),) if options.return_kv else ())
     if options.gate is not None:
-        target = Place("gate", d, num_q_heads * d) if options.gate == "copied" else None
-        rows["gate"] = Rows("q", q._replace(first=d), target)
+        targets = (Place("gate", d, num_q_heads * d),) if options.gate == "copied" else ()
+        rows["gate"] = Rows("q", q._replace(first=d), targets)
+    if options.cache_axes:
+        for name, place in _places_in_cache(options.cache_axes, cache_shape, d).items():
+            rows[name] = rows[name]._replace(targets=(*rows[name].targets, place))
     return rows
+
+
+def _places_in_cache(cache_axes: str, shape: Sequence[int] | None, head_dim: int) -> dict[str, Place]:
+    """Of k and v. Without a shape every size is 1."""
+    strides, slots = _cache_axes.strides_of(cache_axes, shape or _cache_axes.unit_shape(cache_axes), head_dim)
+    k = Place("k_cache", strides["h"], token=0, slots=slots)
+    return {"k": k, "v": k._replace(first=strides["c"]) if "c" in strides else k._replace(array="v_cache")}
 
 
 def kinds_of(options: Options) -> dict[str, Rows]:
@@ -110,7 +140,7 @@ def sharing(rows: Mapping[str, Rows], heads: str) -> tuple[dict[str, Rows], dict
 
 def stored(rows: Mapping[str, Rows]) -> dict[str, Rows]:
     """The kinds of rows that a kernel's forward stores."""
-    return {name: kind for name, kind in rows.items() if kind.target is not None}
+    return {name: kind for name, kind in rows.items() if kind.targets}
 
 
 def weight_of(arrays: Inputs, kind: Rows) -> Any:
@@ -156,22 +186,38 @@ def spec_of(inputs: Inputs, options: Options) -> Spec:
         options.rotary_dim,
         str(inputs.q.dtype),
         open_size=next(still_open, None),
+        cache_shape=None if inputs.k_cache is None else inputs.k_cache.shape,
     )
 
 
 def rows_for(spec: Spec, options: Options) -> dict[str, Rows]:
-    return rows_of(options, spec.num_q_heads, spec.num_kv_heads, spec.head_dim)
+    return rows_of(options, spec.num_q_heads, spec.num_kv_heads, spec.head_dim, spec.cache_shape)
 
 
 def output_types(inputs: Inputs, options: Options) -> Outputs:
-    """The types of what a kernel's forward writes."""
+    """The types of what a kernel's forward writes; a cache's is its own."""
     spec = spec_of(inputs, options)
     heads = {"q": spec.num_q_heads, "k": spec.num_kv_heads}
-    types = {
-        name: jax.ShapeDtypeStruct((spec.num_tokens, heads[kind.heads], spec.head_dim), inputs.q.dtype)
-        for name, kind in stored(rows_for(spec, options)).items()
-    }
+    types = {}
+    for kind in rows_for(spec, options).values():
+        row = jax.ShapeDtypeStruct((spec.num_tokens, heads[kind.heads], spec.head_dim), inputs.q.dtype)
+        for place in kind.targets:
+            types[place.array] = row
+            if place.slots is not None:
+                cache = getattr(inputs, place.array)
+                types[place.array] = jax.ShapeDtypeStruct(cache.shape, cache.dtype)
     return Outputs(**types)
+
+
+def with_caches(inputs: Inputs, outputs: Outputs) -> tuple[Inputs, Outputs]:
+    """The caches moved from the inputs to their place among the outputs, for what updates them there."""
+    caches = {name: getattr(inputs, name) for name in CACHES}
+    return inputs._replace(**dict.fromkeys(CACHES)), outputs._replace(**caches)
+
+
+def empty(outputs: Outputs) -> Outputs:
+    """The results of no tokens: arrays without elements in the place of types, and caches as they are."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x, outputs)
 
 
 def gradient_types(inputs: Inputs, options: Options) -> Gradients:
@@ -197,8 +243,17 @@ def flat_output_types(inputs: Inputs, options: Options) -> Outputs:
 
 
 def as_outputs(options: Options, leaves: Sequence) -> Outputs:
-    """Every kind of rows, those too that no kernel writes."""
-    return Outputs(**dict(zip(kinds_of(options), leaves, strict=True)))
+    """What the op returns, rows too that no kernel writes."""
+    return Outputs(**dict(zip(kinds_in_outputs(options), leaves, strict=True)))
+
+
+def kinds_in_outputs(options: Options) -> dict[str, list[Rows]]:
+    """The kinds of rows in each of Outputs, in its order; those that no kernel writes are one of their own."""
+    written: dict[str, list[Rows]] = {}
+    for name, kind in kinds_of(options).items():
+        for array in [place.array for place in kind.targets] or [name]:
+            written.setdefault(array, []).append(kind)
+    return {array: written[array] for array in Outputs._fields if array in written}
 
 
 def as_gradients(options: Options, leaves: Sequence) -> Gradients:
@@ -215,11 +270,15 @@ def read_by_outputs(options: Options, *trees: Inputs) -> Outputs:
     """What each output depends on: inputs, and the tangents of inputs."""
     x = Inputs(*zip(*trees, strict=True))
 
-    def read(kind: Rows) -> tuple:
-        source = getattr(x, kind.source.array)
-        return source if kind.weight is None else source + getattr(x, kind.weight) + x.cos_sin_cache + x.positions
+    def read(array: str, kinds: list[Rows]) -> tuple:
+        found: tuple = getattr(x, array) + x.slots + x.layer if array in CACHES else ()
+        for kind in kinds:
+            found += getattr(x, kind.source.array)
+            if kind.weight is not None:
+                found += getattr(x, kind.weight) + x.cos_sin_cache + x.positions
+        return found
 
-    return as_outputs(options, [read(kind) for kind in kinds_of(options).values()])
+    return as_outputs(options, [read(*item) for item in kinds_in_outputs(options).items()])
 
 
 def read_by_gradients(options: Options, inputs: Inputs, cotangents: Outputs) -> Gradients:
@@ -236,12 +295,13 @@ def read_by_gradients(options: Options, inputs: Inputs, cotangents: Outputs) -> 
     return Gradients(**reads)
 
 
-# Axes by name: "..." are the leading ones, "q" and "k" heads times D, "q*2" heads times two rows of D.
+# Axes by name: "..." are the leading ones, "q" and "k" heads times D, "q*2" heads times two rows of D. Those of a cache
+# are called as `_cache_axes` does, "k_cache_h" for heads.
 
 
 def axes(options: Options, *trees: Any) -> tuple[Any, ...]:
     """The axes of each array of the trees, the first of which is Inputs; another Inputs holds tangents."""
-    names: dict[str, str | None] = {"k": None}
+    names: dict[str, str | None] = {"k": None, "v": None}
     for array, source in sources_of(kinds_of(options)).items():
         if source.heads is None:
             names[array] = "... packed"
@@ -250,9 +310,11 @@ def axes(options: Options, *trees: Any) -> tuple[Any, ...]:
             names[array] = f"... {source.heads}" if rows_per_head == 1 else f"... {source.heads}*{rows_per_head}"
     q, k = names["q"], names["k"]
     table = "... rotary" if trees[0].positions is None else "position rotary"
+    groups = _cache_axes.groups(options.cache_axes)
+    k_cache, v_cache = (" ".join(f"{array}_{group}" for group in groups) for array in CACHES)
     of = {
-        Inputs: Inputs(q, k, "lane", "lane", table, "row ..."),
-        Outputs: Outputs("... q", "... k", "... k", "... q"),
+        Inputs: Inputs(q, k, "lane", "lane", table, "row ...", names["v"], k_cache, v_cache, "...", "layer"),
+        Outputs: Outputs("... q", "... k", "... k", "... q", k_cache, v_cache),
         Gradients: Gradients(q, k, "lane", "lane"),
     }
 
@@ -277,6 +339,8 @@ def on_heads(function: Callable, options: Options, *operands, flatten: bool = Fa
 
     def split(names: str, x):
         *first, last = names.split()
+        if names == "...":
+            return x.reshape(tokens)
         if first == ["..."]:
             heads, rows_per_head = split_axis(last)
             width = rows_per_head * head_dim

@@ -5,7 +5,7 @@ python -m tests.emitted REVISION [--only TEXT] which kernels differ from those o
 
 It lowers the public functions without a GPU, for Hopper and for other GPUs, forward and backward, by both kernels, and
 plain XLA for other platforms. Nothing is compiled. Only the public API is used and no other file of the tests, so that
-one copy of this file runs with the package of any commit.
+one copy of this file runs with the package of any commit. A form whose function a commit lacks is absent there.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -76,6 +77,16 @@ SHAPES = (  # what takes each branch of the rules of launches, and each dtype
 
 
 @dataclasses.dataclass(frozen=True)
+class Cache:
+    """A KV cache that is written; 8 blocks of 16 places, 3 layers."""
+
+    axes: str = "b s h d"
+    dtype: str | None = None  # None: that of the activations
+    slots_dtype: str = "int32"
+    return_kv: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Form:
     """How a model holds its arrays."""
 
@@ -83,11 +94,31 @@ class Form:
     packed: bool
     gathered: bool  # a row of the table for each token
     split: bool = False  # heads on an axis of their own
+    cache: Cache | None = None
+
+    @property
+    def function(self) -> str:
+        """The public function that takes it. Those that write a cache take q, k and v apart as well."""
+        packed, gate = self.packed or self.cache is not None, "_gate" if self.gate else ""
+        return f"fused_qk{'v' * packed}_rmsnorm_rope{gate}{'_cache' if self.cache else ''}"
 
 
-FORMS = (
+def _cached(cache: Cache, gate: str | None = "copied", *, packed: bool = True) -> Form:
+    return Form(gate, packed, gathered=False, cache=cache)
+
+
+# With every shape.
+MAIN_FORMS = (
     *itertools.starmap(Form, itertools.product(("copied", "in_place", None), (False, True), (False, True))),
+    _cached(Cache()),
+    _cached(Cache("b s (h c) d"), "in_place", packed=False),
+)
+FORMS = (
+    *MAIN_FORMS,
     Form("copied", packed=False, gathered=False, split=True),
+    _cached(Cache("b h s (c d)", "float32", return_kv=True), packed=False),
+    _cached(Cache("l h b s d", slots_dtype="uint8"), None),
+    _cached(Cache("c b s h d", slots_dtype="int64", return_kv=True), None, packed=False),
 )
 
 
@@ -109,13 +140,18 @@ class Call:
 
 
 def calls() -> Iterator[Call]:
-    """Every form and shape for Hopper; every form for other GPUs and platforms."""
-    directions = ("forward", "backward")
-    for (gpu, (_, names)), direction, form in itertools.product(GPUS.items(), directions, FORMS):
-        shapes = SHAPES if gpu == "NVIDIA H200" and not form.split else SHAPES[:1]
+    """Every form and shape for Hopper; every form for other GPUs and platforms. What writes a cache has no backward."""
+    kinds = [
+        (direction, form)
+        for direction in ("forward", "backward")
+        for form in FORMS
+        if hasattr(pallas_qk, form.function) and (direction == "forward" or form.cache is None)
+    ]
+    for (gpu, (_, names)), (direction, form) in itertools.product(GPUS.items(), kinds):
+        shapes = SHAPES if gpu == "NVIDIA H200" and form in MAIN_FORMS else SHAPES[:1]
         for name, shape in itertools.product(names, shapes):
             yield Call(gpu, name, direction, form, shape)
-    for platform, direction, form in itertools.product(PLATFORMS, directions, FORMS):
+    for platform, (direction, form) in itertools.product(PLATFORMS, kinds):
         yield Call(platform, None, direction, form, SHAPES[0] if form.gathered else SHAPES[5])
 
 
@@ -136,7 +172,7 @@ def function_and_arguments(call: Call):
     }
     if form.gate == "in_place":
         static["copy_gate"] = False
-    op = getattr(pallas_qk, f"fused_qk{'v' * form.packed}_rmsnorm_rope{'_gate' if form.gate else ''}")
+    op = getattr(pallas_qk, form.function)
 
     def array(*sizes: int, dtype: str = shape.dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype))
@@ -152,6 +188,16 @@ def function_and_arguments(call: Call):
     rows = t if form.gathered else 4096
     table = array(rows, shape.rotary_dim, dtype=shape.cache_dtype)
     positions = [] if form.gathered else [array(*((3, t) if sections else (t,)), dtype=shape.positions_dtype)]
+    if form.cache is not None:
+        static |= {"cache_axes": form.cache.axes, "return_kv": form.cache.return_kv}
+        qkv = activations[0] if form.packed else (*activations, array(t, kv_heads * d))
+        kv_cache, slots = of_cache(form.cache, shape), array(t, dtype=form.cache.slots_dtype)
+        layer = array(dtype="int32") if "l" in form.cache.axes else None
+
+        def write(layer, *arrays):
+            return op(*arrays, **static, layer=layer)
+
+        return write, [layer, qkv, *weights, table, *positions, kv_cache, slots]
 
     def forward(*arrays):
         arrays = arrays if positions else (*arrays, None)
@@ -171,13 +217,23 @@ def function_and_arguments(call: Call):
     return backward, [jax.eval_shape(forward, *arrays), *arrays]
 
 
+def of_cache(cache: Cache, shape: Shape):
+    """The arrays of k and of v, or the one of both."""
+    sizes = {"l": 3, "b": 8, "s": 16, "h": shape.num_kv_heads, "d": shape.head_dim, "c": 2}
+    axes = re.findall(r"\(([^)]*)\)|(\w)", cache.axes)
+    dims = tuple(math.prod(sizes[name] for name in "".join(axis).replace(" ", "")) for axis in axes)
+    array = jax.ShapeDtypeStruct(dims, jnp.dtype(cache.dtype or shape.dtype))
+    return array if "c" in cache.axes else (array, array)
+
+
 @contextlib.contextmanager
 def lowering(call: Call):
-    """As if on the GPU of the call; 64-bit positions need x64."""
+    """As if on the GPU of the call; 64-bit positions and slots need x64."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", DeprecationWarning)  # JAX's of its Triton backend
-        stack.enter_context(jax.enable_x64(call.shape.positions_dtype.endswith("64")))
+        integers = call.shape.positions_dtype, call.form.cache.slots_dtype if call.form.cache else ""
+        stack.enter_context(jax.enable_x64(any(dtype.endswith("64") for dtype in integers)))
         if call.where in GPUS:
             device = AbstractDevice(device_kind=call.where, num_cores=GPUS[call.where][0], platform="cuda")
             stack.enter_context(jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)))
@@ -261,10 +317,15 @@ def hashes_of(revision: str, only: str):
 
 
 def compare(before: dict[str, str], after: dict[str, str]) -> list[str]:
-    """A line for each kernel that is not the same on both sides."""
+    """A line for each kernel that is not the same on both sides, of the calls that `before` has."""
     kinds = {(True, False): "gone", (False, True): "new", (True, True): "changed"}
-    names = list(dict.fromkeys([*before, *after]))
+    known = set(map(_call_of, before))
+    names = dict.fromkeys([*before, *(name for name in after if _call_of(name) in known)])
     return [f"{kinds[name in before, name in after]}: {name}" for name in names if before.get(name) != after.get(name)]
+
+
+def _call_of(name: str) -> str:
+    return name.rpartition(" #")[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -284,12 +345,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{len(here)} kernels of JAX {jax.__version__} in {time.monotonic() - start:.0f} s")
         return 0
     with hashes_of(options.revision, options.only) as finish:
-        here = hashes(options.only)
-        differences = compare(finish(), here)
+        here, there = hashes(options.only), finish()
+    differences = compare(there, here)
     for line in differences:
         print(line)
-    against = f"{options.revision} (JAX {jax.__version__})"
-    print(f"{len(differences)} of {len(here)} kernels differ from {against}; {time.monotonic() - start:.0f} s")
+    known = set(map(_call_of, there))
+    lacked = sum(_call_of(name) not in known for name in here)
+    against = f"{options.revision} (JAX {jax.__version__})" + (f", which lacks {lacked} more" if lacked else "")
+    print(f"{len(differences)} of {len(here) - lacked} kernels differ from {against}; {time.monotonic() - start:.0f} s")
     return bool(differences)
 
 

@@ -7,7 +7,8 @@ On a GPU several worker processes share it, and every implementation is compared
 they are promised, else within tests/tolerances.py. Elsewhere the kernels' interpreters and plain XLA are compared with
 the definition, on tiny shapes. Gradients are compared with plain XLA's, as tests/gradients.py allows. A negative
 position must read row 0 of the table. One past the table must give NaN in the lanes that read it, and nowhere else, and
-gradients must read row 0 there.
+gradients must read row 0 there. A call that writes a KV cache must give the bits of the call that writes none, which is
+compared so, with its k and v written by the oracle's writer, elsewhere by a loop over tokens.
 """
 
 import argparse
@@ -32,7 +33,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests import forms, gpu_memory, gradients, strategies
+from pallas_qk._rows import Outputs
+from tests import cached, forms, gpu_memory, gradients, strategies
+from tests.cached import CachedCase, Data
 from tests.cases import Case
 from tests.compare import assert_same, assert_within
 from tests.definition import define
@@ -138,6 +141,73 @@ def _assert_defined(name: str, got: dict[str, jax.Array], want, past: np.ndarray
             assert_within(f"{rows}_out", got[rows], np.where(where, 0.0, exact), bound)
 
 
+def check_cached(call: CachedCase, seed: int, implementations=IMPLEMENTATIONS) -> int:
+    """Compares a call that writes a KV cache with the one that writes none, and that one; the number of elements."""
+    num_elements = check_forward(call.case, seed, implementations)
+    for name in implementations:
+        if name == "triton" and not has_gpu() and call.case.dtype == "float32":
+            continue  # in each of the two programs XLA's CPU compiler fuses products into sums as it likes
+        data = data_of(name, call, seed)
+        plain = dict(zip(forms.output_names(call.case), run(name, call.case, data.inputs), strict=True))
+        plain = forms.split_heads(call.case, Outputs(**plain | {"v": None}))
+        want = cached.expected(call, plain, data=data, write=_write_by_oracle if has_gpu() else cached.write)
+        got = run_cached(name, call, data)
+        for rows in ("q", "k", "v", "gate"):
+            if (x := getattr(got, rows)) is not None:
+                any_nan = name == "xla" and rows in ("q", "k")
+                _assert_bits(f"{name}: {rows}_out", *_canonical(any_nan, x, getattr(want, rows)))
+                num_elements += x.size
+        at, is_cast = cached.written(call, data.slots), call.cache_dtype != jnp.dtype(call.case.dtype)
+        # On the host: on a GPU every index and transpose is compiled for its shape.
+        for kind, x, wanted in zip(
+            "kv", *(cached.by_slot(call, cached.arrays_of(y), np) for y in (got, want)), strict=True
+        ):
+            num_elements += x.size
+            any_nan = is_cast or (name == "xla" and kind == "k")
+            _assert_bits(f"{name}: {kind} in the cache", *_canonical(any_nan, x[at], wanted[at]))
+            _assert_bits(f"{name}: what no slot names in {kind}'s cache", *(_with(y, at, 0) for y in (x, wanted)))
+    return num_elements
+
+
+def data_of(name: str, call: CachedCase, seed: int) -> Data:
+    if name != "triton" or has_gpu():
+        return strategies.make_data(call, seed, special=has_gpu())
+    # Pallas's interpreter, and XLA under it, change the payload of a NaN that they move. A masked store writes what was
+    # there: rows of no token, or of one without a slot, point at place 0, and would undo another row's store.
+    data = strategies.make_data(dataclasses.replace(call, finite=True), seed)
+    data.slots[data.slots == 0] = next(iter(strategies.no_slots(call.slots_dtype, call.capacity)), 0)
+    return data
+
+
+def run_cached(name: str, call: CachedCase, data: Data) -> Outputs:
+    """The public function, or the kernel executed by its interpreter without a GPU; all (T, heads, D)."""
+    if name != "xla" and not has_gpu():
+        operands = cached.inputs_of(call, data=data)
+        return cached_kernel("forward", name, call.options, call.case.num_tokens == 0)(operands)
+    layer = {"layer": jnp.int32(call.layer)} if "l" in call.sizes else {}
+    return cached.outputs_of(call, cached.op(call, name)(*cached.arguments(call, data=data), **layer))
+
+
+def _canonical(any_nan: bool, *arrays) -> list:
+    """The arrays, with one NaN where which one comes out is the compiler's affair: a cast's, and plain XLA's."""
+    return [_with(x, np.isnan(x), np.nan) for x in map(np.asarray, arrays)] if any_nan else list(arrays)
+
+
+def _with(x: np.ndarray, where: np.ndarray, value: float) -> np.ndarray:
+    x = x.copy()
+    x[where] = value
+    return x
+
+
+def _write_by_oracle(call: CachedCase, k: jax.Array, data: Data) -> list[jax.Array]:
+    from benchmarks.providers import oracle_writer, to_jax
+    from pallas_qk import dlpack
+
+    k, v, slots, *caches = (dlpack.to_torch(jnp.asarray(x)).clone() for x in (k, data.v, data.slots, *data.before))
+    oracle_writer(call, caches, slots)(k, v.view(k.shape))
+    return to_jax(caches)
+
+
 def check_backward(case: Case, seed: int, implementations=IMPLEMENTATIONS) -> int:
     """Compares the gradients of both kernels with plain XLA's at positions inside the table; the number of elements."""
     case = gradient_case(case)
@@ -181,15 +251,18 @@ def split_gradients(case: Case, found) -> dict[str, jax.Array]:
     return named | dict(zip(("q", "gate"), forms.split_gates(case, q), strict=True))
 
 
-def check(case: Case, seed: int, implementations=IMPLEMENTATIONS) -> int:
-    """Forward and backward of one case; the number of elements compared."""
-    with strategies.x64(case):
-        return check_forward(case, seed, implementations) + check_backward(case, seed, implementations)
+def check(call: Case | CachedCase, seed: int, implementations=IMPLEMENTATIONS, *, backward: bool = True) -> int:
+    """Forward and, where there is one, backward of one call; the number of elements compared."""
+    with strategies.x64(call):
+        if isinstance(call, CachedCase):
+            return check_cached(call, seed, implementations)
+        num_elements = check_forward(call, seed, implementations)
+        return num_elements + (check_backward(call, seed, implementations) if backward else 0)
 
 
-def draw(sizes: strategies.Sizes, seed: int, count: int) -> list[Case]:
-    """Cases by hypothesis; the same for the same seed."""
-    drawn: list[Case] = []
+def draw(sizes: strategies.Sizes, seed: int, count: int) -> list[Case | CachedCase]:
+    """Calls by hypothesis; the same for the same seed."""
+    drawn: list[Case | CachedCase] = []
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
@@ -199,7 +272,7 @@ def draw(sizes: strategies.Sizes, seed: int, count: int) -> list[Case]:
         deadline=None,
         suppress_health_check=list(hypothesis.HealthCheck),  # a machine with other workers is slow
     )
-    @hypothesis.given(strategies.cases(sizes))
+    @hypothesis.given(strategies.calls(sizes))
     def collect(case):
         drawn.append(case)
 
@@ -207,23 +280,34 @@ def draw(sizes: strategies.Sizes, seed: int, count: int) -> list[Case]:
     return drawn
 
 
-def reproducer(case: Case, seed: int) -> str:
+def reproducer(call: Case | CachedCase, seed: int) -> str:
+    return f"python -m tests.fuzz '{_text(call)}' --seed {seed}"
+
+
+def _text(call: Case | CachedCase) -> str:
     changed = [
-        f"{field.name}={getattr(case, field.name)!r}"
-        for field in dataclasses.fields(case)
-        if field.default is dataclasses.MISSING or getattr(case, field.name) != field.default
+        f"{field.name}={_text(value) if isinstance(value, Case) else repr(value)}"
+        for field in dataclasses.fields(call)
+        if (value := getattr(call, field.name)) != field.default
     ]
-    case_text = f"Case({', '.join(changed)})".replace("'", '"')
-    return f"python -m tests.fuzz '{case_text}' --seed {seed}"
+    return f"{type(call).__name__}({', '.join(changed)})".replace("'", '"')
 
 
-def parse_case(text: str) -> Case:
+def parse_case(text: str) -> Case | CachedCase:
     """Of what `reproducer` prints."""
-    call = ast.parse(text, mode="eval").body
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id != "Case":
-        raise argparse.ArgumentTypeError(f"a case must be written Case(…), got {text!r}. Copy it from a failure.")
-    keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    return Case(*map(ast.literal_eval, call.args), **keywords)
+    call = _parse(ast.parse(text, mode="eval").body)
+    if not isinstance(call, Case | CachedCase):
+        raise argparse.ArgumentTypeError(
+            f"a case must be written Case(…) or CachedCase(…), got {text!r}. Copy it from a failure."
+        )
+    return call
+
+
+def _parse(node: ast.expr):
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Case", "CachedCase"):
+        keywords = {keyword.arg: _parse(keyword.value) for keyword in node.keywords}
+        return {"Case": Case, "CachedCase": CachedCase}[node.func.id](*map(_parse, node.args), **keywords)
+    return ast.literal_eval(node)
 
 
 # A worker prints one JSON object a line: {"start": reproducer}, {"elements": n, "done": whether it was the
@@ -243,10 +327,7 @@ def work(seed: int, seconds: float, implementations: list[str]) -> None:
                     return
                 _say(start=reproducer(case, data_seed))
                 try:
-                    with strategies.x64(case):
-                        elements += check_forward(case, data_seed, implementations)
-                        if data_seed == 0:
-                            elements += check_backward(case, data_seed, implementations)
+                    elements += check(case, data_seed, implementations, backward=data_seed == 0)
                 except Exception as error:
                     reason = str(error) if isinstance(error, MismatchError) else traceback.format_exc(limit=-4)
                     _say(failed=reproducer(case, data_seed), reason=reason[-2000:])

@@ -3,7 +3,7 @@
 Pallas's interpret mode can't run `inline_mgpu` bodies, and would not see what they emit. Here every thread of every
 program takes part in every operation: a value is an array (programs, threads), or a list of them for a vector.
 Checked on the way: every access lies inside its array and is aligned to its width, only results are written, all of
-each result is, and what is written twice is written with the same bits.
+each result is but where it updates an array in place, and what is written twice is written with the same bits.
 
 Arithmetic is that of PTX (IEEE, NaN results canonical) but for the approximate reciprocal and root, which are exact.
 """
@@ -19,6 +19,7 @@ import numpy as np
 from jax._src.lib import mosaic_gpu_dialect
 from jax.interpreters import mlir
 from jaxlib.mlir import ir, passmanager
+from jaxlib.mlir.dialects import stablehlo as hlo
 
 from tests.lowering import HOPPER_SMS, lowered
 
@@ -37,9 +38,13 @@ def execute(function, *args, programs: slice = slice(None), num_sms: int = HOPPE
         picked = programs if index == 0 else slice(None)
         inputs = [_Memory(arrays[key].reshape(shape)) for key, shape in kernel.inputs]
         results = [_Memory(None, out) for out in kernel.outputs]
+        for result, operand in kernel.updated.items():
+            results[result].bytes[:] = inputs[operand].bytes
+            inputs[operand] = results[result]
         with mlir.make_ir_context() as context:
             _Launch(inputs + results, picked).run(_module(context, kernel.code))
-        assert picked != slice(None) or all(r.written.all() for r in results), "a result is not written in full"
+        new = [result for place, result in enumerate(results) if place not in kernel.updated]
+        assert picked != slice(None) or all(result.written.all() for result in new), "a result is not written in full"
         for place, (result, out) in enumerate(zip(results, kernel.outputs, strict=True)):
             arrays[_Output(index, place)] = result.bytes.view(out.dtype).reshape(out.shape)
     return program.tree.unflatten([arrays[key].reshape(shape) for key, shape in program.results])
@@ -64,6 +69,7 @@ class Kernel(NamedTuple):
     code: bytes  # of the MLIR module
     inputs: list[tuple[_Argument | _Output, tuple[int, ...]]]
     outputs: list[jax.ShapeDtypeStruct]
+    updated: dict[int, int]  # outputs that are inputs updated in place, by their places
 
     def __str__(self) -> str:
         with mlir.make_ir_context() as context:
@@ -105,9 +111,17 @@ def emitted(function, *args, num_sms: int = HOPPER_SMS) -> Program:
         assert call.attributes["call_target_name"].value.startswith("mosaic_gpu"), call
         code = call.attributes["mhlo.backend_config"]["module"].value_bytes
         outputs = [_shape_dtype(result.type) for result in call.results]
-        kernels.append(Kernel(code, [source(operand) for operand in call.operands], outputs))
+        kernels.append(Kernel(code, [source(operand) for operand in call.operands], outputs, _aliases(call)))
         calls.append(call)
     return Program(kernels, [source(result) for result in end.operands], jax.tree.structure(program.out_info))
+
+
+def _aliases(call: ir.Operation) -> dict[int, int]:
+    if "output_operand_aliases" not in call.attributes:
+        return {}
+    aliases = map(hlo.OutputOperandAlias, call.attributes["output_operand_aliases"])
+    # A single result has no place of its own.
+    return {(*alias.output_tuple_indices, 0)[0]: alias.operand_index for alias in aliases}
 
 
 _RESHAPES = ("stablehlo.reshape", "stablehlo.broadcast_in_dim")

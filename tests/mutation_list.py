@@ -26,6 +26,11 @@ def _in(file: str, *mutations: tuple) -> list[Mutation]:
     return [Mutation(file, *mutation) for mutation in mutations]
 
 
+def cache_by(implementation: str, form: str = "", dtype: str = "bfloat16") -> tuple[str, ...]:
+    case = f"{implementation}-T9-H4.3-D64-R16-{dtype}-max_position=40{form}"
+    return tests_of("cache", f"test_rows_are_those_of_the_op_and_the_rest_keeps_its_bits[{case}]")
+
+
 TREE = tests_of("tree", "test_reference_sum_is_the_tree")
 TREE_OF_TRITON = tests_of("tree", "test_each_layout_of_the_triton_kernel_sums_the_tree")
 FORMS_OF_XLA = tests_of("properties", "test_forward_keeps_to_its_definition[xla-6]")
@@ -40,6 +45,9 @@ OUTSIDE_OF_MOSAIC = "test_a_position_past_the_table_gives_nan_in_its_lanes_and_a
 OUTSIDE_OF_TORCH = tests_of(
     "torch_ref", "test_a_position_past_the_table_gives_nan_in_its_rotated_lanes_and_a_negative_one_row_0"
 )
+SLOTS_OUTSIDE = tests_of("kv_cache", "test_every_integer_dtype_and_what_lies_outside")
+# A write farther off would end the process.
+ORACLE_S_CACHE = tests_of("torch_kv_cache", "test_oracle_equals_the_reference[cpu-b s h d-torch.float16-near]")
 RECIPE = tests_of("mosaic_gpu", "test_every_rounding_is_the_recipe_s")
 SHARDED = tests_of("sharding", "test_tokens_and_heads[(4,2)-auto]")
 BAD_CALL = tests_of("errors", "test_bad_call")
@@ -104,8 +112,8 @@ MUTATIONS = [
         ),
         (
             "rows: the gate at q's place",
-            'rows["gate"] = Rows("q", q._replace(first=d), target)',
-            'rows["gate"] = Rows("q", q, target)',
+            'rows["gate"] = Rows("q", q._replace(first=d), targets)',
+            'rows["gate"] = Rows("q", q, targets)',
             tests_of("forward", "test_gate_bits_are_kept[xla]"),
         ),
         (
@@ -116,8 +124,8 @@ MUTATIONS = [
         ),
         (
             "a gate left in place is written by the kernel too",
-            'Place("gate", d, num_q_heads * d) if options.gate == "copied" else None',
-            'Place("gate", d, num_q_heads * d)',
+            '(Place("gate", d, num_q_heads * d),) if options.gate == "copied" else ()',
+            '(Place("gate", d, num_q_heads * d),)',
             tests_of("surface", "test_nothing_is_moved_beside_the_kernel[in place-mosaic_gpu]"),
         ),
         (
@@ -128,8 +136,8 @@ MUTATIONS = [
         ),
         (
             "an output does not vary with the rows of the table",
-            "source + getattr(x, kind.weight) + x.cos_sin_cache + x.positions",
-            "source + getattr(x, kind.weight)",
+            "found += getattr(x, kind.weight) + x.cos_sin_cache + x.positions",
+            "found += getattr(x, kind.weight)",
             tests_of("surface", "test_rows_that_vary_alone"),
         ),
         (
@@ -211,22 +219,125 @@ MUTATIONS = [
     *_in(
         "pallas_qk/_api.py",
         (
+            "copy_gate=False copies the gate",
+            """Inputs(q_gate, k, q_weight, k_weight, cos_sin_cache, positions),
+        "copied" if _checks.check_copy_gate(copy_gate) else "in_place",""",
+            """Inputs(q_gate, k, q_weight, k_weight, cos_sin_cache, positions),
+        "copied",""",
+            tests_of("surface", "test_nothing_is_moved_beside_the_kernel[in place-mosaic_gpu]"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_call.py",
+        (
             "positions of less than a byte reach the kernels",
-            "if inputs.positions is not None and jnp.iinfo(inputs.positions.dtype).bits < 8:",
+            "if x is not None and jnp.iinfo(x.dtype).bits < 8:",
             "if False:",
             tests_of("positions", "test_a_kernel_is_given_whole_words_for_positions_of_less_than_a_byte"),
         ),
         (
             "NumPy's 64-bit positions are left to JAX",
-            "inputs._replace(positions=_array_checks.canonical_positions(inputs.positions))",
-            "inputs._replace(positions=inputs.positions)",
+            "_array_checks.canonical_integers(getattr(inputs, name))",
+            "getattr(inputs, name)",
             tests_of("positions", "test_numpy_positions_of_64_bits_are_not_narrowed_unseen"),
         ),
         (
-            "copy_gate=False copies the gate",
-            "gate=gate,",
-            'gate="copied" if gate else None,',
-            tests_of("surface", "test_nothing_is_moved_beside_the_kernel[in place-mosaic_gpu]"),
+            "NumPy's 64-bit slots are left to JAX",
+            '_INTEGERS = ("positions", "slots", "layer")',
+            '_INTEGERS = ("positions",)',
+            tests_of("cache", "test_numpy_slots_of_64_bits_are_not_narrowed_unseen"),
+        ),
+    ),
+    # The KV cache.
+    *_in(
+        "pallas_qk/_cache_api.py",
+        (
+            "cache: k's array returned for v",
+            "(outputs.k_cache, outputs.v_cache)",
+            "(outputs.k_cache, outputs.k_cache)",
+            tests_of("cache", "test_the_public_functions"),
+        ),
+        (
+            "cache: the k given is returned as v",
+            "written, outputs.k, outputs.v)",
+            "written, outputs.k, outputs.k)",
+            tests_of("cache", "test_the_public_functions"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_cache_axes.py",
+        (
+            "cache: c runs slower than h in (h c)",
+            '"hc": (size // 2, 2)',
+            '"hc": (2, size // 2)',
+            cache_by("mosaic_gpu", "-cache_axes=bs(hc)d"),
+        ),
+        (
+            "cache: the stride of places counts one lane",
+            "step *= sizes[name]",
+            "step *= sizes[name] if name != 'd' else 1",
+            cache_by("mosaic_gpu"),
+        ),
+        (
+            "cache: layers in any place",
+            'and names.find("l") <= 0',
+            "",
+            tests_of("cache_errors", "test_bad_call"),
+        ),
+        (
+            "cache: the capacity is that of one block",
+            'sizes["b"] * sizes["s"])',
+            'sizes["s"])',
+            cache_by("mosaic_gpu"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_cache_write.py",
+        (
+            "cache: a negative slot writes the last row",
+            "return (x >= 0) & (x < limit)",
+            "return x < limit",
+            tests_of("cache", "test_places_of_slots"),
+        ),
+        (
+            "cache: a slot past the capacity writes the first row",
+            'indices["b"] = jnp.where(inside, indices["b"], num_blocks)',
+            'indices["b"] = jnp.where(inside, indices["b"], 0)',
+            cache_by("xla"),
+        ),
+        (
+            "cache: a layer outside writes another",
+            "inside = inside & _is_below(layer, cache.num_layers)",
+            "layer = layer % cache.num_layers",
+            cache_by("xla", "-cache_axes=lbshd-layer=3"),
+        ),
+        (
+            "cache: bfloat16 scattered by conversions",
+            "converts = dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11)",
+            "converts = False",
+            cache_by("xla"),
+        ),
+        (
+            "cache: no rounding before a cast to a wider cache",
+            "rows = lax.optimization_barrier(rows)",
+            "rows = list(rows)",
+            cache_by("xla", "-kv_dtype=float32"),
+            "XLA drops the rounding on GPUs alone",
+        ),
+    ),
+    *_in(
+        "pallas_qk/_cache_checks.py",
+        (
+            "cache: a bool is a layer",
+            "isinstance(layer, numbers.Integral) and not isinstance(layer, bool)",
+            "isinstance(layer, numbers.Integral)",
+            tests_of("cache_errors", "test_bad_layer"),
+        ),
+        (
+            "cache: an empty cache passes",
+            "if 0 in cache.shape:",
+            "if False:",
+            tests_of("cache_errors", "test_bad_call"),
         ),
     ),
     # The op over a mesh, under vmap and differentiated, and the choice of what runs.
@@ -305,9 +416,15 @@ MUTATIONS = [
             SHARDED,
         ),
         (
+            "sharding: each device writes its own tokens alone",
+            "lead = [() for _ in lead]",
+            "lead = list(lead)",
+            tests_of("cache_sharding", "test_rows_go_where_the_cache_is"),
+        ),
+        (
             "sharding: k laid out as q is",
-            "[heads.get(split_axis(name)[0], ())]",
-            '[heads.get(split_axis(name)[0].replace("k", "q"), ())]',
+            "heads.get(split_axis(name)[0], ())",
+            'heads.get(split_axis(name)[0].replace("k", "q"), ())',
             tests_of("sharding", "test_tokens_and_heads[(4,2), k replicated-auto]"),
         ),
         (
@@ -654,25 +771,61 @@ MUTATIONS = [
         "pallas_qk/_mosaic_gpu/launch.py",
         (
             "mosaic: the last program left out",
-            "grid=(num_programs,),",
-            "grid=(num_programs - 1,),",
+            '"grid": (num_programs,),',
+            '"grid": (num_programs - 1,),',
             RECIPE,
         ),
         (
             "mosaic: a name for a single warpgroup, which costs a barrier",
-            "None if num_warpgroups == 1 else num_warpgroups,\n        thread_name=None if num_warpgroups == 1 else",
-            "num_warpgroups,\n        thread_name=",
+            'None if num_warpgroups == 1 else num_warpgroups,\n        "thread_name": None if num_warpgroups == 1 else',
+            'num_warpgroups,\n        "thread_name":',
             tests_of("mosaic_gpu", "test_what_is_emitted"),
         ),
         (
             "mosaic: a kernel without its name",
-            "kernel_name=name,",
-            "kernel_name=None,",
+            '"kernel_name": name,',
+            '"kernel_name": None,',
             tests_of("mosaic_gpu", "test_what_is_emitted"),
         ),
     ),
     *_in(
         "pallas_qk/_mosaic_gpu/thread.py",
+        (
+            "mosaic cache: a slot without room writes slot 0",
+            "with contextlib.nullcontext() if self.exists is None else when(self.exists):",
+            "with contextlib.nullcontext():",
+            cache_by("mosaic_gpu"),
+        ),
+        (
+            "mosaic cache: a slot is compared after narrowing",
+            "exists, of_layer = slot < _limit(slot, places.capacity), None",
+            "exists, of_layer = slot.resized(32) < _limit(slot, places.capacity), None",
+            cache_by("mosaic_gpu", "-slots_dtype=int64"),
+        ),
+        (
+            "mosaic cache: blocks as far apart as their places reach",
+            "gap = places.block - places.block_size * places.place",
+            "gap = 0 * places.block",
+            cache_by("mosaic_gpu", "-cache_axes=bhsd"),
+        ),
+        (
+            "mosaic cache: layer 0 alone",
+            "offset + self.layer.resized(64) * places.layer",
+            "offset",
+            cache_by("mosaic_gpu", "-cache_axes=lbshd"),
+        ),
+        (
+            "mosaic cache: v at k's place",
+            "return cls(start + place.first if place.first else start, slot.exists)",
+            "return cls(start, slot.exists)",
+            cache_by("mosaic_gpu", "-cache_axes=bhs(cd)"),
+        ),
+        (
+            "mosaic cache: rows of another dtype keep their bits",
+            "if dtype != self.start.dtype:",
+            "if False:",
+            cache_by("mosaic_gpu", "-kv_dtype=float32", "float16"),
+        ),
         (
             "mosaic: the bits of a lane in ascending order",
             "for bit in order:",
@@ -711,8 +864,8 @@ MUTATIONS = [
         ),
         (
             "mosaic guard: compared after narrowing",
-            "inside = position < self._limit(position)",
-            "inside = position.resized(32) < min(self._limit(position), 2**31 - 1)",
+            "inside = position < _limit(position, self.max_position)",
+            "inside = position.resized(32) < min(_limit(position, self.max_position), 2**31 - 1)",
             tests_of("mosaic_gpu", f"{OUTSIDE_OF_MOSAIC}[100-int64]"),
         ),
         (
@@ -1038,6 +1191,18 @@ MUTATIONS = [
     *_in(
         "pallas_qk/_triton/forward.py",
         (
+            "triton cache: a slot without room writes slot 0",
+            "values, both(mask, over_tile[0]))",
+            "values, mask)",
+            cache_by("triton"),
+        ),
+        (
+            "triton cache: v at k's place",
+            '"c": jnp.int32(place.first > 0)',
+            '"c": jnp.int32(0)',
+            cache_by("triton", "-cache_axes=bhs(cd)"),
+        ),
+        (
             "triton: row 0 instead of NaN",
             "return cos if is_past is None else jnp.where(is_past, jnp.nan, cos), sin",
             "return cos, sin",
@@ -1098,7 +1263,7 @@ MUTATIONS = [
             ),
         ),
     ),
-    # Tables, positions and the exchange with torch.
+    # Tables, positions, slots and the exchange with torch.
     *_in(
         "pallas_qk/rope.py",
         (
@@ -1166,6 +1331,57 @@ MUTATIONS = [
         ),
     ),
     *_in(
+        "pallas_qk/kv_cache.py",
+        (
+            "slots: a place before the first page is on the last",
+            "jnp.where(places < 0, block_tables.shape[-1], places // size)",
+            "places // size",
+            SLOTS_OUTSIDE,
+        ),
+        (
+            "slots: a sequence before the first is the last",
+            "jnp.where(sequences < 0, block_tables.shape[0], sequences)",
+            "sequences",
+            SLOTS_OUTSIDE,
+        ),
+        (
+            "slots: a place past the table's row is on its last page",
+            'get(mode="fill", fill_value=-1)',
+            'get(mode="clip")',
+            SLOTS_OUTSIDE,
+        ),
+        (
+            "slots: a place past a row of the cache is in the next one",
+            "exists = (places >= 0) & (places < size)",
+            "exists = places >= 0",
+            SLOTS_OUTSIDE,
+        ),
+        (
+            "slots: NumPy's 64 bits are narrowed unseen",
+            "return xp.where((array >= 0) & (array <= most), array.astype(dtype), -1)",
+            "return array.astype(dtype)",
+            SLOTS_OUTSIDE,
+        ),
+        (
+            "slots: the last block is there in full",
+            "last_block = (jnp.iinfo(place.dtype).max - place) // size",
+            "last_block = jnp.iinfo(place.dtype).max // size",
+            tests_of("kv_cache", "test_a_slot_that_the_dtype_does_not_hold_is_none"),
+        ),
+        (
+            "slots: 64 bits of one argument are not enough",
+            "wide = any(array",
+            "wide = all(array",
+            tests_of("kv_cache", "test_one_argument_of_64_bits_gives_64_bits"),
+        ),
+        (
+            "slots: explicit axes by the places alone",
+            "mesh = next((sharding.mesh for sharding in (first, *rest) if not sharding.mesh.empty), first.mesh)",
+            "mesh = first.mesh",
+            tests_of("kv_cache", "test_numpy_arrays_beside_sharded_ones"),
+        ),
+    ),
+    *_in(
         "pallas_qk/dlpack.py",
         (
             "dlpack: strides are ignored",
@@ -1215,8 +1431,8 @@ MUTATIONS = [
         ),
         (
             "torch: tensors of several devices",
-            "if tensor.device != q_gate.device:",
-            "if tensor.device == q_gate:",
+            "if tensor.device != device:",
+            "if tensor.device == name:",
             tests_of("torch_ref", "test_a_bad_call_names_rule_value_and_remedy"),
         ),
         (
@@ -1224,6 +1440,12 @@ MUTATIONS = [
             "tuple(dtype for dtype in activation_dtypes if dtype.itemsize <= max(4, q_gate.itemsize))",
             "activation_dtypes",
             tests_of("torch_ref", "test_a_bad_call_names_rule_value_and_remedy"),
+        ),
+        (
+            "torch: the two caches in two dtypes",
+            '("v_cache", v_cache, (*blocks, *row), (k_cache.dtype,)),',
+            '("v_cache", v_cache, (*blocks, *row), CACHE_DTYPES),',
+            tests_of("torch_kv_cache", "test_a_bad_call_names_rule_value_and_remedy"),
         ),
     ),
     *_in(
@@ -1247,6 +1469,18 @@ MUTATIONS = [
             OUTSIDE_OF_TORCH,
         ),
         (
+            "torch: a slot at the capacity is written",
+            "slots < num_blocks * block_size",
+            "slots <= num_blocks * block_size",
+            tests_of("torch_kv_cache", "test_the_reference_writes_the_rows_and_no_other_bit"),
+        ),
+        (
+            "torch: a negative slot counts from the end",
+            "(slots >= 0) & (slots <",
+            "(slots >= -num_blocks) & (slots <",
+            tests_of("torch_kv_cache", "test_the_reference_writes_the_rows_and_no_other_bit"),
+        ),
+        (
             "torch: the gate in the input's memory",
             "gate.flatten(1).clone(memory_format=torch.contiguous_format),",
             "gate.flatten(1),",
@@ -1255,6 +1489,36 @@ MUTATIONS = [
     ),
     *_in(
         "torch_ref/triton_oracle.py",
+        (
+            "oracle: a negative slot is written",
+            "if (slot >= 0) & (slot < num_slots):",
+            "if (slot >= -1) & (slot < num_slots):",
+            ORACLE_S_CACHE,
+        ),
+        (
+            "oracle: a slot at the capacity is written",
+            "if (slot >= 0) & (slot < num_slots):",
+            "if (slot >= 0) & (slot <= num_slots):",
+            ORACLE_S_CACHE,
+        ),
+        (
+            "oracle: slots in 32 bits",
+            "slot = tl.load(slots_ref + token * slot_stride).to(tl.int64)",
+            "slot = tl.load(slots_ref + token * slot_stride).to(tl.int32)",
+            tests_of("torch_kv_cache", "test_oracle_equals_the_reference[cpu-b s h d-torch.float16-far]"),
+        ),
+        (
+            "oracle: lanes of v written by the stride of heads",
+            "tl.store(v_row_ref + lane * v_cache_lane_stride, v, mask=in_row)",
+            "tl.store(v_row_ref + lane * v_cache_head_stride, v, mask=in_row)",
+            ORACLE_S_CACHE,
+        ),
+        (
+            "oracle: lanes past a row",
+            "tl.store(k_row_ref + lane * k_cache_lane_stride, k, mask=in_row)",
+            "tl.store(k_row_ref + lane * k_cache_lane_stride, k)",
+            ORACLE_S_CACHE,
+        ),
         (
             "oracle: width reads by the limit of height",
             "(frequency % 3 == 2) & (frequency < 3 * mrope_section[2])",

@@ -6,6 +6,7 @@ A report that names a kernel of ours makes it fail; reports on other kernels (XL
 """
 
 import argparse
+import functools
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import sys
 import time
 from typing import NamedTuple
 
+from tests.cached import CachedCase
 from tests.cases import Case
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -38,6 +40,18 @@ CASES = (
     Case(37, 4, 2, packed=True),
     Case(7, 3, 1, packed=True, gate=None),
     Case(5, 2, 1, gathered=True),
+)
+
+# Calls that write a KV cache: slots below 0 and past the end, in 32 bits and less; layers outside, casts, lone places.
+CACHED_CASES = (
+    CachedCase(Case(37, 5, 2, packed=True), block_size=16, slots_dtype="int8"),
+    CachedCase(Case(37, 5, 2, gate="in_place"), "b s (h c) d", num_blocks=9, return_kv=True),
+    CachedCase(Case(9, 3, 1, head_dim=80, rotary_dim=40, dtype="float16", packed=True, gate=None), "b h s (c d)"),
+    CachedCase(Case(7, 3, 1, head_dim=64, rotary_dim=6), "c h s b d", kv_dtype="float32", slots_dtype="uint8"),
+    CachedCase(Case(5, 2, 1, head_dim=128, rotary_dim=64, dtype="float32"), "b s (c h) d", kv_dtype="float16"),
+    *(CachedCase(Case(6, 4, 2), "l b s h d", layer=layer) for layer in (0, 2, -1, 3, 2**31 - 1)),
+    CachedCase(Case(1, 1, 1), num_blocks=1, block_size=1),
+    CachedCase(Case(300, 16, 2, packed=True), num_blocks=20, block_size=16),
 )
 
 
@@ -89,11 +103,11 @@ def run_tool(tool: str) -> bool:
 
 
 def run_kernels() -> None:
-    """Forward and backward of every case, by both kernels."""
+    """Forward and backward of every case, by both kernels; what writes a cache has no backward."""
     import jax
     import jax.numpy as jnp
 
-    from tests import forms
+    from tests import cached, forms
     from tests.cases import make_inputs
     from tests.gradients import outputs_and_gradients
     from tests.lowering import GPU_IMPLEMENTATIONS
@@ -104,6 +118,11 @@ def run_kernels() -> None:
         for op in (forms.op(case, name) for name in GPU_IMPLEMENTATIONS):
             both = outputs_and_gradients(op, of=floats - 1, arguments=len(arrays))  # the table's gradient is XLA's
             jax.block_until_ready(jax.jit(both)(*arrays, *forms.cotangents_of(case)))
+    for call in CACHED_CASES:
+        layer = {"layer": jnp.int32(call.layer)} if "l" in call.sizes else {}
+        for name in GPU_IMPLEMENTATIONS:
+            op = jax.jit(functools.partial(cached.op(call, name), **layer), donate_argnums=5)  # the cache, in place
+            jax.block_until_ready(op(*cached.arguments(call)))
     print(DONE)
 
 

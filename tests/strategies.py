@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
+from tests import cached
+from tests.cached import CachedCase, Data
 from tests.cases import Case, Inputs
 from tests.definition import axes
 
@@ -25,6 +27,7 @@ class Sizes:
     heads: tuple[tuple[int, int], ...]  # (Hq, Hkv)
     dims: tuple[tuple[int, int], ...]  # (D, R)
     max_positions: tuple[int, ...]
+    block_sizes: tuple[int, ...]  # of KV caches
     most_elements: int  # of the outputs; more tokens than that are cut
 
 
@@ -33,6 +36,7 @@ TINY = Sizes(
     heads=((3, 2), (2, 1), (1, 3), (1, 1)),
     dims=((16, 8), (16, 16), (12, 6), (6, 2), (40, 8), (64, 16)),
     max_positions=(40, 300),
+    block_sizes=(4, 1, 3, 8),
     most_elements=1 << 14,
 )
 # Sizes that break kernels like these: for T powers of two, their neighbours and primes, for D no powers of two, for R
@@ -70,6 +74,7 @@ WIDE = Sizes(
     ),
     dims=tuple((head_dim, rotary_dim) for head_dim, each in _ROTARY_DIMS.items() for rotary_dim in each),
     max_positions=(4096, 1, 100, 200, 40_000, 70_000),
+    block_sizes=(16, 1, 3, 7, 64, 100, 256),
     most_elements=1 << 24,
 )
 
@@ -109,6 +114,45 @@ def cases(draw, sizes: Sizes) -> Case:
         gathered=gathered,
         mrope_layout=mrope_layout,
     )
+
+
+@st.composite
+def cached_cases(draw, sizes: Sizes) -> CachedCase:
+    """A call that writes a KV cache: any layout and dtype, places for all tokens or some, a layer inside or outside."""
+    case = draw(cases(sizes))
+    cache_axes, num_layers = draw(_cache_axes()), 3
+    # With an integer that holds no slot outside the cache, each token has one.
+    slots_dtype = draw(st.sampled_from(POSITION_DTYPES))
+    block_size = draw(st.sampled_from(sizes.block_sizes))
+    row_of_every_layer = 2 * num_layers * case.num_kv_heads * case.head_dim
+    places = draw(st.sampled_from([2.0, 1.0, 0.5])) * case.num_tokens
+    num_blocks = max(1, int(min(places, sizes.most_elements // row_of_every_layer)) // block_size)
+    if not no_slots(slots_dtype, num_blocks * block_size):
+        case = dataclasses.replace(case, num_tokens=min(case.num_tokens, np.iinfo(slots_dtype).max + 1))
+    return CachedCase(
+        case,
+        cache_axes,
+        kv_dtype=draw(st.sampled_from([None, None, *DTYPES])),
+        num_blocks=num_blocks,
+        block_size=block_size,
+        num_layers=num_layers,
+        layer=draw(st.sampled_from([1, 0, 2, 3, -1, -3, 2**31 - 1, -(2**31)])) if "l" in cache_axes else 1,
+        return_kv=draw(st.booleans()),
+        slots_dtype=slots_dtype,
+    )
+
+
+@st.composite
+def _cache_axes(draw) -> str:
+    """Every order of the axes that is allowed."""
+    both = draw(st.sampled_from([None, "c", "hc", "ch", "cd"]))
+    axes = ["b", "s", "(h c)" if both == "hc" else "(c h)" if both == "ch" else "h", *(["c"] if both == "c" else [])]
+    layers = draw(st.sampled_from([[], [], ["l"]]))
+    return " ".join([*layers, *draw(st.permutations(axes)), "(c d)" if both == "cd" else "d"])
+
+
+def calls(sizes: Sizes) -> st.SearchStrategy[Case | CachedCase]:
+    return st.one_of(cases(sizes), cached_cases(sizes))
 
 
 @st.composite
@@ -162,12 +206,9 @@ def make_inputs(case: Case, seed: int = 0, *, special: bool = False) -> Inputs:
     # Angles of any size: a frequency's neighbours in the table, and those of another row, differ from its own.
     angles = rng.uniform(0, 2 * np.pi, (case.max_position, case.rotary_dim // 2))
     cache = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    return Inputs(
-        *(jnp.asarray(x.reshape(num_tokens, -1)) for x in (q_gate, k)),
-        *(jnp.asarray(w.astype(weight_dtype)) for w in weights),
-        jnp.asarray(cache.astype(cache_dtype)),
-        jnp.asarray(_positions(case, rng)),
-    )
+    flat = [x.reshape(num_tokens, -1) for x in (q_gate, k)]
+    others = *weights.astype(weight_dtype), cache.astype(cache_dtype), _positions(case, rng)
+    return Inputs(*map(jnp.asarray, (*flat, *others)))
 
 
 def _positions(case: Case, rng: np.random.Generator) -> np.ndarray:
@@ -185,9 +226,40 @@ def _positions(case: Case, rng: np.random.Generator) -> np.ndarray:
     return positions
 
 
-def x64(case: Case):
-    """Positions of 64 bits need it, and nothing else may."""
-    return jax.enable_x64(case.positions_dtype.endswith("64"))
+def make_data(call: CachedCase, seed: int = 0, *, special: bool = False) -> Data:
+    """As `make_inputs`, with a slot or none for each token. `special`: v has any bits where the cache has its dtype."""
+    case, rng = call.case, np.random.default_rng([seed, 1])
+    inputs, v = make_inputs(case, seed, special=special), cached.values(call, seed)
+    if special and call.cache_dtype == v.dtype:
+        v = rng.integers(0, 256, v.nbytes, np.uint8).view(v.dtype).reshape(v.shape)
+    return Data(inputs, v, cached.caches(call, seed), _slots(call, rng))
+
+
+def _slots(call: CachedCase, rng: np.random.Generator) -> np.ndarray:
+    """None twice. About one token in eight has none, none in every fourth call; nor has one without a place left."""
+    num_tokens, outside = call.case.num_tokens, no_slots(call.slots_dtype, call.capacity)
+    places = rng.permutation(min(call.capacity, np.iinfo(call.slots_dtype).max + 1))[:num_tokens]
+    slots = np.full(num_tokens, 0, object)
+    slots[: places.size] = places
+    without = np.arange(num_tokens) >= places.size
+    if outside:
+        without |= rng.random(num_tokens) < rng.choice([0, 0.1, 0.1, 0.3])
+        slots[without] = rng.choice(np.array(outside, object), int(without.sum()))
+    assert outside or not without.any(), "two tokens would share a place"
+    return rng.permutation(slots).astype(call.slots_dtype)
+
+
+def no_slots(slots_dtype: str, capacity: int) -> list[int]:
+    """Slots that are none, of every kind that the type holds."""
+    info = np.iinfo(slots_dtype)
+    edges = (-1, capacity, capacity + 1, 2**31 - 1, -(2**31), 2**31 + 3, 2**32 + 3, 3 - 2**32, info.min, info.max)
+    return [x for x in edges if info.min <= x <= info.max and not 0 <= x < capacity]
+
+
+def x64(call: Case | CachedCase):
+    """Positions and slots of 64 bits need it, and nothing else may."""
+    dtypes = [call.positions_dtype] if isinstance(call, Case) else [call.case.positions_dtype, call.slots_dtype]
+    return jax.enable_x64(any(dtype.endswith("64") for dtype in dtypes))
 
 
 def is_past(case: Case, positions: np.ndarray) -> np.ndarray:

@@ -230,6 +230,8 @@ def test_bytes_of_blocks():
         "block_packed": (5 * 4 + 4 * 2) * row + table_row,
         "block_backward": (8 * 4 + 3 * 2) * row,
         "block_packed_backward": (8 * 4 + 5 * 2) * row,
+        "kv_cache": (4 * 4 + 4 * 2) * row + table_row,
+        "kv_cache_gate_in_place": (2 * 4 + 4 * 2) * row + table_row,
     }
     # With its gate copied the op moves two more rows of each query head.
     assert minimum_bytes(case) - found["gate_in_place"] == 2 * 4 * row
@@ -695,5 +697,13 @@ def test_plot_says_when_there_is_nothing_to_draw(tmp_path, capsys):
 def test_every_implementation_has_a_style_of_its_own():
     others = ["vllm", "sglang"]
     names = [*pallas_qk.IMPLEMENTATIONS, "xla_plain", "oracle", "copy", "triton_in_place", *others]
+    names += ["triton_alone", "xla_plain_then_set", "mosaic_gpu_then_set"]
     looks = {(plot.style(name, others).color, plot.style(name, others).line) for name in names}
     assert len(looks) == len(names)
+    assert [name for name in names if not plot.is_known(name)] == others
+    assert plot.style("triton_then_set", others).label == "pallas-qk, Triton, then .at[slots].set"
+
+
+def test_the_best_share_is_that_of_a_kernel_that_does_all_of_it():
+    rows = [timed_row("copy", 1, 1.0), timed_row("mosaic_gpu_alone", 1, 1.0, 1.0), timed_row("triton", 1, 2.0, 1.0)]
+    assert table.markdown(rows).splitlines()[-1] == "| 16/2 | 1 | 1.00 | 1.00 | 2.00 | 0.50 |"

@@ -8,7 +8,6 @@ import jax
 import pytest
 
 import pallas_qk
-from pallas_qk import _api
 from tests.pages import DOCS, README, python_blocks
 
 
@@ -27,10 +26,11 @@ def test_the_readmes_example_runs():
     assert ", ".join(map(str, shapes)) in code
 
 
-def test_the_porting_guides_code_runs():
+@pytest.mark.parametrize("page, num_blocks", [("kv_cache.md", 11), ("porting.md", 20)])
+def test_a_guides_code_runs(page, num_blocks):
     """Its blocks build on each other and hold their own assertions."""
-    blocks = python_blocks(DOCS / "porting.md")
-    assert len(blocks) == 15
+    blocks = python_blocks(DOCS / page)
+    assert len(blocks) == num_blocks
     names: dict = {}
     before = jax.config.jax_default_matmul_precision
     try:
@@ -45,13 +45,15 @@ FUNCTIONS = (
     "fused_qk_rmsnorm_rope",
     "fused_qkv_rmsnorm_rope_gate",
     "fused_qkv_rmsnorm_rope",
+    "fused_qkv_rmsnorm_rope_gate_cache",
+    "fused_qkv_rmsnorm_rope_cache",
     "default_implementation",
 )
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_docstring_examples(name):
-    tests = doctest.DocTestFinder(recurse=False).find(getattr(_api, name), name)
+    tests = doctest.DocTestFinder(recurse=False).find(getattr(pallas_qk, name), name)
     results = [doctest.DocTestRunner().run(test) for test in tests]
     assert sum(result.attempted for result in results) > 0
     assert sum(result.failed for result in results) == 0

@@ -1,14 +1,18 @@
 """The tool that tells what a refactor changed of the kernels."""
 
+import contextlib
 import dataclasses
 import subprocess
 import sys
 
+import jax
 import pytest
 
+import pallas_qk
 from tests import emitted
 
 CALLS = {call.name: call for call in emitted.calls()}
+CACHED = [form for form in emitted.FORMS if form.cache]
 PLAIN = emitted.Call("NVIDIA H200", "triton", "forward", emitted.FORMS[0], emitted.SHAPES[0])
 
 
@@ -16,8 +20,23 @@ def test_calls_have_names_of_their_own_and_reach_every_form():
     assert len(CALLS) == len(list(emitted.calls()))
     for gpu, (_, implementations) in emitted.GPUS.items():
         found = {(c.implementation, c.direction, c.form) for c in CALLS.values() if c.where == gpu}
-        assert len(found) == len(implementations) * 2 * len(emitted.FORMS)
+        assert len(found) == len(implementations) * (2 * len(emitted.FORMS) - len(CACHED))
     assert {c.form for c in CALLS.values() if c.where == "tpu"} == set(emitted.FORMS)
+
+
+def test_a_form_whose_function_is_not_there_is_absent(monkeypatch):
+    monkeypatch.delattr(pallas_qk, "fused_qkv_rmsnorm_rope_gate_cache")
+    lacked = {form for form in CACHED if form.gate}
+    assert {call.form for call in emitted.calls()} == set(emitted.FORMS) - lacked and 0 < len(lacked) < len(CACHED)
+
+
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
+@pytest.mark.parametrize("form", CACHED, ids=str)
+def test_the_code_of_a_call_that_writes_a_cache_depends_on_its_layout(implementation, form):
+    call = dataclasses.replace(PLAIN, implementation=implementation, form=form)
+    other = dataclasses.replace(form, cache=dataclasses.replace(form.cache, axes="b c h s d"))
+    (code,), (other_code,) = map(emitted.emitted, (call, dataclasses.replace(call, form=other)))
+    assert code != other_code
 
 
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
@@ -37,9 +56,18 @@ def test_the_program_of_plain_xla_counts_without_its_names():
 
 
 def test_what_differs_is_named():
-    before, after = {"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "4", "d": "5"}
-    assert emitted.compare(before, after) == ["changed: b", "gone: c", "new: d"]
+    before = {"a #0": "1", "b #0": "2", "c #0": "3"}
+    after = {"a #0": "1", "b #0": "4", "b #1": "5", "a form of today #0": "6"}
+    assert emitted.compare(before, after) == ["changed: b #0", "gone: c #0", "new: b #1"]
     assert emitted.compare(before, before) == []
+
+
+def test_what_a_revision_lacks_is_counted(monkeypatch, capsys):
+    before, after = {"a #0": "1"}, {"a #0": "1", "b #0": "2", "b #1": "3"}
+    monkeypatch.setattr(emitted, "hashes_of", lambda *_: contextlib.nullcontext(lambda: before))
+    monkeypatch.setattr(emitted, "hashes", lambda only: after)
+    assert emitted.main(["old"]) == 0
+    assert f"0 of 1 kernels differ from old (JAX {jax.__version__}), which lacks 2 more; 0 s" in capsys.readouterr().out
 
 
 def test_an_unknown_revision_is_named():

@@ -8,7 +8,9 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from tests import fuzz, strategies
+from pallas_qk import _cache_axes
+from tests import cached, fuzz, strategies
+from tests.cached import CachedCase
 from tests.cases import Case
 from tests.run import has_gpu
 
@@ -17,8 +19,19 @@ CASE = Case(
 )
 
 
+# Tokens without a slot among those with one, and a layer that isn't the first.
+CACHED = CachedCase(
+    Case(7, 2, 1, head_dim=16, rotary_dim=8, max_position=32, dtype="float16"),
+    "l b s (h c) d",
+    num_blocks=3,
+    return_kv=True,
+    slots_dtype="int64",
+    layer=2,
+)
+
+
 def test_a_reproducer_is_the_case():
-    for case in (CASE, Case(1), *fuzz.draw(strategies.WIDE, 0, 20)):
+    for case in (CASE, Case(1), CACHED, CachedCase(CASE), *fuzz.draw(strategies.WIDE, 0, 20)):
         command = fuzz.reproducer(case, 7)
         program, text, rest = command.split("'")
         assert program == "python -m tests.fuzz " and rest == " --seed 7" and "\n" not in command
@@ -32,10 +45,48 @@ def test_a_seed_draws_the_same_cases_and_another_seed_others():
 
 
 def test_every_drawn_case_is_bounded_and_allowed():
-    for case in fuzz.draw(strategies.WIDE, 5, 200):
+    for call in fuzz.draw(strategies.WIDE, 5, 200):
+        case = call.case if isinstance(call, CachedCase) else call
         elements = case.num_tokens * (2 * case.num_q_heads + case.num_kv_heads) * case.head_dim
         assert elements <= strategies.WIDE.most_elements
         assert case.mrope_section is None or (sum(case.mrope_section) == case.rotary_dim // 2 and not case.gathered)
+
+
+def test_drawn_calls_that_write_a_cache_are_bounded_and_reach_every_kind():
+    calls = [call for call in fuzz.draw(strategies.WIDE, 5, 400) if isinstance(call, CachedCase)]
+    assert 100 < len(calls) < 300
+    for call in calls:
+        assert _cache_axes.groups(call.cache_axes)
+        # A block of the largest size, or no more than the outputs may hold.
+        row = 2 * call.num_layers * call.case.num_kv_heads * call.case.head_dim
+        assert call.num_blocks == 1 or call.capacity * row <= strategies.WIDE.most_elements
+    assert {group for call in calls for group in _cache_axes.groups(call.cache_axes)} >= {"l", "c", "hc", "ch", "cd"}
+    assert {call.layer_is_inside for call in calls} == {call.return_kv for call in calls} == {True, False}
+    assert {call.slots_dtype for call in calls} == set(strategies.POSITION_DTYPES)
+    assert {call.kv_dtype for call in calls} == {None, *strategies.DTYPES}
+    assert {(call.case.gate, call.case.packed) for call in calls} == {
+        (gate, packed) for gate in ("copied", "in_place", None) for packed in (False, True)
+    }
+
+
+@pytest.mark.parametrize("dtype", strategies.POSITION_DTYPES)
+def test_slots_are_bad_in_every_way_and_none_is_named_twice(dtype):
+    call, capacity = dataclasses.replace(CACHED, slots_dtype=dtype), CACHED.capacity
+    bad = set()
+    for seed in range(200):
+        slots = strategies.make_data(call, seed).slots
+        assert slots.dtype == dtype
+        places = [slot for slot in slots.tolist() if 0 <= slot < capacity]
+        assert len(set(places)) == len(places)
+        bad |= set(slots.tolist()) - set(places)
+    assert bad == set(strategies.no_slots(dtype, capacity))
+    info = jnp.iinfo(dtype)
+    assert {capacity, int(info.max)} <= bad and ((-1 in bad) and int(info.min) in bad) == (info.min < 0)
+    # Without a bad slot that it holds, a narrow type names every place.
+    full = dataclasses.replace(
+        call, slots_dtype="uint8", num_blocks=64, case=dataclasses.replace(call.case, num_tokens=256)
+    )
+    assert sorted(strategies.make_data(full, 0).slots.tolist()) == list(range(256))
 
 
 def test_one_case_by_its_reproducer():
@@ -80,6 +131,41 @@ def test_a_wrong_output_is_seen(monkeypatch, by_its_definition, output, message)
     monkeypatch.setattr(fuzz, "run", spoiled(fuzz.run, output, lambda x: x + 1))
     with pytest.raises(fuzz.MismatchError, match=f"^xla: {message}"):
         fuzz.check_forward(case, 0, ("xla",))
+
+
+@pytest.mark.parametrize("implementation", fuzz.IMPLEMENTATIONS)
+def test_a_call_that_writes_a_cache_is_compared(by_its_definition, implementation):
+    for seed in (0, 1):
+        assert fuzz.check(CACHED, seed, (implementation,)) > 2 * CACHED.num_layers * CACHED.capacity * 16
+
+
+def of_another_slot(slots, x, value):
+    """The cache with an element changed where no token of `slots` writes."""
+    free = next(slot for slot in range(CACHED.capacity) if slot not in slots)
+    return x.at[CACHED.layer, free // CACHED.block_size, free % CACHED.block_size, 1, 3].set(value)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda got, slots: got._replace(q=got.q.at[0, 0, 15].add(1)), "q_out"),
+        (lambda got, slots: got._replace(v=got.v.at[0, 0, 0].add(1)), "v_out"),
+        (lambda got, slots: got._replace(k_cache=jnp.zeros_like(got.k_cache)), "k in the cache"),
+        (lambda got, slots: got._replace(k_cache=got.k_cache.at[..., 1::2, :].set(2)), "v in the cache"),
+        (
+            lambda got, slots: got._replace(k_cache=of_another_slot(slots, got.k_cache, 2)),
+            "what no slot names in v's cache",
+        ),
+    ],
+)
+def test_a_wrong_cache_is_seen(monkeypatch, by_its_definition, spoil, message):
+    seed = next(n for n in range(20) if strategies.make_data(CACHED, n).slots.max() >= CACHED.capacity)
+    right = fuzz.run_cached
+    monkeypatch.setattr(
+        fuzz, "run_cached", lambda name, call, data: spoil(right(name, call, data), data.slots.tolist())
+    )
+    with pytest.raises(fuzz.MismatchError, match=f"^xla: {message}"):
+        fuzz.check(CACHED, seed, ("xla",))
 
 
 @pytest.mark.parametrize("gradient, message", [(0, "dv: "), (1, "dq_weight: "), (2, "dk_weight: ")])
@@ -163,6 +249,33 @@ def test_the_comparison_with_the_oracle(monkeypatch, packed):
     monkeypatch.setattr(fuzz, "run", spoiled(fuzz.run, 1, lambda x: x + 1))
     with strategies.x64(case), pytest.raises(fuzz.MismatchError, match="BROKEN"):
         fuzz.check_forward(case, 0, ("xla",))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("axes", ["b s h d", "l c s h b d"])
+def test_the_comparison_with_the_oracle_s_writer(monkeypatch, axes):
+    """What a GPU's run does, with the interpreted oracle and v of any bits."""
+    pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    monkeypatch.setattr(fuzz, "has_gpu", lambda: True)
+    call = dataclasses.replace(CACHED, case=dataclasses.replace(CACHED.case, dtype="float32"), cache_axes=axes)
+    assert fuzz.check(call, 3, ("xla",))
+    assert fuzz.check(dataclasses.replace(call, layer=-1), 3, ("xla",))
+    monkeypatch.setattr(cached, "outputs_of", spoiled_v(cached.outputs_of))
+    with pytest.raises(fuzz.MismatchError, match=r"^xla: v in the cache"):
+        fuzz.check(call, 3, ("xla",))
+
+
+def spoiled_v(outputs_of):
+    """The caches of k and of v exchanged, or of one array's k and v."""
+
+    def spoil(call, got):
+        outputs = outputs_of(call, got)
+        if outputs.v_cache is None:
+            return outputs._replace(k_cache=outputs.k_cache.at[:, 1].set(0))
+        return outputs._replace(v_cache=jnp.zeros_like(outputs.v_cache))
+
+    return spoil
 
 
 @pytest.mark.gpu

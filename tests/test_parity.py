@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests import strategies
 from tests.cases import SMALL_CASES, Case, make_inputs
 from tests.compare import assert_same
 from tests.run import run
@@ -20,6 +21,7 @@ pytest.importorskip("triton")
 from benchmarks import suites
 from benchmarks.agreement import agreement
 from benchmarks.providers import oracle, to_jax
+from benchmarks.verify import compare_cached
 
 # Peers' own test sizes: float32 weights and table, int64 positions.
 PEER_CASES = [
@@ -56,6 +58,15 @@ def test_agrees_on_a_gpu(gpu, implementation, case):
 def test_agrees_with_the_interpreted_oracle(case):
     with jax.default_device(jax.devices("cpu")[0]):
         assert_agrees("xla", case, make_inputs(case, seed=2), platform="cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", suites.parity_cached_gpu()[:-3], ids=lambda case: case.id)
+def test_a_written_cache_agrees_on_a_gpu(gpu, implementation, case):
+    """With the oracle's two launches: q, the gate, the caches, and what no slot names."""
+    with strategies.x64(case):
+        result = compare_cached(case, "gpu")(implementation)
+    assert result.kept, str(result)
 
 
 @pytest.mark.gpu

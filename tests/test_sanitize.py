@@ -1,5 +1,10 @@
 """How compute-sanitizer's output is read; what it says of the kernels takes a GPU and `make sanitize`."""
 
+import pytest
+
+from tests import cached, lowering, sanitize
+from tests.cases import Case
+from tests.run import has_gpu
 from tests.sanitize import read_reports
 
 PRINTED = """\
@@ -28,3 +33,27 @@ def test_reports_are_told_apart():
 
 def test_a_clean_run_has_none():
     assert read_reports("========= COMPUTE-SANITIZER\nevery kernel ran\n========= ERROR SUMMARY: 0 errors\n") == []
+
+
+@pytest.mark.skipif(has_gpu(), reason="plain XLA stands for the kernels")
+def test_every_call_is_run(monkeypatch, capsys):
+    monkeypatch.setattr(lowering, "GPU_IMPLEMENTATIONS", ("xla",))
+    monkeypatch.setattr(sanitize, "CASES", (Case(1, 1, 1, head_dim=16, rotary_dim=8),))
+    calls = (sanitize.CACHED_CASES[2], next(call for call in sanitize.CACHED_CASES if not call.layer_is_inside))
+    monkeypatch.setattr(sanitize, "CACHED_CASES", calls)
+    run = []
+    op = cached.op
+    monkeypatch.setattr(cached, "op", lambda call, name: run.append((call, name)) or op(call, name))
+    sanitize.run_kernels()
+    assert run == [(call, "xla") for call in calls]
+    assert capsys.readouterr().out == "every kernel ran\n"
+
+
+def test_calls_that_write_a_cache_have_slots_and_layers_outside():
+    below, past = (
+        [call for call in sanitize.CACHED_CASES if is_bad(call, cached.slots_of(call))]
+        for is_bad in (lambda call, slots: (slots < 0).any(), lambda call, slots: (slots >= call.capacity).any())
+    )
+    assert len(below) > 5 and len(past) > 5
+    assert {call.layer_is_inside for call in sanitize.CACHED_CASES} == {True, False}
+    assert {call.case.gate for call in sanitize.CACHED_CASES} == {"copied", "in_place", None}

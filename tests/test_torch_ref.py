@@ -547,6 +547,7 @@ for module in (reference, triton_oracle):
         torch.ones(1, 64), torch.ones(1, 32), torch.ones(32), torch.ones(32), torch.ones(4, 8), torch.zeros(1).int(),
         1e-6, 1, 1, 32, 8,
     )
+    module.write_kv_cache(*(torch.ones(1, 1, 32),) * 2, *(torch.ones(1, 4, 1, 32),) * 2, torch.zeros(1).int())
 {}
 sys.exit("jax" in sys.modules)
 """

@@ -1,22 +1,13 @@
-"""The operation in eager PyTorch, step by step as a model writes it: to read, and to differentiate."""
+"""The operation and the write to a KV cache in eager PyTorch, as a model writes them: to read, and to differentiate."""
 
 from collections.abc import Sequence
 
 import torch
 
-from torch_ref._checks import check
+from torch_ref._checks import INTEGER_DTYPES, check, check_cache_write
 
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-POSITION_DTYPES = (
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.uint8,
-    torch.uint16,
-    torch.uint32,
-    torch.uint64,
-)
+POSITION_DTYPES = INTEGER_DTYPES
 
 
 def fused_qk_rmsnorm_rope_gate(
@@ -85,6 +76,45 @@ def fused_qk_rmsnorm_rope_gate(
         k_out.to(k.dtype).flatten(1),
         gate.flatten(1).clone(memory_format=torch.contiguous_format),
     )
+
+
+@torch.no_grad()
+def write_kv_cache(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Writes rows of k and v into a KV cache, in place.
+
+    T tokens, Hkv key heads, D head_dim. No tensor needs to be contiguous: another layout is a permuted view.
+
+    Args:
+      k, v: (T, Hkv, D); float16, bfloat16 or float32.
+      k_cache, v_cache: (num_blocks, block_size, Hkv, D); float16, bfloat16 or float32, whatever k and v have.
+      slot_mapping: (T,), any integer dtype: token t goes to block slot // block_size, place slot % block_size. Nothing
+        is written for a slot that is negative, or at or past num_blocks * block_size.
+
+    Raises:
+      ValueError: a shape breaks a rule above, or the tensors lie on different devices.
+      TypeError: a dtype does.
+
+    Two tokens with one slot: which one stays is not said, and its elements may come from both. Autograd doesn't see it.
+
+    Numerics: an element keeps its bits where the cache has its dtype, else it is rounded to nearest even.
+
+    Semantics from `reshape_and_cache_flash` of vLLM 0.33.0, for caches that aren't quantized. The upper bound of slots
+    and checked shapes are added; there `slot_mapping` may be shorter than k and v, whose other rows are padding.
+    """
+    check_cache_write(k, v, k_cache, v_cache, slot_mapping)
+    num_blocks, block_size = k_cache.shape[:2]
+    slots = slot_mapping.to(torch.int64)  # 2^63 and more become negative
+    written = (slots >= 0) & (slots < num_blocks * block_size)
+    slots = slots[written]
+    at = slots // block_size, slots % block_size
+    k_cache[at] = k[written].to(k_cache.dtype)
+    v_cache[at] = v[written].to(v_cache.dtype)
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, norm_beta: float) -> torch.Tensor:

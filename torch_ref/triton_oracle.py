@@ -1,9 +1,10 @@
-"""The operation as one Triton kernel, with the arithmetic of vLLM 0.33.0's: the bits that GPU kernels here must give.
+"""The operation as one Triton kernel, with the arithmetic of vLLM 0.33.0's, and the kernel that writes a KV cache.
 
-On a CUDA tensor the kernel is compiled. On a CPU tensor Triton's interpreter runs the same function in NumPy: slow,
-for tests.
+They give the bits that GPU kernels here must give. On CUDA tensors they are compiled. On CPU tensors Triton's
+interpreter runs the same functions in NumPy: slow, for tests.
 """
 
+import contextlib
 import functools
 import threading
 import types
@@ -12,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_ref._checks import check
+from torch_ref._checks import check, check_cache_write
 
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 POSITION_DTYPES = (torch.int32, torch.int64)
@@ -87,9 +88,7 @@ def fused_qk_rmsnorm_rope_gate(
                 f"{name} must be contiguous in its last dimension, got strides {strides}. Call contiguous()."
             )
     device = q_gate.device
-    if device.type not in ("cpu", "cuda"):
-        raise NotImplementedError(f"the kernel runs on cpu and cuda tensors, got {device}. Move them with to('cpu').")
-
+    _check_device(device)
     num_tokens = q_gate.shape[0]
     q_out = torch.empty((num_tokens, num_q_heads * head_dim), dtype=q_gate.dtype, device=device)
     k_out = torch.empty((num_tokens, num_kv_heads * head_dim), dtype=q_gate.dtype, device=device)
@@ -100,8 +99,7 @@ def fused_qk_rmsnorm_rope_gate(
     if q_weight.dtype != k_weight.dtype:  # the kernel picks one of the two pointers, so they need one type
         q_weight, k_weight = q_weight.float(), k_weight.float()
     lanes = triton.next_power_of_2(head_dim)
-    kernel = _interpreted() if device.type == "cpu" else _qk_rmsnorm_rope_gate
-    with _interpreter_lock if device.type == "cpu" else torch.cuda.device(device):
+    with _launcher(_qk_rmsnorm_rope_gate, device) as kernel:
         kernel[num_tokens, num_q_heads + num_kv_heads](
             q_gate,
             k,
@@ -136,6 +134,65 @@ def fused_qk_rmsnorm_rope_gate(
             enable_fp_fusion=True,
         )
     return q_out, k_out, gate_out
+
+
+def write_kv_cache(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Writes rows of k and v into a KV cache, in place, in one kernel.
+
+    T tokens, Hkv key heads, D head_dim. No tensor needs to be contiguous: another layout is a permuted view.
+
+    Args:
+      k, v: (T, Hkv, D); float16, bfloat16 or float32.
+      k_cache, v_cache: (num_blocks, block_size, Hkv, D); float16, bfloat16 or float32, whatever k and v have.
+      slot_mapping: (T,), any integer dtype: token t goes to block slot // block_size, place slot % block_size. Nothing
+        is written for a slot that is negative, or at or past num_blocks * block_size.
+
+    Raises:
+      ValueError: a shape breaks a rule above, or the tensors lie on different devices.
+      TypeError: a dtype does.
+      NotImplementedError: the tensors lie neither on a CPU nor on a CUDA device.
+
+    Two tokens with one slot: which one stays is not said, and its elements may come from both. Nothing is synchronised
+    and no value is read: the launch goes to the current stream of the tensors' device. Autograd doesn't see it.
+
+    Numerics: an element keeps its bits where the cache has its dtype, else it is rounded to nearest even. Interpreted,
+    the rounding to bfloat16 and what becomes of its subnormals are the interpreter's own.
+
+    Semantics from `reshape_and_cache_flash` of vLLM 0.33.0, for caches that aren't quantized. The upper bound of slots
+    and checked shapes are added; there `slot_mapping` may be shorter than k and v, whose other rows are padding.
+    """
+    check_cache_write(k, v, k_cache, v_cache, slot_mapping)
+    device = k.device
+    _check_device(device)
+    num_tokens, num_kv_heads, head_dim = k.shape
+    num_blocks, block_size = k_cache.shape[:2]
+    if k.numel() == 0:
+        return
+    with _launcher(_write_kv_cache, device) as kernel:
+        kernel[num_tokens, num_kv_heads](
+            k,
+            v,
+            k_cache,
+            v_cache,
+            slot_mapping,
+            *k.stride(),
+            *v.stride(),
+            *k_cache.stride(),
+            *v_cache.stride(),
+            slot_mapping.stride(0),
+            num_slots=num_blocks * block_size,
+            block_size=block_size,
+            head_dim=head_dim,
+            row_block=triton.next_power_of_2(head_dim),
+            num_warps=1,
+            enable_fp_fusion=False,  # there is nothing to fuse; Triton 3.9 warns where it isn't told
+        )
 
 
 @triton.jit
@@ -227,6 +284,62 @@ def _qk_rmsnorm_rope_gate(
         tl.store(gate_out_ref + token * (num_q_heads * head_dim) + head * head_dim + lane, gate, mask=in_row)
 
 
+@triton.jit
+def _write_kv_cache(
+    k_ref,
+    v_ref,
+    k_cache_ref,
+    v_cache_ref,
+    slots_ref,
+    k_stride,
+    k_head_stride,
+    k_lane_stride,
+    v_stride,
+    v_head_stride,
+    v_lane_stride,
+    k_block_stride,
+    k_place_stride,
+    k_cache_head_stride,
+    k_cache_lane_stride,
+    v_block_stride,
+    v_place_stride,
+    v_cache_head_stride,
+    v_cache_lane_stride,
+    slot_stride,
+    num_slots,
+    block_size,
+    head_dim: tl.constexpr,
+    row_block: tl.constexpr,
+):
+    # One program: one kv head of one token.
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    slot = tl.load(slots_ref + token * slot_stride).to(tl.int64)  # 2^63 and more become negative
+    if (slot >= 0) & (slot < num_slots):
+        block = slot // block_size
+        place = slot % block_size
+        lane = tl.arange(0, row_block).to(tl.int64)
+        in_row = lane < head_dim
+        k = tl.load(k_ref + token * k_stride + head * k_head_stride + lane * k_lane_stride, mask=in_row)
+        v = tl.load(v_ref + token * v_stride + head * v_head_stride + lane * v_lane_stride, mask=in_row)
+        k_row_ref = k_cache_ref + block * k_block_stride + place * k_place_stride + head * k_cache_head_stride
+        v_row_ref = v_cache_ref + block * v_block_stride + place * v_place_stride + head * v_cache_head_stride
+        tl.store(k_row_ref + lane * k_cache_lane_stride, k, mask=in_row)
+        tl.store(v_row_ref + lane * v_cache_lane_stride, v, mask=in_row)
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type not in ("cpu", "cuda"):
+        raise NotImplementedError(f"the kernel runs on cpu and cuda tensors, got {device}. Move them with to('cpu').")
+
+
+@contextlib.contextmanager
+def _launcher(kernel, device: torch.device):
+    """The kernel to launch for tensors of a device, interpreted on a CPU."""
+    with _interpreter_lock if device.type == "cpu" else torch.cuda.device(device):
+        yield _interpreted(kernel) if device.type == "cpu" else kernel
+
+
 def _aligned(weight: torch.Tensor) -> torch.Tensor:
     # Triton lays a row out for the widest access to any row of the program. Weights at a 16-byte boundary give each
     # thread two neighbouring lanes whatever the strides and alignment of the activations, and with that one order of
@@ -238,12 +351,12 @@ _interpreter_lock = threading.Lock()  # the interpreter replaces functions of tr
 
 
 @functools.cache
-def _interpreted():
+def _interpreted(kernel):
     # TRITON_INTERPRET would switch the whole process; this interprets one kernel, where a call asks for it. The copy
     # has globals of its own, because the interpreter adds to them, and in them plain Python for each jitted function.
     from triton.runtime.interpreter import InterpretedFunction
 
-    function = _qk_rmsnorm_rope_gate.fn
+    function = kernel.fn
     names = {
         name: value.fn if isinstance(value, triton.JITFunction | InterpretedFunction) else value
         for name, value in function.__globals__.items()

@@ -12,7 +12,6 @@ import functools
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxlib.mlir.dialects import arith
@@ -38,7 +37,9 @@ from pallas_qk._mosaic_gpu.launch import launch
 from pallas_qk._mosaic_gpu.thread import (
     Layout,
     RowsIn,
+    Slot,
     Table,
+    Target,
     Vector,
     copied_vectors,
     effective_weights,
@@ -48,7 +49,20 @@ from pallas_qk._mosaic_gpu.thread import (
     vector,
 )
 from pallas_qk._options import Options, Spec, chunk_lanes, next_power_of_2, rotation_fuses_y2
-from pallas_qk._rows import Inputs, Outputs, Place, Rows, output_types, rows_for, sharing, spec_of, stored, weight_of
+from pallas_qk._rows import (
+    Inputs,
+    Outputs,
+    Place,
+    Rows,
+    empty,
+    output_types,
+    rows_for,
+    sharing,
+    spec_of,
+    stored,
+    weight_of,
+    with_caches,
+)
 
 FORWARD_NAME = "pallas_qk_mosaic_gpu_forward"
 
@@ -56,8 +70,9 @@ FORWARD_NAME = "pallas_qk_mosaic_gpu_forward"
 def forward(inputs: Inputs, *, options: Options, config: MosaicForward | None = None) -> Outputs:
     """The contract of `_reference.forward`."""
     spec, types = spec_of(inputs, options), output_types(inputs, options)
+    inputs, written = with_caches(inputs, types)
     if spec.num_tokens == 0:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
+        return empty(written)
     rows = rows_for(spec, options)
     if config is None:
         config = mosaic_forward(spec, gate_copied=bool(sharing(stored(rows), "q")[1]))
@@ -76,7 +91,7 @@ def forward(inputs: Inputs, *, options: Options, config: MosaicForward | None = 
         config=config,
         layout=layout,
     )
-    return launch(FORWARD_NAME, thread, inputs, types, num_programs=q_programs + k_programs, num_warpgroups=1)
+    return launch(FORWARD_NAME, thread, inputs, written, num_programs=q_programs + k_programs, num_warpgroups=1)
 
 
 def _layout(config: MosaicForward, head_dim: int, rotary_dim: int, dtype: jnp.dtype) -> Layout:
@@ -140,23 +155,25 @@ def _forward_thread(
         positions = table.positions_of(row // num_heads)
         table_rows = [table.row(position) for position in positions]
 
-        def start_of_row(arrays: Inputs | Outputs, place: Place) -> Pointer:
-            return RowsIn(getattr(arrays, place.array), place, num_heads).row(row)
+        def start_of_row(place: Place) -> Pointer:
+            return RowsIn(getattr(inputs, place.array), place, num_heads).row(row)
 
         lead = next(iter(normed.values())).source
-        lead_row = start_of_row(inputs, lead)
+        lead_row = start_of_row(lead)
 
         def source(kind: Rows) -> Pointer:
             """Kinds that lie side by side share one offset."""
             if kind.source._replace(first=lead.first) == lead:
                 return lead_row + (kind.source.first - lead.first) if kind.source != lead else lead_row
-            return start_of_row(inputs, kind.source)
+            return start_of_row(kind.source)
 
-        def target(kind: Rows) -> Pointer:
-            assert kind.target is not None
-            return start_of_row(outputs, kind.target)
+        places = next((p.slots for kind in (normed | copied).values() for p in kind.targets if p.slots), None)
+        slot = None if places is None else Slot.of(row // num_heads, inputs.slots, inputs.layer, places)
 
-        targets = {name: target(kind) for name, kind in normed.items()}
+        def targets_of(kind: Rows) -> list[Target]:
+            return [Target.of(getattr(outputs, place.array), place, num_heads, row, slot) for place in kind.targets]
+
+        targets = {name: targets_of(kind) for name, kind in normed.items()}
         xs = {name: [widen(v.load(source(kind)), dtype) for v in vectors] for name, kind in normed.items()}
         copies = {name: [v.load(source(kind)) for v in wide_vectors] for name, kind in copied.items()}
         angles = [table.load(table_rows, rotation.frequency, layout.lanes) for rotation in rotations]
@@ -170,8 +187,8 @@ def _forward_thread(
 
         load_weights("first")
         for name, copy in copies.items():
-            for v, piece in zip(wide_vectors, copy, strict=True):
-                v.store(target(copied[name]), piece)
+            for target in targets_of(copied[name]):
+                target.store(wide_vectors, copy, dtype)
         # Loaded after a store they might alias, the weights keep ptxas from moving that store, and the loads before it,
         # below the sum.
         load_weights("after_gate")
@@ -195,8 +212,8 @@ def _forward_thread(
                     for index, lanes in rotation.apply(ys, cos, sin, rotation_fuses_y2(options, dtype)).items():
                         words[index] = select(rotation.where, narrow(lanes, dtype), words[index])
             own = len(layout.bases)  # what follows are partners that were only loaded
-            for v, word in zip(vectors[:own], words[:own], strict=True):
-                v.store(targets[name], word)
+            for target in targets[name]:
+                target.store(vectors[:own], words[:own], dtype)
 
     q_programs, k_programs = programs
     if config.k_first:

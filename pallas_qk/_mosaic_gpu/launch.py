@@ -1,11 +1,13 @@
 """Runs a function in every thread of a grid, as a Pallas kernel on the Mosaic GPU backend."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import ManualAxisType
 
 from pallas_qk._mosaic_gpu.emit import Int, Pointer
 
@@ -23,10 +25,19 @@ def launch(
 ):
     """Runs `thread(program, inputs, outputs)` in every thread of every program.
 
-    `inputs` are arrays, `outputs` types, in any containers; a thread sees a `Pointer` in the place of each.
+    `inputs` are arrays. `outputs` are types, and arrays that are updated in place. Both are in any containers, and a
+    thread sees a `Pointer` in the place of each.
     """
     arrays, inputs_tree = jax.tree.flatten(inputs)
-    types, outputs_tree = jax.tree.flatten(outputs)
+    leaves, outputs_tree = jax.tree.flatten(outputs)
+    # A Ref is the spelling of an array updated in place that all supported versions of JAX lower to an alias.
+    updated = [jax.new_ref(x) for x in leaves if not isinstance(x, jax.ShapeDtypeStruct)]
+    types = [x for x in leaves if isinstance(x, jax.ShapeDtypeStruct)]
+
+    def in_order(of_updated: Sequence, of_types: Sequence) -> Any:
+        """The outputs, from those of each sort."""
+        sorts = iter(of_updated), iter(of_types)
+        return jax.tree.unflatten(outputs_tree, [next(sorts[isinstance(x, jax.ShapeDtypeStruct)]) for x in leaves])
 
     def kernel(*refs):
         dtypes = [ref.dtype for ref in refs]
@@ -34,27 +45,29 @@ def launch(
         def body(launch_context, program, *refs):
             del launch_context
             pointers = [Pointer.to(ref, dtype) for ref, dtype in zip(refs, dtypes, strict=True)]
-            read, written = pointers[: len(arrays)], pointers[len(arrays) :]
+            first, second = len(arrays), len(arrays) + len(updated)
             thread(
                 Int(program.registers.item()),
-                jax.tree.unflatten(inputs_tree, read),
-                jax.tree.unflatten(outputs_tree, written),
+                jax.tree.unflatten(inputs_tree, pointers[:first]),
+                in_order(pointers[first:second], pointers[second:]),
             )
 
         arg_types = (plgpu.Layout.WG_SPLAT(()), *(plgpu.RefType() for _ in refs))
         plgpu.inline_mgpu(arg_types=arg_types)(body)(lax.axis_index(_GRID_AXIS), *refs)
 
-    results = plgpu.kernel(
-        kernel,
-        out_type=tuple(types),
-        grid=(num_programs,),
-        grid_names=(_GRID_AXIS,),
+    grid: dict[str, Any] = {
+        "grid": (num_programs,),
+        "grid_names": (_GRID_AXIS,),
         # A name for a single warpgroup would cost a second barrier at the start of each program.
-        num_threads=None if num_warpgroups == 1 else num_warpgroups,
-        thread_name=None if num_warpgroups == 1 else _WARPGROUP_AXIS,
-        kernel_name=name,
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
-    )(*arrays)
-    return jax.tree.unflatten(outputs_tree, results)
+        "num_threads": None if num_warpgroups == 1 else num_warpgroups,
+        "thread_name": None if num_warpgroups == 1 else _WARPGROUP_AXIS,
+        "kernel_name": name,
+    }
+    params = plgpu.CompilerParams(unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+    if updated:  # plgpu.kernel takes no Ref under jit before JAX 0.11.1; JAX 0.10 loses the name on this way
+        types = [jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=ManualAxisType()) for x in types]
+        launched = pl.kernel(kernel, out_type=tuple(types), mesh=plgpu.Mesh(**grid), compiler_params=params, name=name)
+    else:
+        launched = plgpu.kernel(kernel, out_type=tuple(types), compiler_params=params, **grid)
+    results = launched(*arrays, *updated)
+    return in_order([jax.freeze(ref) for ref in updated], results)

@@ -3,6 +3,7 @@
 G threads of a row, V lanes of a vector. `member` is the number of a thread among the G of its row.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -22,12 +23,14 @@ from pallas_qk._mosaic_gpu.emit import (
     f32,
     is_signed,
     nan_like,
+    narrow,
     ptx,
     select,
+    when,
     widen,
 )
 from pallas_qk._options import Options, next_power_of_2, tree_order
-from pallas_qk._rows import Place
+from pallas_qk._rows import Place, Slots
 
 
 class Layout(NamedTuple):
@@ -111,6 +114,62 @@ class RowsIn(NamedTuple):
         return offset + (row // self.num_heads).resized(64) * gap
 
 
+class Slot(NamedTuple):
+    """Where a token lies in a cache."""
+
+    exists: Int  # whether its slot, and the layer, lie in the cache
+    number: Int  # 0 where they don't
+    layer: Int | None
+
+    @classmethod
+    def of(cls, token: Int, slots: Pointer, layer: Pointer | None, places: Slots) -> "Slot":
+        """Compared as `Table.row` compares positions: no address outside the cache is formed."""
+        slot = (slots + token.resized(64)).load_integer()
+        exists, of_layer = slot < _limit(slot, places.capacity), None
+        if layer is not None:
+            of_layer = layer.load_integer()
+            exists = exists & (of_layer < _limit(of_layer, places.num_layers))
+            (of_layer,) = select(exists, [of_layer.resized(32)], [constant(0)])
+        (number,) = select(exists, [slot.resized(32)], [constant(0)])
+        return cls(exists, number, of_layer)
+
+    def offset(self, places: Slots) -> Int:
+        """Elements from the start of the cache to head 0."""
+        offset = self.number.resized(64) * places.place
+        gap = places.block - places.block_size * places.place  # from a block's last place to the next block's first
+        if gap:
+            offset = offset + (self.number // places.block_size).resized(64) * gap
+        return offset if self.layer is None else offset + self.layer.resized(64) * places.layer
+
+
+class Target(NamedTuple):
+    """Where a row is written."""
+
+    start: Pointer
+    exists: Int | None  # None: it always is
+
+    @classmethod
+    def of(cls, array: Pointer, place: Place, num_heads: int, row: Int, slot: Slot | None) -> "Target":
+        if place.slots is None:
+            return cls(RowsIn(array, place, num_heads).row(row), None)
+        assert slot is not None
+        start = array + (slot.offset(place.slots) + (row % num_heads).resized(64) * place.head)
+        return cls(start + place.first if place.first else start, slot.exists)
+
+    def store(self, vectors: list[Vector], words: list[list[Int]], dtype: jnp.dtype) -> None:
+        """Each vector's words of `dtype`, cast to the array's."""
+        with contextlib.nullcontext() if self.exists is None else when(self.exists):
+            for v, of_vector in zip(vectors, words, strict=True):
+                if dtype != self.start.dtype:
+                    of_vector = narrow(widen(of_vector, dtype), self.start.dtype)
+                v.store(self.start, of_vector)
+
+
+def _limit(value: Int, size: int) -> int:
+    """What an integer below is at least 0 and below `size`, compared without its sign."""
+    return min(size, 2 ** (value.width - 1) - 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
     """cos_sin_cache (max_position, R) as one thread reads it, for a token's one or three positions."""
@@ -136,7 +195,7 @@ class Table:
         """
         row = position
         if self.positions is not None:
-            inside = position < self._limit(position)  # unsigned: a negative position is a large one
+            inside = position < _limit(position, self.max_position)  # unsigned: a negative position is a large one
             (row,) = select(inside, [position.resized(32)], [constant(0)])
         return self.cache.row(row, self.options.rotary_dim)
 
@@ -150,7 +209,8 @@ class Table:
         axes = []
         for position, (cos, sin) in zip(positions, loaded, strict=True):
             if self.positions is not None:
-                is_past = position.is_at_least(self._limit(position), signed=is_signed(self.positions.dtype))
+                limit = _limit(position, self.max_position)
+                is_past = position.is_at_least(limit, signed=is_signed(self.positions.dtype))
                 cos = select(is_past, [nan_like(word, self.cache.dtype) for word in cos], cos)
             axes.append((widen(cos, self.cache.dtype), widen(sin, self.cache.dtype)))
         (cos, sin), *others = axes
@@ -159,9 +219,6 @@ class Table:
                 other = [other_cos[lane], other_sin[lane]]
                 cos[lane], sin[lane] = select(reads, other, [cos[lane], sin[lane]])
         return cos, sin
-
-    def _limit(self, position: Int) -> int:
-        return min(self.max_position, 2 ** (position.width - 1) - 1)
 
 
 def mrope_reads(frequency: Int, axis: int, lanes: int, options: Options) -> Iterator[Int]:

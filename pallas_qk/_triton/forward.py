@@ -11,9 +11,23 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_qk import _reference
+from pallas_qk import _cache_axes, _reference
+from pallas_qk._cache_write import places_of
 from pallas_qk._options import Options, Spec, next_power_of_2, rotation_fuses_y2
-from pallas_qk._rows import Inputs, Outputs, Rows, output_types, rows_for, sharing, spec_of, stored, weight_of
+from pallas_qk._rows import (
+    CACHES,
+    Inputs,
+    Outputs,
+    Rows,
+    empty,
+    output_types,
+    rows_for,
+    sharing,
+    spec_of,
+    stored,
+    weight_of,
+    with_caches,
+)
 from pallas_qk._triton.arithmetic import Arithmetic, plain_arithmetic, ptx_arithmetic, sum_of_squares
 from pallas_qk._triton.config import TritonForward, triton_forward
 from pallas_qk._triton.tiles import (
@@ -37,8 +51,9 @@ def forward(
 ) -> Outputs:
     """The contract of `_reference.forward`. `interpret` runs the kernel in plain XLA, without inline assembly."""
     spec, types = spec_of(inputs, options), output_types(inputs, options)
+    inputs, written = with_caches(inputs, types)
     if spec.num_tokens == 0:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
+        return empty(written)
     rows = rows_for(spec, options)
     if config is None:
         config = triton_forward(spec, gate_copied=bool(sharing(stored(rows), "q")[1]))
@@ -55,19 +70,30 @@ def forward(
         config=config,
         arithmetic=plain_arithmetic(dtype) if interpret else ptx_arithmetic(dtype, rotation_fuses_y2(options, dtype)),
     )
+    inputs = inputs._replace(q=inputs.q.reshape(array_shape(rows, "q", spec)))
+    caches = {name: _by_name(x, options, spec) for name in CACHES if (x := getattr(written, name)) is not None}
+    types = types._replace(**caches)
+    first, first_written = len(jax.tree.leaves(inputs)), len(jax.tree.leaves(types)) - len(caches)
     (outputs,) = pl.pallas_call(
         kernel,
         grid=(q_programs + k_programs,),
         out_shape=(jax.tree.map(lambda x: output(x.shape, x.dtype), types),),
+        input_output_aliases={first + i: first_written + i for i in range(len(caches))},
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name=FORWARD_NAME,
-    )(inputs._replace(q=inputs.q.reshape(array_shape(rows, "q", spec))))
-    return outputs
+    )(inputs, caches)
+    return outputs._replace(**{name: getattr(outputs, name).reshape(getattr(written, name).shape) for name in caches})
+
+
+def _by_name(cache: jax.Array, options: Options, spec: Spec) -> jax.Array:
+    """The cache with an axis for each name."""
+    return cache.reshape(*_cache_axes.sizes_of(options.cache_axes, cache.shape, spec.head_dim).values())
 
 
 def _forward_kernel(
     inputs: Inputs,
+    caches: dict,
     outputs: Outputs,
     *,
     rows: dict[str, Rows],
@@ -85,9 +111,11 @@ def _forward_kernel(
     a copy takes 133.2.
     """
     num_rows, head_dim = config.rows_per_program, spec.head_dim
+    del caches  # they are updated among the outputs
     layout = LAYOUTS[config.layout](num_rows, head_dim, options.rotary_dim)
     # What is copied is one tile over the whole row, 16 bytes per thread in every layout.
     wide = next_power_of_2(head_dim)
+    axes_of_cache = "".join(_cache_axes.groups(options.cache_axes))
 
     def treat(block, heads: str, num_heads: int):
         normed, copied = sharing(stored(rows), heads)
@@ -97,6 +125,28 @@ def _forward_kernel(
 
         def source(kind: Rows):
             return rows_in(getattr(inputs, kind.source.array), rows, kind.source, spec)
+
+        places = next((p.slots for kind in (normed | copied).values() for p in kind.targets if p.slots), None)
+        if places is not None:
+            token, _, in_rows = rows_at(1)
+            slot = load(inputs.slots, (token,), in_rows if jnp.ndim(token) else None)
+            layer = None if inputs.layer is None else load(inputs.layer, (0,))
+            has_place, in_cache = places_of(slot, layer, places)
+
+        def write(kind: Rows, token, head, columns, values, mask):
+            """Values of the activations' dtype, cast to that of each target."""
+            for place in kind.targets:
+                ref = getattr(outputs, place.array)
+                if place.slots is None:
+                    store(ref, (token, head, columns), values, mask)
+                    continue
+                index = in_cache | {"h": head, "c": jnp.int32(place.first > 0), "d": columns}
+                if values.dtype != ref.dtype:
+                    values = values.astype(jnp.float32).astype(ref.dtype)
+                over_tile = [
+                    jnp.broadcast_to(x, columns.shape) for x in (has_place, *(index[n] for n in axes_of_cache))
+                ]
+                store(ref, tuple(over_tile[1:]), values, both(mask, over_tile[0]))
 
         # First, so that their bytes are on the way while the rest waits for addresses.
         copies = {}
@@ -119,7 +169,7 @@ def _forward_kernel(
         ]
         for name, copy in copies.items():
             token, head, _ = rows_at(wide)
-            store(getattr(outputs, name), (token, head, wide_columns), copy, in_copied)
+            write(copied[name], token, head, wide_columns, copy, in_copied)
         # Weights come from L1. Loaded after a store that might alias them, they keep ptxas from sinking that store, and
         # with it the loads before it, below the reduction.
         weights = {
@@ -136,7 +186,7 @@ def _forward_kernel(
                 ys = layout.rotate(ys, [_widened(*loaded) for loaded in angles], arithmetic)
             for columns, y, in_tile in zip(layout.columns, ys, in_tiles[name], strict=False):
                 token, head, _ = rows_at(columns.shape[1])
-                store(getattr(outputs, name), (token, head, columns), arithmetic.narrow(y), in_tile)
+                write(kind, token, head, columns, arithmetic.narrow(y), in_tile)
 
     program = pl.program_id(0)
     is_k, group = spread_k(program, q_programs, k_programs)

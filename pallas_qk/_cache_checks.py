@@ -1,0 +1,113 @@
+"""The checks of a KV cache: the names of its axes, its arrays, slots and layer."""
+
+import numbers
+import operator
+from typing import Any
+
+import jax
+import numpy as np
+
+from pallas_qk import _cache_axes
+from pallas_qk._array_checks import Function, check_array, check_integers, check_shape, unboxed
+from pallas_qk._checks import DTYPES, describe
+from pallas_qk._rows import Inputs
+
+
+def check_cache_axes(cache_axes: str) -> str:
+    """The names without the aliases of whole layouts."""
+    if not isinstance(cache_axes, str) or not _cache_axes.groups(cache_axes):
+        raise ValueError(
+            "cache_axes must name the axes b, s, h and d, d last, each once; c too where one array holds k and v, "
+            f"which (h c), (c h) or (c d) may join; and l, if at all, first, got {cache_axes!r}. "
+            "Pass 'b s h d' for (num_blocks, block_size, num_kv_heads, head_dim)."
+        )
+    return _cache_axes.ALIASES.get(cache_axes, cache_axes)
+
+
+def check_return_kv(return_kv: bool) -> bool:
+    if not isinstance(return_kv, bool):
+        raise TypeError(
+            f"return_kv must be a bool known when tracing, got {describe(return_kv)}. "
+            "Pass True for k and v as results beside the cache."
+        )
+    return return_kv
+
+
+def three_arrays(qkv, *, gated: bool) -> tuple | None:
+    """q, k and v given one by one; None where they are one array."""
+    if not isinstance(qkv, list | tuple):
+        return None
+    if len(qkv) != 3:
+        names = "(q_gate, k, v)" if gated else "(q, k, v)"
+        raise TypeError(f"qkv must be one array or the three of {names}, got {len(qkv)} of them. Pass one or three.")
+    return tuple(qkv)
+
+
+def arrays_of(kv_cache, cache_axes: str) -> tuple[Any, Any]:
+    """k's array and v's, or the array of both and None."""
+    if _cache_axes.holds_both(cache_axes):
+        return unboxed(kv_cache), None
+    if not isinstance(kv_cache, list | tuple) or len(kv_cache) != 2:
+        got = f"{len(kv_cache)} of them" if isinstance(kv_cache, list | tuple) else describe(kv_cache)
+        raise TypeError(
+            f"kv_cache must be the two arrays of k and of v, got {got}. "
+            "Pass a pair, or name the axis c of an array that holds both in cache_axes."
+        )
+    k_cache, v_cache = map(unboxed, kv_cache)
+    return k_cache, v_cache
+
+
+def check_caches(inputs: Inputs, cache_axes: str, num_kv_heads: int, head_dim: int) -> None:
+    caches = {"kv_cache": inputs.k_cache}
+    if not _cache_axes.holds_both(cache_axes):
+        caches = {"kv_cache[0]": inputs.k_cache, "kv_cache[1]": inputs.v_cache}
+    for name, cache in caches.items():
+        check_array(name, cache)
+        if str(cache.dtype) not in DTYPES:
+            raise TypeError(
+                f"{name} must be float16, bfloat16 or float32, got {cache.dtype}. Make the cache of one of these."
+            )
+        hint = f"{cache_axes!r} as cache_axes names them, each at least 1"
+        check_shape(name, cache, _cache_axes.known_shape(cache_axes, num_kv_heads, head_dim), hint)
+        if 0 in cache.shape:
+            raise ValueError(f"{name} must have at least one place, got shape {cache.shape}. Make it larger.")
+    if len(caches) == 2:
+        k, v = ((x.shape, str(x.dtype)) for x in caches.values())
+        if k != v:
+            raise ValueError(
+                f"the caches of k and v must have one shape and dtype, got {k[0]} of {k[1]} and {v[0]} of {v[1]}. "
+                "Make them alike."
+            )
+
+
+def check_slots(function: Function, slots, lead: tuple[int, ...]) -> None:
+    check_array("slot_mapping", slots)
+    check_integers("slot_mapping", slots.dtype)
+    check_shape("slot_mapping", slots, lead, f"the leading axes of {function.array}")
+
+
+def checked_layer(layer, cache: jax.Array, cache_axes: str):
+    """None, or the layer as an array without axes."""
+    stacked = cache_axes.startswith("l")
+    layer = unboxed(layer)
+    if (layer is not None) != stacked:
+        rule = "layer must be given exactly where cache_axes has an axis l"
+        raise ValueError(
+            f"{rule}, got layer={'None' if layer is None else describe(layer)} with {cache_axes!r}. "
+            f"{'Pass the layer to write.' if stacked else 'Leave it out, or name the axis of layers.'}"
+        )
+    if layer is None:
+        return None
+    if isinstance(layer, numbers.Integral) and not isinstance(layer, bool):
+        number, num_layers = operator.index(layer), cache.shape[0]
+        if not 0 <= number < num_layers:
+            raise ValueError(
+                f"layer must be from 0 to {num_layers - 1}, got {number}. Negative numbers don't count from the end."
+            )
+        return np.int32(number).reshape(())
+    if not isinstance(layer, jax.Array | np.ndarray):
+        raise TypeError(f"layer must be an integer or an array without axes, got {describe(layer)}. Pass an integer.")
+    check_array("layer", layer)
+    check_integers("layer", layer.dtype)
+    check_shape("layer", layer, (), "none; it is one integer")
+    return layer

@@ -1,0 +1,87 @@
+"""Rows of k and v written into a KV cache, in plain XLA."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_qk import _cache_axes
+from pallas_qk._cache_axes import Slots
+
+
+def write(cache: jax.Array, rows: list[jax.Array], slots: jax.Array, layer: jax.Array | None, cache_axes: str):
+    """The cache with the rows (..., Hkv, D) of k, of v, or of both at the slots (...) of their tokens.
+
+    A token whose slot, or whose layer, lies outside the cache is left out.
+    """
+    groups, head_dim = _cache_axes.groups(cache_axes), rows[0].shape[-1]
+    _, slots_of_cache = _cache_axes.strides_of(cache_axes, cache.shape, head_dim)
+    if rows[0].dtype != cache.dtype:
+        rows = lax.optimization_barrier(rows)  # XLA drops the rounding in front of a cast to a wider type
+    updates = _joined([x.astype(cache.dtype) for x in rows], groups, slots.ndim)
+
+    inside, indices = places_of(slots, None if layer is None else layer.reshape(()), slots_of_cache)
+    num_blocks = slots_of_cache.capacity // slots_of_cache.block_size
+    indices["b"] = jnp.where(inside, indices["b"], num_blocks)  # out of bounds, which a scatter leaves out
+    # By block and place: a scatter into a reshaped cache leaves a copy where there is one kv head.
+    indexed = tuple(axis for axis, group in enumerate(groups) if group in indices)
+    dimension_numbers = lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(slots.ndim, updates.ndim)),
+        inserted_window_dims=indexed,
+        scatter_dims_to_operand_dims=indexed,
+    )
+    bits = _bits(cache.dtype)
+    written = lax.scatter(
+        _as(cache, bits),
+        jnp.stack([indices[groups[axis]] for axis in indexed], axis=-1),
+        _as(updates, bits),
+        dimension_numbers,
+        mode=lax.GatherScatterMode.FILL_OR_DROP,
+    )
+    return _as(written, cache.dtype)
+
+
+def _bits(dtype):
+    """What is scattered: unsigned integers where XLA would convert all of the cache there and back."""
+    converts = dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11)
+    return jnp.dtype(jnp.uint16) if converts else dtype
+
+
+def _as(x: jax.Array, dtype) -> jax.Array:
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
+
+
+def places_of(slots: jax.Array, layer: jax.Array | None, cache: Slots) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Whether each token has a place in the cache, and its block, place and layer, 0 where it has none.
+
+    Compared in the given integer types, so that 2^32 + 3 is not 3.
+    """
+    inside = _is_below(slots, cache.capacity)
+    if layer is not None:
+        inside = inside & _is_below(layer, cache.num_layers)
+    slots = jnp.where(inside, slots, 0).astype(jnp.int32)
+    block_size = jnp.full_like(slots, cache.block_size)
+    indices = {"b": lax.div(slots, block_size), "s": lax.rem(slots, block_size)}
+    if layer is not None:
+        indices["l"] = jnp.where(inside, layer, 0).astype(jnp.int32)
+    return inside, indices
+
+
+def _is_below(x: jax.Array, size: int) -> jax.Array:
+    if x.dtype.itemsize < 4:
+        x = x.astype(jnp.int32)  # the size may not fit the narrow types
+    # A size that an export leaves open has no smaller of two.
+    limit = min(size, jnp.iinfo(x.dtype).max) if isinstance(size, int) else size
+    return (x >= 0) & (x < limit)
+
+
+def _joined(rows: list[jax.Array], groups: tuple[str, ...], num_lead: int) -> jax.Array:
+    """The rows (..., axes of the cache but blocks, places and layers)."""
+    window = "".join(groups).translate(dict.fromkeys(map(ord, "lbs")))
+    if len(rows) == 1:
+        return rows[0]  # a cache of one of them has the axes "hd"
+    joined = jnp.stack(rows, axis=num_lead + window.index("c"))
+    sizes = dict(zip(window, joined.shape[num_lead:], strict=True))
+    shape = [math.prod(sizes[name] for name in group) for group in groups if group[0] in sizes]
+    return joined.reshape(*joined.shape[:num_lead], *shape)

@@ -1,0 +1,98 @@
+"""One call of the op, from what a public function is given: check, choose, run."""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from pallas_qk import _array_checks, _cache_checks, _checks, _implementations, _mesh_checks
+from pallas_qk._array_checks import Function
+from pallas_qk._implementations import IMPLEMENTATIONS
+from pallas_qk._options import Options, Spec
+from pallas_qk._rows import CACHES, Call, Inputs, Outputs
+
+
+def call(
+    function: Function,
+    inputs: Inputs,
+    gate: str | None,
+    eps: float,
+    sizes: tuple[int, int, int, int],
+    mrope_section: Sequence[int] | None,
+    norm_beta: float,
+    mrope_layout: str,
+    implementation: str | None,
+    *,
+    cache_axes: str = "",
+    return_kv: bool = True,
+) -> Outputs:
+    """What each public function returns, by name."""
+    _mesh_checks.check_process()
+    inputs = Inputs(*map(_array_checks.unboxed, inputs))
+    num_q_heads, num_kv_heads, head_dim, rotary_dim = _checks.check_sizes(*sizes)
+    options = Options(
+        rotary_dim=rotary_dim,
+        eps=_checks.check_eps(eps),
+        norm_beta=_checks.check_norm_beta(norm_beta),
+        mrope_section=_checks.check_mrope_section(mrope_section, rotary_dim),
+        mrope_layout=_checks.check_mrope_layout(mrope_layout),
+        gate=gate,
+        packed=(num_q_heads, num_kv_heads) if function.packed else None,
+        cache_axes=cache_axes,
+        return_kv=return_kv,
+    )
+    _checks.check_implementation(implementation, IMPLEMENTATIONS)
+    array_sizes = _array_checks.sizes_of(options, num_q_heads, num_kv_heads, head_dim)
+    split = _array_checks.check_arrays(function, inputs, array_sizes)
+    lead = inputs.q.shape[: -2 if split else -1]
+    if cache_axes:
+        _cache_checks.check_caches(inputs, cache_axes, num_kv_heads, head_dim)
+        _cache_checks.check_slots(function, inputs.slots, lead)
+        inputs = inputs._replace(layer=_cache_checks.checked_layer(inputs.layer, inputs.k_cache, cache_axes))
+    _mesh_checks.check_known_shardings(function, inputs, array_sizes, split=split)
+    if cache_axes:
+        _mesh_checks.check_known_shardings_of_caches(options, inputs, num_kv_heads)
+    num_tokens = math.prod(lead)
+    open_size = None if isinstance(num_tokens, int) else num_tokens
+    spec = Spec(num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim, str(inputs.q.dtype), open_size)
+    _implementations.check_supported(spec, implementation)
+    for name in _INTEGERS:
+        inputs = inputs._replace(**{name: _array_checks.canonical_integers(getattr(inputs, name))})
+    return _run(inputs, name=function.name, call=Call(options, implementation), split=split)
+
+
+_INTEGERS = ("positions", "slots", "layer")
+
+
+@functools.partial(jax.jit, static_argnames=("name", "call", "split"))
+def _run(inputs: Inputs, *, name: str, call: Call, split: bool) -> Outputs:
+    """Jitted here, so that an eager call gives the bits of a call inside `jax.jit`."""
+    from pallas_qk import _derivatives  # late: to define primitives it imports jax.extend, and so Pallas (17 ms)
+
+    for integers in _INTEGERS:
+        x = getattr(inputs, integers)
+        if x is not None and jnp.iinfo(x.dtype).bits < 8:
+            inputs = inputs._replace(**{integers: x.astype(jnp.int32)})  # several lie in one byte
+    if call.options.mrope_section is None and inputs.positions is not None:
+        inputs = inputs._replace(positions=inputs.positions[None])
+    if inputs.layer is not None:
+        inputs = inputs._replace(layer=inputs.layer.reshape(1))
+    with jax.named_scope(name):
+        if not split:
+            return _derivatives.forward(call, inputs)
+        rows = {name: x for name in ("q", "k", "v") if (x := getattr(inputs, name)) is not None}
+        outputs = _derivatives.forward(call, inputs._replace(**{name: _flat(x) for name, x in rows.items()}))
+        (head_dim,) = inputs.q_weight.shape
+        in_heads = {
+            name: x.reshape(*x.shape[:-1], x.shape[-1] // head_dim, head_dim)
+            for name, x in outputs._asdict().items()
+            if x is not None and name not in CACHES
+        }
+        return outputs._replace(**in_heads)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    *lead, num_heads, width = x.shape
+    return x.reshape(*lead, num_heads * width)

@@ -1,0 +1,270 @@
+"""The benchmarks of the op that writes a KV cache: what is compared before it is timed, its floor, `verify`."""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import kv_cache, suites, verify
+from benchmarks.__main__ import main
+from benchmarks.floor import cached_bytes
+from benchmarks.operations import OPERATIONS
+from benchmarks.timing import Samples
+from tests import cached, strategies
+from tests.cached import AXES, CachedCase
+from tests.cases import Case, make_inputs
+from tests.lowering import GPU_IMPLEMENTATIONS
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or importlib.util.find_spec("torch") is None,
+    reason="needs torch and triton",
+)
+
+SMALL = Case(2, 2, 1, 32, 16, "float16")
+OPS = ["kv_cache", "kv_cache_gate_in_place"]
+
+
+@pytest.fixture
+def as_users_run_it():
+    """JAX's own promotions, not the strict ones of the other tests: xla_plain is a user's code."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
+def by_distance(monkeypatch):
+    """On a CPU the oracle is interpreted, and no name promises its bits."""
+    for name in ("agreement", "cached_agreement"):
+        right = getattr(kv_cache, name)
+        monkeypatch.setattr(kv_cache, name, lambda _, *rest, right=right, **kw: right("xla_plain", *rest, **kw))
+
+
+@needs_triton
+@pytest.mark.parametrize("op", OPS)
+def test_calls_that_write_a_cache_are_compared_and_write_it_in_place(by_distance, as_users_run_it, op):
+    case = dataclasses.replace(SMALL, num_tokens=20)
+    with jax.default_device(jax.devices("cpu")[0]):
+        calls, kept = OPERATIONS[op].check(case, make_inputs(case), dict.fromkeys(["oracle", "xla", "xla_plain"]))
+        endings = ["_alone", "_then_set"]
+        assert kept and list(calls) == [
+            "oracle",
+            "xla_alone",
+            "xla_then_set",
+            "xla",
+            *(f"xla_plain{x}" for x in endings),
+        ]
+        for name in ("xla_then_set", "xla", "xla_plain_then_set"):
+            outputs = [calls[name].call() for _ in range(2)]  # the second call takes the caches of the first
+            assert all(x.is_deleted() for x in (outputs[0].k_cache, outputs[0].v_cache))
+            assert not outputs[0].q.is_deleted()
+            before = [x.unsafe_buffer_pointer() for x in (outputs[1].k_cache, outputs[1].v_cache)]
+            del outputs
+            after = calls[name].call()
+            assert [x.unsafe_buffer_pointer() for x in (after.k_cache, after.v_cache)] == before
+            assert (after.gate is None) == (op == "kv_cache_gate_in_place") and after.k is after.v is None
+        assert [len(calls[name].call()) for name in ("oracle",)] == [5]
+    # Both caches, 48 places of 32 lanes each, beside q and the gate; those of k that are written count as k.
+    assert calls["xla"].checked["elements"] == 2 * 20 * 2 * 32 + 20 * 32 + 2 * 48 * 32
+    assert calls["xla"].checked["against"] == "oracle"
+    reference = "none: the reference" + ", with its copy of the gate" * (op != "kv_cache")
+    assert calls["oracle"].checked == {"against": reference, "elements": 0, "differing": 0}
+
+
+@needs_triton
+@pytest.mark.parametrize("spoiled", ["q", "gate", "k_cache", "v_cache", "untouched"])
+def test_a_wrong_cache_gets_no_row(monkeypatch, by_distance, as_users_run_it, capsys, spoiled):
+    case = dataclasses.replace(SMALL, num_tokens=5)
+    slots = kv_cache.slots_of(kv_cache.form_of(case))
+    free = next(slot for slot in range(16) if slot not in slots)
+    right = kv_cache.fused
+
+    def wrong(name, form):
+        def run(caches, *arrays):
+            q, gate, (k_cache, v_cache) = right(name, form)(caches, *arrays)
+            outputs = {"q": q, "gate": gate, "k_cache": k_cache, "v_cache": v_cache}
+            at = {"untouched": (0, free), "k_cache": (0, int(slots[2])), "v_cache": (0, int(slots[2]))}
+            name_of = "v_cache" if spoiled == "untouched" else spoiled
+            outputs[name_of] = outputs[name_of].at[at.get(spoiled, (1,))].add(1)
+            q, gate, *caches = outputs.values()
+            return q, gate, tuple(caches)
+
+        return run
+
+    monkeypatch.setattr(kv_cache, "fused", wrong)
+    with jax.default_device(jax.devices("cpu")[0]):
+        calls, kept = OPERATIONS["kv_cache"].check(case, make_inputs(case), {"xla": None})
+    assert not kept and list(calls) == ["xla_alone", "xla_then_set"]
+    printed = capsys.readouterr().out
+    assert f"{case.id}: xla " in printed and "BROKEN" in printed
+
+
+@needs_triton
+def test_the_command_run_records_the_suite(monkeypatch, by_distance, as_users_run_it, tmp_path):
+    from benchmarks import __main__, run
+
+    def measured(case, calls, **settings):
+        for call in calls.values():
+            for _ in range(3 if call else 0):
+                call()
+        return {name: Samples((2.0,), ("k",)) for name in calls}
+
+    monkeypatch.setattr(__main__, "missing", lambda command: None)
+    monkeypatch.setattr(run, "measure", measured)
+    monkeypatch.setattr(run, "copy_calls", lambda total_bytes: {"copy_512x4": None})
+    monkeypatch.setattr(run, "gpu_memory", lambda: 10**9)
+    output = tmp_path / "results.jsonl"
+    shape = "--tokens 2 --heads 2/1 --head-dim 32 --rotary-dim 16 --dtype float16 --implementations oracle triton xla"
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert main(["run", "--suite", "kv_cache", *shape.split(), "--output", str(output), "--commit", "abc"]) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(row["suite"], row["op"], row["implementation"], row["bytes"]) for row in rows] == [
+        ("kv_cache", op, name, OPERATIONS[op].minimum_bytes(SMALL))
+        for op in OPS
+        for name in ("copy", "oracle", "xla_alone", "xla_then_set", "xla")
+    ]
+
+
+def test_the_slots_of_the_suite_are_one_for_each_token_in_half_of_the_places():
+    for num_tokens in (1, 16, 100, 4096):
+        form = kv_cache.form_of(Case(num_tokens))
+        slots = kv_cache.slots_of(form)
+        assert slots.shape == (num_tokens,) and len(set(slots.tolist())) == num_tokens
+        assert slots.min() >= 0 and slots.max() < form.capacity and 2 * num_tokens <= form.capacity
+        assert (form.block_size, form.cache_axes, form.case.packed) == (16, "b s h d", True)
+
+
+# --- the floor ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("op", "case", "rows", "table"),
+    [
+        # In and out: q and gate of 16 heads, k and v of 2; 512 bytes each.
+        ("kv_cache", Case(16384), 2 * (16 + 16 + 2 + 2), 128),
+        ("kv_cache_gate_in_place", Case(16384), 2 * (16 + 2 + 2), 128),
+        ("kv_cache", Case(1, 32, 2), 2 * (32 + 32 + 2 + 2), 128),
+    ],
+)
+def test_bytes_of_the_suite_of_caches(op, case, rows, table):
+    assert OPERATIONS[op].minimum_bytes(case) == case.num_tokens * (rows * 512 + table)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kv_bytes"),
+    [
+        ({}, 2 + 2),
+        ({"kv_dtype": "float32"}, 2 + 4),
+        ({"return_kv": True}, 2 + 2 + 2),
+        ({"return_kv": True, "kv_dtype": "float32", "cache_axes": "b s h (c d)"}, 2 + 2 + 4),
+        ({"cache_axes": "l b s (h c) d", "num_blocks": 50}, 2 + 2),
+    ],
+)
+@pytest.mark.parametrize("gate", ["copied", "in_place", None])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_row_of_a_cache_is_read_once_and_written_once_in_the_cache_s_dtype(packed, gate, changes, kv_bytes):
+    call = CachedCase(Case(9, 4, 2, 64, 32, gate=gate, packed=packed), **changes)
+    q_bytes = 4 * (8 if gate == "copied" else 4)
+    assert cached_bytes(call) == 9 * (64 * (q_bytes + 2 * 2 * kv_bytes) + 32 * 2)
+
+
+@pytest.mark.parametrize("ending", ["", "_alone", "_then_set"])
+@pytest.mark.parametrize("gate", ["copied", "in_place"])
+def test_a_gate_left_in_place_is_no_result(ending, gate):
+    """Its slice would be made."""
+    form = kv_cache.form_of(SMALL, gate)
+    *arrays, before, slots = cached.arguments(form)
+    call = kv_cache.builds_of(form, {"xla": None}, arrays, before, slots)[f"xla{ending}"]()
+    assert (call().gate is None) == (gate == "in_place")
+
+
+# --- verify -------------------------------------------------------------------------------------------------------
+
+
+def small(call: CachedCase) -> CachedCase:
+    case = dataclasses.replace(call.case, num_tokens=min(6, call.case.num_tokens), num_q_heads=2)
+    return dataclasses.replace(call, case=case, num_blocks=min(3, call.num_blocks))
+
+
+VERIFIED = suites.parity_cached_gpu()
+
+
+def test_verify_compares_every_layout_by_both_ways_in_and_slots_of_every_kind():
+    assert {(call.cache_axes, call.case.packed) for call in VERIFIED} >= {(axes, p) for axes in AXES for p in (0, 1)}
+    assert {call.slots_dtype for call in VERIFIED} == set(strategies.POSITION_DTYPES)
+    assert {call.case.gate for call in VERIFIED} == {"copied", "in_place", None}
+    assert {call.layer_is_inside for call in VERIFIED} == {call.return_kv for call in VERIFIED} == {True, False}
+    for call in VERIFIED:
+        slots = cached.slots_of(call)
+        assert 0 <= slots[0] < call.capacity
+        if call.case.num_tokens > 1:
+            assert (slots >= call.capacity).any() and (slots.min() < 0) == (jnp.iinfo(call.slots_dtype).min < 0)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "call", [small(call) for call in (*VERIFIED[3:10:3], *VERIFIED[-14:-6], *VERIFIED[-5:-3])], ids=lambda x: x.id
+)
+def test_verify_compares_with_the_interpreted_oracle(on_the_host, call):
+    """The slots' types and the layers of a GPU's run."""
+    with strategies.x64(call):
+        result = verify.compared(verify.compare_cached(call, "cpu"), "xla")
+    assert result.kept, str(result)
+    sizes, case = call.sizes, call.case
+    rows = case.num_tokens * (2 * case.num_q_heads + 2 * call.return_kv * case.num_kv_heads)
+    rows += 2 * sizes.get("l", 1) * call.capacity * case.num_kv_heads
+    written = len(cached.written(call, cached.slots_of(call)))  # counted as k, and blank in the rest of its cache
+    assert result.elements == (rows + written * case.num_kv_heads) * case.head_dim
+
+
+@needs_triton
+@pytest.mark.parametrize("spoil", ["q", "k", "v", "gate", "a row of k", "a row of v", "what no slot names"])
+def test_verify_fails_where_a_cache_is_wrong(monkeypatch, on_the_host, capsys, spoil):
+    call = CachedCase(Case(6, 2, 1, 64, 32, "float16"), "b s h d", return_kv=True)
+    slots = cached.slots_of(call)
+    block, place = divmod(int(slots[0]), call.block_size)
+    free = divmod(next(slot for slot in range(call.capacity) if slot not in slots), call.block_size)
+    right = cached.outputs_of
+
+    def outputs_of(call, got):
+        outputs = right(call, got)
+        places = {
+            "a row of k": ("k_cache", (block, place)),
+            "a row of v": ("v_cache", (block, place)),
+            "what no slot names": ("k_cache", free),
+        }
+        name, at = places.get(spoil, (spoil, (2,)))
+        return outputs._replace(**{name: getattr(outputs, name).at[at].add(1)})
+
+    assert verify.verify([call], ("xla",), "cpu") == 0
+    assert "promises broken in 0 cases" in capsys.readouterr().out
+    monkeypatch.setattr(cached, "outputs_of", outputs_of)
+    assert verify.verify([call], ("xla",), "cpu") == 1
+    assert "promises broken in 1 cases" in capsys.readouterr().out
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_kernels_give_the_oracle_s_bits(gpu):
+    calls = [call for call in VERIFIED if call.case.num_tokens < 300]
+    assert verify.verify(calls[::5], GPU_IMPLEMENTATIONS, "gpu") == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.alone
+def test_the_suite_times_one_kernel_that_writes_the_cache(gpu, tmp_path):
+    output = tmp_path / "results.jsonl"
+    arguments = ["run", "--suite", "kv_cache", "--tokens", "16", "--heads", "16/2", "--repeats", "3", "--rounds", "2"]
+    assert main([*arguments, "--output", str(output), "--commit", "abc"]) == 0
+    rows = {(row["op"], row["implementation"]): row for row in map(json.loads, output.read_text().splitlines())}
+    for op in OPS:
+        assert {name for row_op, name in rows if row_op == op} >= {"copy", "oracle", "xla", "xla_plain_then_set"}
+        assert rows[op, "oracle"]["kernels"] == 2
+        for name in {*GPU_IMPLEMENTATIONS} & {name for _, name in rows}:
+            assert rows[op, name]["kernels"] == rows[op, f"{name}_alone"]["kernels"] == 1
+            assert rows[op, name]["checked"]["differing"] == 0
+            assert rows[op, f"{name}_then_set"]["kernels"] > 1
