@@ -86,6 +86,7 @@ def test_a_jax_without_one_of_the_backends(monkeypatch, missing, left):
         assert choice.not_taken[missing].startswith("it needs the module jax.experimental.pallas.gone, got")
     finally:
         _implementations._missing_module.cache_clear()
+        jax.clear_caches()  # and those that do without it
 
 
 def test_a_name_is_refused_with_its_reason_where_it_cannot_run():
