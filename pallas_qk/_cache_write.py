@@ -8,6 +8,7 @@ from jax import lax
 
 from pallas_qk import _cache_axes
 from pallas_qk._cache_axes import Slots
+from pallas_qk._indices import comparable
 
 
 def write(cache: jax.Array, rows: list[jax.Array], slots: jax.Array, layer: jax.Array | None, cache_axes: str):
@@ -53,10 +54,7 @@ def _as(x: jax.Array, dtype) -> jax.Array:
 
 
 def places_of(slots: jax.Array, layer: jax.Array | None, cache: Slots) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Whether each token has a place in the cache, and its block, place and layer, 0 where it has none.
-
-    Compared in the given integer types, so that 2^32 + 3 is not 3.
-    """
+    """Whether each token has a place in the cache, and its block, place and layer, 0 where it has none."""
     inside = _is_below(slots, cache.capacity)
     if layer is not None:
         inside = inside & _is_below(layer, cache.num_layers)
@@ -69,10 +67,7 @@ def places_of(slots: jax.Array, layer: jax.Array | None, cache: Slots) -> tuple[
 
 
 def _is_below(x: jax.Array, size: int) -> jax.Array:
-    if x.dtype.itemsize < 4:
-        x = x.astype(jnp.int32)  # the size may not fit the narrow types
-    # A size that an export leaves open has no smaller of two.
-    limit = min(size, jnp.iinfo(x.dtype).max) if isinstance(size, int) else size
+    x, limit = comparable(x, size)
     return (x >= 0) & (x < limit)
 
 

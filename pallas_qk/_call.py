@@ -58,8 +58,8 @@ def call(
     open_size = None if isinstance(num_tokens, int) else num_tokens
     spec = Spec(num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim, str(inputs.q.dtype), open_size)
     _implementations.check_supported(spec, implementation)
-    for name in _INTEGERS:
-        inputs = inputs._replace(**{name: _array_checks.canonical_integers(getattr(inputs, name))})
+    given = {name: x for name in _INTEGERS if (x := getattr(inputs, name)) is not None}
+    inputs = inputs._replace(**{name: _array_checks.canonical_integers(x) for name, x in given.items()})
     return _run(inputs, name=function.name, call=Call(options, implementation), split=split)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_qk._cache_write import write
+from pallas_qk._indices import comparable
 from pallas_qk._options import Options, Spec, Target, next_power_of_2, tree_order
 from pallas_qk._rows import (
     Gradients,
@@ -254,11 +255,8 @@ def mrope_mask(frequency: jax.Array, axis: int, mrope_section: tuple[int, int, i
 def table_rows(positions: jax.Array, max_position: int) -> tuple[jax.Array, jax.Array]:
     """int32 rows of the table, and whether each position is past it. Negative positions and those past it read row 0.
 
-    Compared in the given integer type, so that 2^32 + 3 is not 3; no row outside the table is ever formed.
+    No row outside the table is ever formed.
     """
-    if positions.dtype.itemsize < 4:
-        positions = positions.astype(jnp.int32)  # max_position may not fit the narrow types
-    # A size that an export leaves open has no smaller of two.
-    limit = min(max_position, jnp.iinfo(positions.dtype).max) if isinstance(max_position, int) else max_position
+    positions, limit = comparable(positions, max_position)
     is_past = positions >= limit
     return jnp.where((positions < 0) | is_past, 0, positions).astype(jnp.int32), is_past

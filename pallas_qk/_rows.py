@@ -35,7 +35,7 @@ class Rows(NamedTuple):
 
     heads: str  # "q" or "k": the axis of heads, the programs that take the rows, and what may be sharded
     source: Place
-    # None: XLA reads the rows where they lie. Mosaic GPU alone stores by the numbers in them.
+    # Empty: XLA reads the rows where they lie. Mosaic GPU alone stores by the numbers in them.
     targets: tuple[Place, ...]
     weight: str | None = None  # of the norm, a field of Inputs; None: the rows are copied as they are
     rotation: Literal["halves"] | None = None  # elements j and j + R/2 are a pair; None: not rotated

@@ -237,8 +237,8 @@ MUTATIONS = [
         ),
         (
             "NumPy's 64-bit positions are left to JAX",
-            "_array_checks.canonical_integers(getattr(inputs, name))",
-            "getattr(inputs, name)",
+            "name: _array_checks.canonical_integers(x) for",
+            "name: x for",
             tests_of("positions", "test_numpy_positions_of_64_bits_are_not_narrowed_unseen"),
         ),
         (
@@ -565,6 +565,21 @@ MUTATIONS = [
     ),
     # Plain XLA, whose rules the kernels share.
     *_in(
+        "pallas_qk/_indices.py",
+        (
+            "guard: compared after narrowing",
+            "if x.dtype.itemsize < 4:",
+            "if x.dtype.itemsize != 4:",
+            tests_of("positions", "test_positions_outside[xla-int64]"),
+        ),
+        (
+            "guard: narrow types not widened",
+            "if x.dtype.itemsize < 4:",
+            "if x.dtype.itemsize < 1:",
+            tests_of("positions", "test_a_table_whose_size_is_the_types_limit_plus_one"),
+        ),
+    ),
+    *_in(
         "pallas_qk/_reference.py",
         (
             "xla: the bits of a lane in ascending order",
@@ -649,18 +664,6 @@ MUTATIONS = [
             "lax.stop_gradient(table) if past is None else past",
             "table if past is None else past",
             tests_of("gradients", "test_derivatives_read_row_0_outside_the_table[xla-just past]"),
-        ),
-        (
-            "guard: compared after narrowing",
-            "if positions.dtype.itemsize < 4:",
-            "if positions.dtype.itemsize != 4:",
-            tests_of("positions", "test_positions_outside[xla-int64]"),
-        ),
-        (
-            "guard: narrow types not widened",
-            "if positions.dtype.itemsize < 4:",
-            "if positions.dtype.itemsize < 1:",
-            tests_of("positions", "test_a_table_whose_size_is_the_types_limit_plus_one"),
         ),
         (
             "xla: zeros instead of NaN",
