@@ -207,7 +207,8 @@ def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
     try:
         view = tensor.detach()
         storage = view.untyped_storage()
-        held = storage.nbytes() if storage.data_ptr() else 0
+        is_fake = storage.device.type == "meta"  # its address can't be asked for without a warning
+        held = storage.nbytes() if not is_fake and storage.data_ptr() else 0
         last = view.storage_offset() + sum(
             (n - 1) * stride for n, stride in zip(view.shape, view.stride(), strict=True)
         )

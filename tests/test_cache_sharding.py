@@ -18,6 +18,8 @@ from tests.compare import assert_same
 from tests.devices import MODES, collectives, mesh, mesh_of, put
 from tests.lowering import GPU_IMPLEMENTATIONS, lowered_text
 
+pytestmark = pytest.mark.usefixtures("on_the_host")
+
 CASE = Case(8, 8, 4, head_dim=64, rotary_dim=16, max_position=40, dtype="float32")
 NHD, BOTH = CachedCase(CASE), CachedCase(CASE, "b s (h c) d")
 HEADS, OF_CACHE, WHOLE = (None, "model"), (None, None, "model"), ()

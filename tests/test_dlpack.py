@@ -353,9 +353,17 @@ def test_from_torch_refuses_traced_tensors(transform, copy):
         transform(f)(torch.ones(3, 4))
 
 
+@pytest.fixture
+def every_warning_of_torch():
+    """Torch gives most of its warnings once in a process, to the test that comes first."""
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(False)
+
+
 @pytest.mark.parametrize("copy", [False, True])
 @pytest.mark.parametrize("is_lenient, shown", [(False, "none"), (True, "0 of 64 bytes")])
-def test_from_torch_refuses_real_tensors_in_fake_tensor_mode(is_lenient, shown, copy):
+def test_from_torch_refuses_real_tensors_in_fake_tensor_mode(is_lenient, shown, copy, every_warning_of_torch):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     tensor = torch.arange(16.0)
