@@ -242,6 +242,16 @@ def test_rule_of_the_mosaic_gpu_kernel(spec, gate_copied, config):
     assert mosaic_forward(Spec(*spec, "bfloat16"), gate_copied=gate_copied) == config
 
 
+@pytest.mark.parametrize("gate_copied", [True, False])
+@pytest.mark.parametrize("num_tokens", [1, 16, 64])
+def test_few_rows_by_slot_are_loaded_before_the_slot_counts(num_tokens, gate_copied):
+    few, many = (Spec(n, 16, 2, 256, 64, "bfloat16") for n in (num_tokens, 256))
+    config = MosaicForward("halves", 1, "first", k_first=True)
+    assert mosaic_forward(few, gate_copied=gate_copied, by_slot=True) == config
+    of_many = mosaic_forward(many, gate_copied=gate_copied)
+    assert mosaic_forward(many, gate_copied=gate_copied, by_slot=True) == of_many != config
+
+
 def test_disable_jit_runs_the_same_op():
     case = Case(3, 2, 1)
     inputs = make_inputs(case)

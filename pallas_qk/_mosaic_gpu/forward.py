@@ -75,7 +75,8 @@ def forward(inputs: Inputs, *, options: Options, config: MosaicForward | None = 
         return empty(written)
     rows = rows_for(spec, options)
     if config is None:
-        config = mosaic_forward(spec, gate_copied=bool(sharing(stored(rows), "q")[1]))
+        gate_copied, by_slot = bool(sharing(stored(rows), "q")[1]), inputs.slots is not None
+        config = mosaic_forward(spec, gate_copied=gate_copied, by_slot=by_slot)
     layout = _layout(config, spec.head_dim, options.rotary_dim, inputs.q.dtype)
     rows_per_program = WARPGROUP // layout.threads
     q_programs = pl.cdiv(spec.num_tokens * spec.num_q_heads, rows_per_program)
