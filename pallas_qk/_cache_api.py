@@ -39,6 +39,8 @@ def fused_qkv_rmsnorm_rope_gate_cache(
     *,
     cache_axes: str = "b s h d",
     layer: int | jax.Array | None = None,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
     return_kv: bool = False,
     copy_gate: bool = True,
     mrope_layout: str = "interleaved",
@@ -54,8 +56,9 @@ def fused_qkv_rmsnorm_rope_gate_cache(
         arrays of one dtype: q_gate (..., Hq*2*D), k and v (..., Hkv*D); or, each with an axis of heads, q_gate
         (..., Hq, 2*D), k and v (..., Hkv, D).
       kv_cache: a pair of arrays, k's and v's, with one shape and dtype. Or one array of both, where `cache_axes` has a
-        c. float16, bfloat16 or float32. Rows of another dtype are cast to it, rounded to nearest even. The axes of
-        heads and lanes have the sizes Hkv and D, every other axis any size of at least 1.
+        c. float16, bfloat16 or float32: rows of another dtype are cast to it, rounded to nearest even. Or
+        float8_e4m3fn or float8_e5m2, with scales. The axes of heads and lanes have the sizes Hkv and D, every other
+        axis any size of at least 1.
       slot_mapping: (...), the slot of each token: block * block_size + place in the block. Any integer dtype. A token
         whose slot is negative, or past the last block, is not written; its q and gate are computed as for any other.
         `pallas_qk.kv_cache` makes slots from block tables and for dense caches.
@@ -65,7 +68,10 @@ def fused_qkv_rmsnorm_rope_gate_cache(
         second name runs faster. "NHD" stands for "b s h d" and "HND" for "b h s d".
       layer: the layer to write, where `cache_axes` has an l: an int, or an integer array without axes, which may be
         traced. An int outside the layers is an error. With an array outside, nothing is written.
-      return_kv: whether k and v are results too.
+      k_scale, v_scale: what rows of k and of v are divided by on their way into a cache of 8 bits, and what a reader
+        multiplies them by: float32, (), (1,) or (Hkv,), or a number; each may be traced. They must be given for such a
+        cache, and for no other. `pallas_qk.kv_cache.read` reads such a cache.
+      return_kv: whether k and v are results too, in the dtype of `qkv`.
 
     The other arguments are those of `fused_qk_rmsnorm_rope_gate`.
 
@@ -81,8 +87,15 @@ def fused_qkv_rmsnorm_rope_gate_cache(
 
     Numerics:
       Those of `fused_qk_rmsnorm_rope_gate`. Where a token's rows are written changes no bit of them. Slots and `layer`
-      are compared in their own dtype, and no address outside a cache is formed. For a bfloat16 cache "xla" takes a
-      temporary array of the cache's size under JAX 0.10.
+      are compared in their own dtype, and no address outside a cache is formed. "xla" on a CPU takes a temporary array
+      of the cache's size for a cache of 8 bits, and under JAX 0.10 for a bfloat16 one.
+
+      A cache of 8 bits holds the float8 nearest to float32(x) / scale, ties to even, where x is already rounded to the
+      dtype of `qkv`, float32 rows being rounded once. The division is IEEE's. What is larger than every finite float8,
+      infinities among it, is stored as the largest, 448 or 57344, and NaN as code 0x7f. No value of a scale is an
+      error: a row divided by 0 is stored as the largest values, NaN where it is 0 itself. Every implementation stores
+      the same codes on CPUs and NVIDIA GPUs, but for float32 numbers below 2^-126, which XLA's CPU reads as 0. On
+      other platforms nothing is promised of the codes.
 
     Sharding:
       The compiler may shard heads: those of the cache and, given as three arrays, those of q, k and v. Tokens and
@@ -90,8 +103,8 @@ def fused_qkv_rmsnorm_rope_gate_cache(
       and slots. A cache is never gathered: what would need that is an error.
 
     Semantics from:
-      `fused_qk_rmsnorm_rope_gate` and, for the cache, `reshape_and_cache_flash` of vLLM 0.33.0, which doesn't check
-      whether a slot is past the capacity.
+      `fused_qk_rmsnorm_rope_gate` and, for the cache and its codes, the CUDA kernel `reshape_and_cache_flash` of vLLM
+      0.33.0, which doesn't check whether a slot is past the capacity.
 
     Example:
       >>> import functools, jax, jax.numpy as jnp
@@ -111,7 +124,7 @@ def fused_qkv_rmsnorm_rope_gate_cache(
         "fused_qkv_rmsnorm_rope_gate_cache",
         qkv,
         (q_weight, k_weight, cos_sin_cache, positions),
-        (kv_cache, slot_mapping, cache_axes, layer, return_kv),
+        (kv_cache, slot_mapping, cache_axes, layer, k_scale, v_scale, return_kv),
         "copied" if _checks.check_copy_gate(copy_gate) else "in_place",
         eps,
         (num_q_heads, num_kv_heads, head_dim, rotary_dim),
@@ -140,6 +153,8 @@ def fused_qkv_rmsnorm_rope_cache(
     *,
     cache_axes: str = "b s h d",
     layer: int | jax.Array | None = None,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
     return_kv: bool = False,
     mrope_layout: str = "interleaved",
     implementation: str | None = None,
@@ -173,7 +188,7 @@ def fused_qkv_rmsnorm_rope_cache(
         "fused_qkv_rmsnorm_rope_cache",
         qkv,
         (q_weight, k_weight, cos_sin_cache, positions),
-        (kv_cache, slot_mapping, cache_axes, layer, return_kv),
+        (kv_cache, slot_mapping, cache_axes, layer, k_scale, v_scale, return_kv),
         None,
         eps,
         (num_q_heads, num_kv_heads, head_dim, rotary_dim),
@@ -186,13 +201,13 @@ def fused_qkv_rmsnorm_rope_cache(
 
 def _call(name: str, qkv, arrays: tuple, cache: tuple, gate: str | None, *values) -> CacheOutputs:
     """`values` are the arguments of `call` that follow `gate`."""
-    kv_cache, slot_mapping, cache_axes, layer, return_kv = cache
+    kv_cache, slot_mapping, cache_axes, layer, k_scale, v_scale, return_kv = cache
     cache_axes, return_kv = _cache_checks.check_cache_axes(cache_axes), _cache_checks.check_return_kv(return_kv)
     separate = _cache_checks.three_arrays(qkv, gated=gate is not None)
     q, k, v = separate or (qkv, None, None)
     k_cache, v_cache = _cache_checks.arrays_of(kv_cache, cache_axes)
     function = cached(name, gated=gate is not None, packed=separate is None)
-    inputs = Inputs(q, k, *arrays)._replace(v=v, k_cache=k_cache, v_cache=v_cache, slots=slot_mapping, layer=layer)
+    inputs = Inputs(q, k, *arrays, v, k_cache, v_cache, slot_mapping, layer, k_scale, v_scale)
     outputs = call(function, inputs, gate, *values, cache_axes=cache_axes, return_kv=return_kv)
     written = outputs.k_cache if v_cache is None else (outputs.k_cache, outputs.v_cache)
     return CacheOutputs(outputs.q, outputs.gate, written, outputs.k, outputs.v)

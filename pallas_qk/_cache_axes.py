@@ -57,11 +57,24 @@ def unit_shape(cache_axes: str) -> tuple[int, ...]:
     return tuple(2 if "c" in part else 1 for part in groups(cache_axes))
 
 
-def known_shape(cache_axes: str, num_kv_heads: int, head_dim: int) -> tuple[int | str, ...]:
-    """The sizes that a call fixes, and names for the others."""
+def known_shape(cache_axes: str, num_kv_heads: int | None, head_dim: int | None) -> tuple[int | str, ...]:
+    """The sizes that a call fixes, and names for the others; a call that reads a cache fixes no heads and lanes."""
     sizes = {"h": num_kv_heads, "d": head_dim, "c": 2}
-    names = {"b": "num_blocks", "s": "block_size", "l": "num_layers"}
-    return tuple(names[part] if part in names else math.prod(sizes[x] for x in part) for part in groups(cache_axes))
+    names = {"b": "num_blocks", "s": "block_size", "l": "num_layers", "h": "num_kv_heads", "d": "head_dim"}
+
+    def size(part: str) -> int | str:
+        unknown = next((names[x] for x in part if sizes.get(x) is None), None)
+        if unknown is not None:
+            return unknown if len(part) == 1 else f"2 * {unknown}"
+        return math.prod(sizes[x] or 0 for x in part)
+
+    return tuple(map(size, groups(cache_axes)))
+
+
+def heads_of(cache_axes: str, shape: Sequence[int]) -> tuple[int, int]:
+    """The number of heads and of lanes of a cache."""
+    sizes = {x: size // len(part) for part, size in zip(groups(cache_axes), shape, strict=True) for x in part}
+    return sizes["h"], sizes["d"]
 
 
 def sizes_of(cache_axes: str, shape: Sequence[int], head_dim: int) -> dict[str, int]:

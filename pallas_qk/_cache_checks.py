@@ -7,10 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from pallas_qk import _cache_axes
+from pallas_qk import _cache_axes, _fp8
 from pallas_qk._array_checks import Function, check_array, check_integers, check_shape, unboxed
 from pallas_qk._checks import DTYPES, describe
-from pallas_qk._rows import Inputs
 
 
 def check_cache_axes(cache_axes: str) -> str:
@@ -57,15 +56,17 @@ def arrays_of(kv_cache, cache_axes: str) -> tuple[Any, Any]:
     return k_cache, v_cache
 
 
-def check_caches(inputs: Inputs, cache_axes: str, num_kv_heads: int, head_dim: int) -> None:
-    caches = {"kv_cache": inputs.k_cache}
+def check_caches(k_cache, v_cache, cache_axes: str, num_kv_heads: int | None, head_dim: int | None) -> None:
+    """Those of `arrays_of`. Without a number of heads and lanes, they may have any."""
+    caches = {"kv_cache": k_cache}
     if not _cache_axes.holds_both(cache_axes):
-        caches = {"kv_cache[0]": inputs.k_cache, "kv_cache[1]": inputs.v_cache}
+        caches = {"kv_cache[0]": k_cache, "kv_cache[1]": v_cache}
     for name, cache in caches.items():
         check_array(name, cache)
-        if str(cache.dtype) not in DTYPES:
+        if str(cache.dtype) not in (*DTYPES, *_fp8.NAMES):
             raise TypeError(
-                f"{name} must be float16, bfloat16 or float32, got {cache.dtype}. Make the cache of one of these."
+                f"{name} must be {', '.join((*DTYPES, _fp8.NAMES[0]))} or {_fp8.NAMES[1]}, got {cache.dtype}. "
+                "Make the cache of one of these."
             )
         hint = f"{cache_axes!r} as cache_axes names them, each at least 1"
         check_shape(name, cache, _cache_axes.known_shape(cache_axes, num_kv_heads, head_dim), hint)
@@ -78,6 +79,32 @@ def check_caches(inputs: Inputs, cache_axes: str, num_kv_heads: int, head_dim: i
                 f"the caches of k and v must have one shape and dtype, got {k[0]} of {k[1]} and {v[0]} of {v[1]}. "
                 "Make them alike."
             )
+
+
+def checked_scale(name: str, scale, cache_dtype, num_kv_heads: int):
+    """The scale as a float32 array of one element or of one for each kv head; None for a cache that has none."""
+    scale = unboxed(scale)
+    if not _fp8.is_fp8(cache_dtype):
+        if scale is not None:
+            raise ValueError(
+                f"{name} must be left out with a cache of {cache_dtype}, got {describe(scale)}. Rows are cast to that "
+                f"dtype as they are; a cache of {' or '.join(_fp8.NAMES)} has scales."
+            )
+        return None
+    if scale is None:
+        raise ValueError(
+            f"{name} must be given with a cache of {cache_dtype}, got None. "
+            "Pass the float32 number that its rows are divided by; 1.0 stores them undivided."
+        )
+    if isinstance(scale, numbers.Real | np.floating) and not isinstance(scale, bool):
+        return np.float32(scale).reshape(())
+    check_array(name, scale)
+    if str(scale.dtype) != "float32":
+        raise TypeError(f"{name} must be float32, got {scale.dtype}. Cast it with astype.")
+    if scale.shape not in ((), (1,), (num_kv_heads,)):
+        shapes = " or ".join(map(str, dict.fromkeys(((), (1,), (num_kv_heads,)))))
+        raise ValueError(f"{name} must have shape {shapes}, got {tuple(scale.shape)}. Its sizes: one, or num_kv_heads.")
+    return scale
 
 
 def check_slots(function: Function, slots, lead: tuple[int, ...]) -> None:

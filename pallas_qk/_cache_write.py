@@ -6,21 +6,26 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_qk import _cache_axes
+from pallas_qk import _cache_axes, _fp8
 from pallas_qk._cache_axes import Slots
 from pallas_qk._indices import comparable
 
 
-def write(cache: jax.Array, rows: list[jax.Array], slots: jax.Array, layer: jax.Array | None, cache_axes: str):
+def write(
+    cache: jax.Array,
+    rows: list[tuple[jax.Array, jax.Array | None]],
+    slots: jax.Array,
+    layer: jax.Array | None,
+    cache_axes: str,
+) -> jax.Array:
     """The cache with the rows (..., Hkv, D) of k, of v, or of both at the slots (...) of their tokens.
 
-    A token whose slot, or whose layer, lies outside the cache is left out.
+    Each of them has its scale (1,) or (Hkv,), or None. A token whose slot, or whose layer, lies outside the cache is
+    left out.
     """
-    groups, head_dim = _cache_axes.groups(cache_axes), rows[0].shape[-1]
+    groups, head_dim = _cache_axes.groups(cache_axes), rows[0][0].shape[-1]
     _, slots_of_cache = _cache_axes.strides_of(cache_axes, cache.shape, head_dim)
-    if rows[0].dtype != cache.dtype:
-        rows = lax.optimization_barrier(rows)  # XLA drops the rounding in front of a cast to a wider type
-    updates = _joined([x.astype(cache.dtype) for x in rows], groups, slots.ndim)
+    updates = _joined([_cast(x, scale, cache.dtype) for x, scale in rows], groups, slots.ndim)
 
     inside, indices = places_of(slots, None if layer is None else layer.reshape(()), slots_of_cache)
     num_blocks = slots_of_cache.capacity // slots_of_cache.block_size
@@ -43,8 +48,17 @@ def write(cache: jax.Array, rows: list[jax.Array], slots: jax.Array, layer: jax.
     return _as(written, cache.dtype)
 
 
+def _cast(x: jax.Array, scale: jax.Array | None, dtype) -> jax.Array:
+    if x.dtype == dtype:
+        return x
+    x = lax.optimization_barrier(x)  # XLA drops the rounding in front of a cast to a wider type
+    return x.astype(dtype) if scale is None else _fp8.codes(x, scale[:, None], dtype)
+
+
 def _bits(dtype):
     """What is scattered: unsigned integers where XLA would convert all of the cache there and back."""
+    if _fp8.is_fp8(dtype):
+        return jnp.dtype(jnp.uint8)
     converts = dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11)
     return jnp.dtype(jnp.uint16) if converts else dtype
 

@@ -1,5 +1,6 @@
 """One call of the op, from what a public function is given: check, choose, run."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -48,15 +49,23 @@ def call(
     split = _array_checks.check_arrays(function, inputs, array_sizes)
     lead = inputs.q.shape[: -2 if split else -1]
     if cache_axes:
-        _cache_checks.check_caches(inputs, cache_axes, num_kv_heads, head_dim)
+        _cache_checks.check_caches(inputs.k_cache, inputs.v_cache, cache_axes, num_kv_heads, head_dim)
         _cache_checks.check_slots(function, inputs.slots, lead)
-        inputs = inputs._replace(layer=_cache_checks.checked_layer(inputs.layer, inputs.k_cache, cache_axes))
+        inputs = inputs._replace(
+            layer=_cache_checks.checked_layer(inputs.layer, inputs.k_cache, cache_axes),
+            k_scale=_cache_checks.checked_scale("k_scale", inputs.k_scale, inputs.k_cache.dtype, num_kv_heads),
+            v_scale=_cache_checks.checked_scale("v_scale", inputs.v_scale, inputs.k_cache.dtype, num_kv_heads),
+        )
+        if inputs.k_scale is not None:
+            options = dataclasses.replace(options, scale_per_head=(inputs.k_scale.size > 1, inputs.v_scale.size > 1))
     _mesh_checks.check_known_shardings(function, inputs, array_sizes, split=split)
     if cache_axes:
         _mesh_checks.check_known_shardings_of_caches(options, inputs, num_kv_heads)
     num_tokens = math.prod(lead)
     open_size = None if isinstance(num_tokens, int) else num_tokens
     spec = Spec(num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim, str(inputs.q.dtype), open_size)
+    if cache_axes:
+        spec = dataclasses.replace(spec, cache_dtype=str(inputs.k_cache.dtype))
     _implementations.check_supported(spec, implementation)
     given = {name: x for name in _INTEGERS if (x := getattr(inputs, name)) is not None}
     inputs = inputs._replace(**{name: _array_checks.canonical_integers(x) for name, x in given.items()})
@@ -77,8 +86,9 @@ def _run(inputs: Inputs, *, name: str, call: Call, split: bool) -> Outputs:
             inputs = inputs._replace(**{integers: x.astype(jnp.int32)})  # several lie in one byte
     if call.options.mrope_section is None and inputs.positions is not None:
         inputs = inputs._replace(positions=inputs.positions[None])
-    if inputs.layer is not None:
-        inputs = inputs._replace(layer=inputs.layer.reshape(1))
+    for one_axis in ("layer", "k_scale", "v_scale"):
+        if (x := getattr(inputs, one_axis)) is not None:
+            inputs = inputs._replace(**{one_axis: x.reshape(-1)})
     with jax.named_scope(name):
         if not split:
             return _derivatives.forward(call, inputs)

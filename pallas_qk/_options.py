@@ -18,6 +18,8 @@ class Options:
     packed: tuple[int, int] | None = None  # (num_q_heads, num_kv_heads) where q, k and v are one array
     cache_axes: str = ""  # of the KV cache that k and v are written into; empty: there is none
     return_kv: bool = True  # whether k and v are results of their own
+    # Of a cache of 8 bits, whether each kv head has a scale of its own, for k and for v; None: rows are cast.
+    scale_per_head: tuple[bool, bool] | None = None
     round_dweights: bool = False  # gradients of the weights: rounded to the weights' dtypes, or in float32
 
 
@@ -33,6 +35,7 @@ class Spec:
     dtype: str
     open_size: Any = None  # a size that an export leaves open
     cache_shape: tuple[int, ...] | None = None  # of the array that holds k
+    cache_dtype: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

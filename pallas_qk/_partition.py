@@ -183,6 +183,7 @@ def _heads_over(options: Options, mesh: Mesh, inputs: Inputs, tokens: tuple[str,
     if options.cache_axes:
         over["k"] = _heads_of_cache_over(options, mesh, inputs)
         over |= {f"{array}_{group}": over["k"] for array in CACHES for group in ("h", "hc")}
+        over["scale_h"] = over["k"]
     return over
 
 

@@ -38,13 +38,14 @@ def forward(inputs: Inputs, *, options: Options) -> Outputs:
         if kind.weight is not None:
             rows[name] = norm_and_rope(rows[name], weight_of(inputs, kind), kind.rotation, cos, sin, options)
     outputs: dict[str, jax.Array] = {}
-    in_cache: dict[str, list[jax.Array]] = {}
+    in_cache: dict[str, list[tuple[jax.Array, jax.Array | None]]] = {}
     for name, kind in kinds.items():
         for place in kind.targets:
             if place.slots is None:
                 outputs[place.array] = rows[name]
             else:
-                in_cache.setdefault(place.array, []).append(rows[name])
+                scale = None if place.scale is None else getattr(inputs, place.scale.array)
+                in_cache.setdefault(place.array, []).append((rows[name], scale))
     for array, written in in_cache.items():
         outputs[array] = write(getattr(inputs, array), written, inputs.slots, inputs.layer, options.cache_axes)
     return Outputs(**outputs)

@@ -17,6 +17,13 @@ from pallas_qk._cache_axes import Slots
 from pallas_qk._options import Options, Spec
 
 
+class Scale(NamedTuple):
+    """What rows are divided by on their way to codes of 8 bits."""
+
+    array: str  # a field of Inputs
+    per_head: bool  # whether its elements are those of the heads; else it has one
+
+
 class Place(NamedTuple):
     """Where row (token, head) starts in a flat array: first + head * h + token * t, in elements.
 
@@ -28,6 +35,7 @@ class Place(NamedTuple):
     token: int  # from a token to the next
     first: int = 0  # of head 0 of token 0
     slots: Slots | None = None
+    scale: Scale | None = None  # None: rows are cast to the array's dtype, where it is another
 
 
 class Rows(NamedTuple):
@@ -55,6 +63,8 @@ class Inputs(NamedTuple):
     v_cache: Any = None  # v's
     slots: Any = None  # (T,) the slot of each token in the cache
     layer: Any = None  # (1,) the layer of the cache, where it has several
+    k_scale: Any = None  # (1,) or (Hkv,), of a cache of 8 bits
+    v_scale: Any = None
 
 
 class Outputs(NamedTuple):
@@ -114,16 +124,21 @@ def rows_of(
         targets = (Place("gate", d, num_q_heads * d),) if options.gate == "copied" else ()
         rows["gate"] = Rows("q", q._replace(first=d), targets)
     if options.cache_axes:
-        for name, place in _places_in_cache(options.cache_axes, cache_shape, d).items():
+        for name, place in _places_in_cache(options, cache_shape, d).items():
             rows[name] = rows[name]._replace(targets=(*rows[name].targets, place))
     return rows
 
 
-def _places_in_cache(cache_axes: str, shape: Sequence[int] | None, head_dim: int) -> dict[str, Place]:
+def _places_in_cache(options: Options, shape: Sequence[int] | None, head_dim: int) -> dict[str, Place]:
     """Of k and v. Without a shape every size is 1."""
+    cache_axes = options.cache_axes
     strides, slots = _cache_axes.strides_of(cache_axes, shape or _cache_axes.unit_shape(cache_axes), head_dim)
     k = Place("k_cache", strides["h"], token=0, slots=slots)
-    return {"k": k, "v": k._replace(first=strides["c"]) if "c" in strides else k._replace(array="v_cache")}
+    v = k._replace(first=strides["c"]) if "c" in strides else k._replace(array="v_cache")
+    if options.scale_per_head is not None:
+        of_k, of_v = options.scale_per_head
+        k, v = k._replace(scale=Scale("k_scale", of_k)), v._replace(scale=Scale("v_scale", of_v))
+    return {"k": k, "v": v}
 
 
 def kinds_of(options: Options) -> dict[str, Rows]:
@@ -187,6 +202,7 @@ def spec_of(inputs: Inputs, options: Options) -> Spec:
         str(inputs.q.dtype),
         open_size=next(still_open, None),
         cache_shape=None if inputs.k_cache is None else inputs.k_cache.shape,
+        cache_dtype=None if inputs.k_cache is None else str(inputs.k_cache.dtype),
     )
 
 
@@ -276,6 +292,9 @@ def read_by_outputs(options: Options, *trees: Inputs) -> Outputs:
             found += getattr(x, kind.source.array)
             if kind.weight is not None:
                 found += getattr(x, kind.weight) + x.cos_sin_cache + x.positions
+            for place in kind.targets:
+                if place.array == array and place.scale is not None:
+                    found += getattr(x, place.scale.array)
         return found
 
     return as_outputs(options, [read(*item) for item in kinds_in_outputs(options).items()])
@@ -296,7 +315,7 @@ def read_by_gradients(options: Options, inputs: Inputs, cotangents: Outputs) -> 
 
 
 # Axes by name: "..." are the leading ones, "q" and "k" heads times D, "q*2" heads times two rows of D. Those of a cache
-# are called as `_cache_axes` does, "k_cache_h" for heads.
+# are called as `_cache_axes` does, "k_cache_h" for heads, and the heads of scales "scale_h".
 
 
 def axes(options: Options, *trees: Any) -> tuple[Any, ...]:
@@ -312,8 +331,10 @@ def axes(options: Options, *trees: Any) -> tuple[Any, ...]:
     table = "... rotary" if trees[0].positions is None else "position rotary"
     groups = _cache_axes.groups(options.cache_axes)
     k_cache, v_cache = (" ".join(f"{array}_{group}" for group in groups) for array in CACHES)
+    k_scale, v_scale = ("scale_h" if per_head else "scale" for per_head in options.scale_per_head or (False, False))
+    in_cache = k_cache, v_cache, "...", "layer", k_scale, v_scale
     of = {
-        Inputs: Inputs(q, k, "lane", "lane", table, "row ...", names["v"], k_cache, v_cache, "...", "layer"),
+        Inputs: Inputs(q, k, "lane", "lane", table, "row ...", names["v"], *in_cache),
         Outputs: Outputs("... q", "... k", "... k", "... q", k_cache, v_cache),
         Gradients: Gradients(q, k, "lane", "lane"),
     }

@@ -1,4 +1,4 @@
-"""The slots of tokens in a KV cache: the integers that `slot_mapping` takes::
+"""The slots of tokens in a KV cache, and what it holds. Slots are the integers that `slot_mapping` takes::
 
     slots = kv_cache.slots_of_pages(block_tables, places, block_size=16)  # a pool of blocks, some for each sequence
     slots = kv_cache.slots_of_rows(places, cache_length=4096)  # a dense cache with a row for each sequence
@@ -12,7 +12,8 @@ makes smaller after an image. Padding has place -1 and gets slot -1, where nothi
     step = jnp.arange(n)
     places = jnp.where(step < counts[:, None], lengths[:, None] + step, -1)  # (batch, n)
 
-Both functions are plain jnp and work under `jax.jit`, `jax.vmap` and any mesh.
+`read` gives k and v of a cache to attention that takes no codes of 8 bits. All functions are plain jnp and work under
+`jax.jit` and any mesh, those of slots under `jax.vmap` too.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from pallas_qk import _array_checks, _checks
+from pallas_qk import _array_checks, _cache_axes, _cache_checks, _checks
 
 _LARGEST = 2**31 - 1  # of a static size, so that every dtype of the results holds it
 
@@ -158,6 +159,63 @@ def _slots_of_pages(size: int, places: jax.Array, sequences: jax.Array | None, b
         row = jnp.where(sequences < 0, block_tables.shape[0], sequences)
         block = _block_of(block_tables, _spread(row, page.shape), page)
     return _slots(size, block, places % size)
+
+
+def read(
+    kv_cache: tuple[jax.Array, jax.Array] | jax.Array,
+    dtype,
+    *,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
+    cache_axes: str = "b s h d",
+) -> tuple[jax.Array, jax.Array]:
+    """k and v as a cache holds them, in an order of axes that attention takes.
+
+    Args:
+      kv_cache: as the functions that write a KV cache take it and return it.
+      dtype: of the results, float16, bfloat16 or float32.
+      k_scale, v_scale: those that the cache was written with: float32, (), (1,) or (Hkv,), or a number. They must be
+        given for a cache of 8 bits, and for no other.
+      cache_axes: as there.
+
+    Returns:
+      k and v, each (blocks, block_size, Hkv, D), with the axis of layers first where there is one. They are
+      float32(cache) * scale, rounded to `dtype`. Under `jax.jit` XLA fuses that into what reads it where it can. A
+      library call, such as cuDNN's attention, reads a copy instead.
+
+    Raises:
+      ValueError: a shape or value breaks a rule above.
+      TypeError: a dtype or type does.
+
+    Example:
+      >>> codes = jnp.full((2, 8, 1, 64), 3, jnp.float8_e4m3fn)
+      >>> k, v = read((codes, codes), jnp.bfloat16, k_scale=0.5, v_scale=jnp.ones(1))
+      >>> print(k.shape, k[0, 0, 0, 0], v[0, 0, 0, 0])
+      (2, 8, 1, 64) 1.5 3
+    """
+    cache_axes = _cache_checks.check_cache_axes(cache_axes)
+    dtype = jnp.dtype(_checks.check_dtype("dtype", dtype))
+    k_cache, v_cache = _cache_checks.arrays_of(kv_cache, cache_axes)
+    _cache_checks.check_caches(k_cache, v_cache, cache_axes, None, None)
+    num_kv_heads, head_dim = _cache_axes.heads_of(cache_axes, k_cache.shape)
+    _cache_checks.check_caches(k_cache, v_cache, cache_axes, num_kv_heads, head_dim)  # an axis of k and v is even
+    sizes = _cache_axes.sizes_of(cache_axes, k_cache.shape, head_dim)
+    parts = [jnp.asarray(x).reshape(*sizes.values()) for x in (k_cache, v_cache) if x is not None]
+    if "c" in sizes:
+        parts = [jax.lax.index_in_dim(parts[0], which, list(sizes).index("c"), keepdims=False) for which in (0, 1)]
+    names = [name for name in sizes if name != "c"]
+    order = [names.index(name) for name in "lbshd" if name in names]
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
+
+    def values(x: jax.Array, name: str) -> jax.Array:
+        scale = _cache_checks.checked_scale(name, scales[name], x.dtype, num_kv_heads)
+        x = x.transpose(order)
+        if scale is not None:
+            last = jnp.asarray(scale).reshape(-1, 1)
+            x = x.astype(jnp.float32) * jnp.broadcast_to(last, x.shape)
+        return x.astype(dtype)
+
+    return values(parts[0], "k_scale"), values(parts[1], "v_scale")
 
 
 def _block_of(block_tables: jax.Array, *index: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import numpy as np
 import pallas_qk
 from pallas_qk import _cache_axes, _rows
 from pallas_qk._options import Options
-from tests import forms
+from tests import forms, fp8
 from tests.cases import Case, Inputs, make_inputs
 
 AXES = (
@@ -43,6 +43,8 @@ class CachedCase:
     layer: int = 1  # where `cache_axes` has layers
     return_kv: bool = False
     slots_dtype: str = "int32"
+    scale: float = 0.37  # of k in a cache of 8 bits; see `scales`
+    scale_per_head: tuple[bool, bool] = (False, True)  # of k, of v
     finite: bool = False  # what the cache holds before; else any bits, NaN payloads among them
 
     @property
@@ -77,7 +79,24 @@ class CachedCase:
 
     @property
     def options(self) -> Options:
-        return dataclasses.replace(forms.options(self.case), cache_axes=self.cache_axes, return_kv=self.return_kv)
+        scale_per_head = None
+        if self.scales:
+            scale_per_head = self.scales[0].size > 1, self.scales[1].size > 1
+        return dataclasses.replace(
+            forms.options(self.case),
+            cache_axes=self.cache_axes,
+            return_kv=self.return_kv,
+            scale_per_head=scale_per_head,
+        )
+
+    @property
+    def scales(self) -> list[np.ndarray]:
+        """k_scale and v_scale, () or (Hkv,), no two numbers alike; none where the cache has more than 8 bits."""
+        if str(self.cache_dtype) not in fp8.NAMES:
+            return []
+        every = self.scale / np.arange(1, 1 + 2 * self.case.num_kv_heads, dtype=np.float32)
+        of_both = every.astype(np.float32).reshape(2, -1)
+        return [x if per_head else x[0] for x, per_head in zip(of_both, self.scale_per_head, strict=True)]
 
     @property
     def layer_is_inside(self) -> bool:
@@ -133,7 +152,10 @@ def inputs_of(cached: CachedCase, seed: int = 0, data: Data | None = None) -> _r
         x = x._replace(v=jnp.asarray(data.v).reshape(case.num_tokens, case.num_kv_heads, case.head_dim))
     arrays = dict(zip(_rows.CACHES, map(jnp.asarray, data.before), strict=False))
     layer = jnp.full(1, cached.layer, jnp.int32) if "l" in cached.sizes else None
-    return x._replace(**arrays, slots=jnp.asarray(data.slots), layer=layer)
+    scales = dict(
+        zip(("k_scale", "v_scale"), (jnp.asarray(scale).reshape(-1) for scale in cached.scales), strict=False)
+    )
+    return x._replace(**arrays, **scales, slots=jnp.asarray(data.slots), layer=layer)
 
 
 def write(cached: CachedCase, k, data: Data) -> list[np.ndarray]:
@@ -147,11 +169,15 @@ def write(cached: CachedCase, k, data: Data) -> list[np.ndarray]:
             for which, of_kind in enumerate(rows):
                 at = {"l": cached.layer, "b": slot // cached.block_size, "s": slot % cached.block_size, "c": which}
                 index = tuple(at.get(name, slice(None)) for name in sizes)
-                by_name[which % cached.num_arrays][index] = _cast(of_kind[token], cached.cache_dtype)
+                scale = cached.scales[which] if cached.scales else None
+                by_name[which % cached.num_arrays][index] = _cast(of_kind[token], scale, cached.cache_dtype)
     return after
 
 
-def _cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def _cast(x: np.ndarray, scale: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
+    """Rows (Hkv, D)."""
+    if scale is not None:
+        return fp8.codes(x, scale.reshape(-1, 1), dtype).view(dtype)
     return x if x.dtype == dtype else x.astype(np.float32).astype(dtype)
 
 
@@ -209,8 +235,9 @@ def arguments(cached: CachedCase, seed: int = 0, data: Data | None = None) -> li
 def op(cached: CachedCase, implementation: str | None = None, **static: Any):
     """The public function of the case, of `arguments` alone, and of a layer where the cache has several."""
     case = cached.case
-    static = case.static_arguments | {"mrope_layout": case.mrope_layout, "implementation": implementation} | static
-    static |= {"cache_axes": cached.cache_axes, "return_kv": cached.return_kv}
+    scales = dict(zip(("k_scale", "v_scale"), cached.scales, strict=False))
+    defaults = case.static_arguments | {"mrope_layout": case.mrope_layout, "implementation": implementation} | scales
+    static = defaults | static | {"cache_axes": cached.cache_axes, "return_kv": cached.return_kv}
     if case.gate == "in_place":
         static["copy_gate"] = False
     function = getattr(pallas_qk, f"fused_qkv_rmsnorm_rope{'_gate' if case.gate else ''}_cache")

@@ -21,6 +21,7 @@ from jax.interpreters import mlir
 from jaxlib.mlir import ir, passmanager
 from jaxlib.mlir.dialects import stablehlo as hlo
 
+from tests import fp8
 from tests.lowering import HOPPER_SMS, lowered
 
 WARP = 32
@@ -130,6 +131,7 @@ _RESHAPES = ("stablehlo.reshape", "stablehlo.broadcast_in_dim")
 def _shape_dtype(kind: ir.Type) -> jax.ShapeDtypeStruct:
     tensor = ir.RankedTensorType(kind)
     dtypes = {"f16": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32}
+    dtypes |= {"f8E4M3FN": ml_dtypes.float8_e4m3fn, "f8E5M2": ml_dtypes.float8_e5m2}
     return jax.ShapeDtypeStruct(tensor.shape, dtypes[str(tensor.element_type)])
 
 
@@ -241,6 +243,19 @@ def _packed(dtype):
     return lambda high, low: _rounded(high, dtype).astype(np.uint32) << np.uint32(16) | _rounded(low, dtype)
 
 
+def _moved(low, *high):
+    """A word of 32 bits, or of two halves."""
+    return low | high[0].astype(np.uint32) << np.uint32(16) if high else low
+
+
+def _pair_of_codes(name):
+    def pair(high, low):
+        high, low = (fp8.codes(x, np.float32(1), name).astype(np.uint16) for x in (high, low))
+        return high << np.uint16(8) | low
+
+    return pair
+
+
 def _added_pairs(dtype):
     def add(a, b):
         sums = (a.view(dtype).astype(np.float32) + b.view(dtype).astype(np.float32)).astype(np.float32)
@@ -253,7 +268,7 @@ _PTX = {
     "rcp.approx.ftz.f32": lambda x: _canonical(_flushed(1 / _flushed(x))),
     "rsqrt.approx.ftz.f32": lambda x: _canonical((1 / np.sqrt(_flushed(x).astype(np.float64))).astype(np.float32)),
     "fma.rn.f32": _fma,
-    "mov.b32": lambda x: x,
+    "mov.b32": _moved,
     "mov.b64": lambda x: x,
     "add.rn.bf16x2": _added_pairs(ml_dtypes.bfloat16),
     "add.rn.f16x2": _added_pairs(np.float16),
@@ -261,6 +276,9 @@ _PTX = {
     "cvt.rn.f16x2.f32": _packed(np.float16),
     "cvt.rn.bf16.f32": lambda x: _rounded(x, ml_dtypes.bfloat16),
     "cvt.rn.f16.f32": lambda x: _rounded(x, np.float16),
+    "div.rn.f32": lambda a, b: _canonical((a.astype(np.float64) / b.astype(np.float64)).astype(np.float32)),
+    "cvt.rn.satfinite.e4m3x2.f32": _pair_of_codes("float8_e4m3fn"),
+    "cvt.rn.satfinite.e5m2x2.f32": _pair_of_codes("float8_e5m2"),
 }
 
 
@@ -270,7 +288,7 @@ def _ptx(code: str, args: list[np.ndarray]) -> np.ndarray:
         name, _, operands = statement.strip().partition(" ")
         if name in ("", ".reg"):
             continue
-        target, *sources = re.split(r",\s*", operands.strip())
+        target, *sources = (operand.strip("{}") for operand in re.split(r",\s*", operands.strip()))
         values = (np.uint32(source) if source.isdecimal() else registers[source] for source in sources)
         registers[target] = _PTX[name](*values)
     return registers["$0"]

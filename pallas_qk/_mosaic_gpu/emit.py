@@ -199,15 +199,34 @@ def widen(words: list[Int], dtype: jnp.dtype) -> list[Value]:
 
 
 def narrow(lanes: list[Value], dtype: jnp.dtype) -> list[Int]:
-    """The words of float32 `lanes`, rounded to nearest even, two lanes per instruction."""
+    """The words of float32 `lanes`, rounded to nearest even, two lanes per instruction; 8 bits saturate."""
     i16, i32 = (ir.IntegerType.get_signless(width) for width in (16, 32))
     if dtype == jnp.float32:
         return [bits_of(lane) for lane in lanes]
+    if dtype.itemsize == 1:
+        return _codes(lanes, {"float8_e4m3fn": "e4m3x2", "float8_e5m2": "e5m2x2"}[dtype.name])
     name = {"bfloat16": "bf16", "float16": "f16"}[dtype.name]
     if len(lanes) == 1:
         return [Int(ptx(f"cvt.rn.{name}.f32 $0, $1;", "=h,f", i16, *lanes))]
     pairs = zip(lanes[::2], lanes[1::2], strict=True)
     return [Int(ptx(f"cvt.rn.{name}x2.f32 $0, $2, $1;", "=r,f,f", i32, low, high)) for low, high in pairs]
+
+
+def _codes(lanes: list[Value], name: str) -> list[Int]:
+    i16, i32 = (ir.IntegerType.get_signless(width) for width in (16, 32))
+    convert = f"cvt.rn.satfinite.{name}.f32"
+    if len(lanes) == 1:
+        return [Int(ptx(f"{convert} $0, $2, $1;", "=h,f,f", i16, *lanes, f32(0.0))).resized(8)]
+    if len(lanes) == 2:
+        return [Int(ptx(f"{convert} $0, $2, $1;", "=h,f,f", i16, *lanes))]
+    code = f"{{ .reg .b16 low, high; {convert} low, $2, $1; {convert} high, $4, $3; mov.b32 $0, {{low, high}}; }}"
+    fours = (lanes[first : first + 4] for first in range(0, len(lanes), 4))
+    return [Int(ptx(code, "=r,f,f,f,f", i32, *four)) for four in fours]
+
+
+def quotient(lane: Value, divisor: Value) -> Value:
+    """The float32 nearest to lane / divisor."""
+    return ptx("div.rn.f32 $0, $1, $2;", "=f,f,f", lane.type, lane, divisor)
 
 
 # Memory

@@ -172,7 +172,9 @@ def _forward_thread(
         slot = None if places is None else Slot.of(row // num_heads, inputs.slots, inputs.layer, places)
 
         def targets_of(kind: Rows) -> list[Target]:
-            return [Target.of(getattr(outputs, place.array), place, num_heads, row, slot) for place in kind.targets]
+            return [
+                Target.of(getattr(outputs, place.array), place, num_heads, row, slot, inputs) for place in kind.targets
+            ]
 
         targets = {name: targets_of(kind) for name, kind in normed.items()}
         xs = {name: [widen(v.load(source(kind)), dtype) for v in vectors] for name, kind in normed.items()}

@@ -25,12 +25,13 @@ from pallas_qk._mosaic_gpu.emit import (
     nan_like,
     narrow,
     ptx,
+    quotient,
     select,
     when,
     widen,
 )
 from pallas_qk._options import Options, next_power_of_2, tree_order
-from pallas_qk._rows import Place, Slots
+from pallas_qk._rows import Inputs, Place, Slots
 
 
 class Layout(NamedTuple):
@@ -146,22 +147,31 @@ class Target(NamedTuple):
     """Where a row is written."""
 
     start: Pointer
-    exists: Int | None  # None: it always is
+    exists: Int | None = None  # None: it always is
+    scale: Value | None = None  # what the row is divided by
 
     @classmethod
-    def of(cls, array: Pointer, place: Place, num_heads: int, row: Int, slot: Slot | None) -> "Target":
+    def of(cls, array: Pointer, place: Place, num_heads: int, row: Int, slot: Slot | None, inputs: Inputs) -> "Target":
         if place.slots is None:
-            return cls(RowsIn(array, place, num_heads).row(row), None)
+            return cls(RowsIn(array, place, num_heads).row(row))
         assert slot is not None
-        start = array + (slot.offset(place.slots) + (row % num_heads).resized(64) * place.head)
-        return cls(start + place.first if place.first else start, slot.exists)
+        offset, head, scale = slot.offset(place.slots), row % num_heads, None
+        start = array + (offset + head.resized(64) * place.head)
+        if place.scale is not None:
+            scales = getattr(inputs, place.scale.array)
+            (word,) = (scales + head.resized(64) if place.scale.per_head else scales).load(1)
+            scale = word.as_float()
+        return cls(start + place.first if place.first else start, slot.exists, scale)
 
     def store(self, vectors: list[Vector], words: list[list[Int]], dtype: jnp.dtype) -> None:
         """Each vector's words of `dtype`, cast to the array's."""
         with contextlib.nullcontext() if self.exists is None else when(self.exists):
             for v, of_vector in zip(vectors, words, strict=True):
                 if dtype != self.start.dtype:
-                    of_vector = narrow(widen(of_vector, dtype), self.start.dtype)
+                    lanes = widen(of_vector, dtype)
+                    if self.scale is not None:
+                        lanes = [quotient(lane, self.scale) for lane in lanes]
+                    of_vector = narrow(lanes, self.start.dtype)
                 v.store(self.start, of_vector)
 
 

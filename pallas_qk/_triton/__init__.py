@@ -1,5 +1,6 @@
 """The op as Pallas GPU kernels on the Triton backend, which JAX has deprecated: this folder goes with it."""
 
+from pallas_qk._fp8 import is_fp8
 from pallas_qk._options import Spec, Target, too_many_rows
 from pallas_qk._triton.backward import backward as backward
 from pallas_qk._triton.forward import forward as forward
@@ -10,4 +11,7 @@ def unsupported(spec: Spec, target: Target) -> str | None:
     if target.compute_capability < (8, 0):
         major, minor = target.compute_capability
         return f"it needs compute capability 8.0 or later (packed 16-bit conversions), got {major}.{minor}"
+    if is_fp8(spec.cache_dtype) and target.compute_capability < (8, 9):
+        major, minor = target.compute_capability
+        return f"it needs compute capability 8.9 or later for a cache of {spec.cache_dtype}, got {major}.{minor}"
     return too_many_rows(spec, margin=2**20)  # the backward looks a step ahead: up to some 10^5 rows

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plt
 
-from pallas_qk import _reference
+from pallas_qk import _fp8, _reference
 from pallas_qk._options import next_power_of_2, tree_order
 from pallas_qk._triton.tiles import iota
 
@@ -20,6 +20,7 @@ class Arithmetic(NamedTuple):
     mean_plus_eps: Callable  # (sum (B, 1), D, eps) -> mean + eps
     rotate: Callable  # (y1, y2, cos, sin) -> (o1, o2), after y1 and y2 are rounded to the activation dtype
     narrow: Callable  # float32 -> activation dtype
+    codes: Callable  # (activation dtype, float32 scale, float8 dtype) -> its codes of x / scale
     fma: Callable  # a * b + c
     dot2: Callable  # a * b + c * d, or with negate a * b - c * d
     select: Callable  # (mask, a, b) -> a where the mask is set, else b
@@ -33,11 +34,15 @@ def plain_arithmetic(dtype) -> Arithmetic:
         y1, y2 = _reference.round_trip(y1, dtype), _reference.round_trip(y2, dtype)
         return dot2(y1, cos, y2, sin, negate=True), dot2(y1, sin, y2, cos)
 
+    def codes(x, scale, float8):
+        return lax.bitcast_convert_type(_fp8.codes(x, scale, float8), float8)
+
     return Arithmetic(
         effective_weight=_reference.effective_weight,
         mean_plus_eps=lambda s, head_dim, eps: s / head_dim + eps,
         rotate=rotate,
         narrow=lambda y: _reference.round_trip(y, dtype).astype(dtype),  # XLA may drop a cast before a wider one
+        codes=codes,
         fma=lambda a, b, c: a * b + c,
         dot2=dot2,
         select=jnp.where,
@@ -83,6 +88,13 @@ def ptx_arithmetic(dtype, fuses_y2: bool = False) -> Arithmetic:
     def narrow(y):
         return y if dtype == jnp.float32 else _ptx(f"{convert} $0, $2, $1;", "=r,r,r", dtype, y, pack=2)
 
+    def codes(x, scale, float8):
+        name = {"float8_e4m3fn": "e4m3x2", "float8_e5m2": "e5m2x2"}[str(float8)]
+        divide = " ".join(f"div.rn.f32 x{i}, ${1 + i}, ${5 + i};" for i in range(4))
+        convert = " ".join(f"cvt.rn.satfinite.{name}.f32 c{i}, x{2 * i + 1}, x{2 * i};" for i in range(2))
+        code = f"{{ .reg .f32 x<4>; .reg .b16 c<2>; {divide} {convert} mov.b32 $0, {{c0, c1}}; }}"
+        return _ptx(code, "=r" + 8 * ",f", float8, x.astype(jnp.float32), jnp.broadcast_to(scale, x.shape), pack=4)
+
     def select(mask, a, b):
         # 32 bits an instruction, and no predicate for each lane.
         bits = jnp.where(mask, -1, 0).astype({2: jnp.int16, 4: jnp.int32}[a.dtype.itemsize])
@@ -97,7 +109,7 @@ def ptx_arithmetic(dtype, fuses_y2: bool = False) -> Arithmetic:
         ),
         "float32": ("", ""),
     }[str(dtype)]
-    return Arithmetic(effective_weight, mean_plus_eps, rotate, narrow, fma, dot2, select)
+    return Arithmetic(effective_weight, mean_plus_eps, rotate, narrow, codes, fma, dot2, select)
 
 
 def _ptx(code: str, constraints: str, dtype, *args: jax.Array, pack: int = 1) -> jax.Array:

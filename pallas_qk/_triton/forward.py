@@ -18,6 +18,7 @@ from pallas_qk._rows import (
     CACHES,
     Inputs,
     Outputs,
+    Place,
     Rows,
     empty,
     output_types,
@@ -133,6 +134,14 @@ def _forward_kernel(
             layer = None if inputs.layer is None else load(inputs.layer, (0,))
             has_place, in_cache = places_of(slot, layer, places)
 
+        def scale_of(place: Place):
+            """Of each row (B, 1), or of all."""
+            scales = getattr(inputs, place.scale.array)
+            if not place.scale.per_head:
+                return load(scales, (0,))
+            _, head, in_rows = rows_at(1)
+            return load(scales, (head,), in_rows)
+
         def write(kind: Rows, token, head, columns, values, mask):
             """Values of the activations' dtype, cast to that of each target."""
             for place in kind.targets:
@@ -141,12 +150,16 @@ def _forward_kernel(
                     store(ref, (token, head, columns), values, mask)
                     continue
                 index = in_cache | {"h": head, "c": jnp.int32(place.first > 0), "d": columns}
-                if values.dtype != ref.dtype:
-                    values = values.astype(jnp.float32).astype(ref.dtype)
+                if place.scale is not None:
+                    cast = arithmetic.codes(values, scale_of(place), ref.dtype)
+                elif values.dtype != ref.dtype:
+                    cast = values.astype(jnp.float32).astype(ref.dtype)
+                else:
+                    cast = values
                 over_tile = [
                     jnp.broadcast_to(x, columns.shape) for x in (has_place, *(index[n] for n in axes_of_cache))
                 ]
-                store(ref, tuple(over_tile[1:]), values, both(mask, over_tile[0]))
+                store(ref, tuple(over_tile[1:]), cast, both(mask, over_tile[0]))
 
         # First, so that their bytes are on the way while the rest waits for addresses.
         copies = {}

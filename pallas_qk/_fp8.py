@@ -1,0 +1,56 @@
+"""Rows as codes of 8 bits, in plain XLA, as serving stacks store them in a KV cache.
+
+The code of x is that of the float8 nearest to float32(x) / scale, ties to even. What is larger than every finite float8
+gets the code of the largest, infinities too. A NaN has the code that GPUs give it, without its sign.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+NAMES = ("float8_e4m3fn", "float8_e5m2")
+_NAN = 0x7F
+_MANTISSA, _BIAS = 23, 127  # of float32
+
+
+def is_fp8(dtype) -> bool:
+    return str(dtype) in NAMES
+
+
+def codes(x: jax.Array, scale: jax.Array, dtype) -> jax.Array:
+    """Those of x / scale, uint8; the two broadcast, and scale is float32."""
+    return _nearest(_quotient(x.astype(jnp.float32), scale), dtype)
+
+
+def _quotient(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """The float32 nearest to x / scale.
+
+    On a GPU XLA divides float32 by `div.full.f32`, and anywhere it makes a product of a division by a scalar. Both are
+    exact enough in float64: no quotient of two numbers of 24 bits is closer than 2^-50 of itself to the middle between
+    two of them.
+    """
+    with jax.enable_x64(True):
+        wide, divisor = (lax.convert_element_type(a, np.float64) for a in (x, scale))
+        divisor = lax.broadcast_in_dim(divisor, x.shape, tuple(range(x.ndim - scale.ndim, x.ndim)))
+        return lax.convert_element_type(lax.div(wide, divisor), np.float32)
+
+
+def _nearest(x: jax.Array, dtype) -> jax.Array:
+    """The codes, by integers: XLA's own conversion rounds twice on GPUs and saturates nowhere."""
+    info = jnp.finfo(dtype)
+    smallest, largest = float(info.smallest_normal), int(np.asarray(info.max).view(np.uint8))
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    magnitude = bits & 0x7FFFFFFF
+    # Normal: the exponent's bias exchanged, and half a unit added, or a little less for an even code.
+    dropped = _MANTISSA - info.nmant
+    odd = (magnitude >> dropped) & 1
+    bias = (_BIAS + info.minexp - 1) << _MANTISSA
+    normal = (magnitude - bias + (2 ** (dropped - 1) - 1) + odd) >> dropped
+    # Subnormal: a sum that has the unit of float8's subnormals in its last place.
+    unit = np.float32(smallest * 2.0**dropped)
+    of_sum = lax.bitcast_convert_type(lax.bitcast_convert_type(magnitude, jnp.float32) + unit, jnp.uint32)
+    subnormal = of_sum - np.uint32(unit.view(np.uint32))
+    code = jnp.where(magnitude < np.float32(smallest).view(np.uint32), subnormal, normal)
+    code = jnp.minimum(code, largest) | (bits >> 31 << 7)
+    return jnp.where(magnitude > 0x7F800000, _NAN, code).astype(jnp.uint8)
