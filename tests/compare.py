@@ -31,7 +31,7 @@ COMPARED_BY_NUMPY = 1 << 22
 @jax.jit
 def _count(a: jax.Array, b: jax.Array) -> jax.Array:
     # Two stages keep each int32 count far below its limit at 2^32 elements.
-    bits = {2: jnp.uint16, 4: jnp.uint32}[a.dtype.itemsize]
+    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[a.dtype.itemsize]
     differs = lax.bitcast_convert_type(a, bits) != lax.bitcast_convert_type(b, bits)
     return jnp.sum(differs, axis=tuple(range(1, differs.ndim)), dtype=jnp.int32)
 
