@@ -10,12 +10,15 @@ from pallas_qk._rows import Outputs
 from tests import tolerances
 from tests.cached import CachedCase, arrays_of, by_slot, written
 from tests.cases import Case
-from tests.compare import compare_bits, compare_outputs
+from tests.compare import Comparison, compare_bits, compare_outputs
 
 
 @dataclasses.dataclass(frozen=True)
 class Promise:
-    """How many elements may differ and how far: ulps for 16-bit activations, a relative bound for float32."""
+    """How many elements may differ and how far: ulps for 16-bit activations, a relative bound for float32.
+
+    Codes of 8-bit caches are counted alone.
+    """
 
     max_differing: int
     max_distance: float = 0.0
@@ -25,6 +28,8 @@ class Promise:
     def __str__(self) -> str:
         if self.max_differing == 0:
             return "equal bits"
+        if self.unit == "code":
+            return "equal bits but for codes of written rows, which are counted"
         if self.unit == "relative":
             return f"within {self.max_distance:.1e} relative"
         distances = f"{self.max_distance:.0f} ulp, rotated within {self.max_rotated_distance:.1f} of the pair"
@@ -126,6 +131,29 @@ def cached_agreement(
         rotated_distance=max(x.rotated_distance for x in found),
         kept=rest.differing == 0 and all(x.kept for x in found),
         first=next(filter(None, [*(x.first for x in found), rest.first]), ""),
+    )
+
+
+def written_agreement(cached: CachedCase, got: Outputs, want: Outputs, slots: np.ndarray) -> Agreement:
+    """Compares the oracle's op and another writer with the oracle's two launches, in bits.
+
+    Codes of written rows in 8 bits may differ: Triton's `/`, which such a writer may divide by, isn't IEEE's division.
+    """
+    at = written(cached, slots)
+    by_outputs = (by_slot(cached, arrays_of(x)) for x in (got, want))
+    caches = list(zip(("k_cache", "v_cache"), *by_outputs, strict=True))
+    others = [(name, getattr(got, name), getattr(want, name)) for name in ("q", "k", "gate")]
+    of_rows = sum((compare_bits(name, a[at], b[at]) for name, a, b in caches), start=Comparison(0, 0))
+    every = sum((compare_bits(*x) for x in (*others, *caches)), start=Comparison(0, 0))
+    codes = cached.cache_dtype.itemsize == 1
+    return Agreement(
+        elements=every.elements,
+        differing=every.differing,
+        promise=Promise(of_rows.elements, unit="code") if codes else Promise(0),
+        distance=0.0,
+        rotated_distance=0.0,
+        kept=every.differing == (of_rows.differing if codes else 0),
+        first=every.first,
     )
 
 

@@ -1,7 +1,8 @@
 """The suite `kv_cache`: from one packed projection to q, gate and a KV cache that holds the tokens' k and v.
 
 Every call takes a projection, caches of pages of 16 places, and a slot for each token. Beside the op that writes the
-caches itself stand the two launches of the oracle, the op followed by a scatter, and the op that writes no cache.
+caches itself stand the two launches of the oracle, the op followed by a scatter, and the op that writes no cache. The
+writer of another project is run after the oracle's op, in the place of its writer.
 """
 
 import dataclasses
@@ -13,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_qk
-from benchmarks.agreement import Agreement, agreement, cached_agreement
+from benchmarks.agreement import Agreement, agreement, cached_agreement, written_agreement
 from benchmarks.checked import Checks, check, with_oracle
-from benchmarks.providers import JAX_OPS, Builder, Call, Op, cached_oracle, jitted, to_jax
+from benchmarks.providers import JAX_OPS, Builder, Call, Op, Writer, cached_oracle, jitted, to_jax
 from pallas_qk import dlpack
 from pallas_qk._rows import Outputs
 from tests import cached, forms
@@ -101,7 +102,9 @@ def builds_of(form: CachedCase, names: Mapping[str, Builder], arrays, before, sl
         return InPlace(function, tuple(map(jnp.array, before)), *arrays, jnp.asarray(slots))
 
     builds: dict[str, Callable[[], Call]] = {}
-    for name in names:
+    for name, builder in names.items():
+        if isinstance(builder, Writer):
+            builds[name] = functools.partial(oracle_of, form, arrays, before, slots, builder.write)
         if name in JAX_OPS:
             builds[f"{name}{ALONE}"] = functools.partial(jitted, alone(name, form), *arrays)
             builds[f"{name}{THEN_SET}"] = functools.partial(in_place, then_set(name, form))
@@ -110,14 +113,23 @@ def builds_of(form: CachedCase, names: Mapping[str, Builder], arrays, before, sl
     return builds
 
 
-def oracle_of(form: CachedCase, arrays, before, slots) -> Call:
-    """The two launches; q_gate, k and v are slices of the projection, which torch reads where they lie."""
+def oracle_of(form: CachedCase, arrays, before, slots, write: Callable[..., None] | None = None) -> Call:
+    """The two launches; q_gate, k and v are slices of the projection, which torch reads where they lie.
+
+    `write` takes the place of the oracle's writer.
+    """
     case = form.case
     qkv, *others = map(dlpack.to_torch, jax.block_until_ready(arrays))
     kv_width = case.num_kv_heads * case.head_dim
     q_gate, k, v = qkv.split([2 * case.num_q_heads * case.head_dim, kv_width, kv_width], dim=-1)
     caches = [dlpack.to_torch(jnp.asarray(x)).clone() for x in before]
-    return cached_oracle(form, (q_gate, k, *others), v, caches, dlpack.to_torch(jnp.asarray(slots)))
+    return cached_oracle(form, (q_gate, k, *others), v, caches, dlpack.to_torch(jnp.asarray(slots)), write=write)
+
+
+def outputs_of(arrays) -> Outputs:
+    """Those of `oracle_of`."""
+    q, k, gate, k_cache, v_cache = arrays
+    return Outputs(q, k, gate=gate, k_cache=k_cache, v_cache=v_cache)
 
 
 def check_cache(case: Case, inputs: Inputs, providers: Mapping[str, Builder], *, gate: str = "copied") -> Checks:
@@ -125,10 +137,12 @@ def check_cache(case: Case, inputs: Inputs, providers: Mapping[str, Builder], *,
     form = form_of(case, gate)
     arrays, before, slots = forms.arguments(form.case, inputs), cached.caches(form), slots_of(form)
     oracle = oracle_of(form, arrays, before, slots)
-    q, k, gate_out, k_cache, v_cache = to_jax(oracle())
-    want, v = Outputs(q, k, gate=gate_out, k_cache=k_cache, v_cache=v_cache), forms.values(case)
+    want, v = outputs_of(to_jax(oracle())), forms.values(case)
+    q, k, gate_out = want.q, want.k, want.gate
 
-    def compare(name: str, got: Outputs) -> Agreement:
+    def compare(name: str, got) -> Agreement:
+        if isinstance(providers.get(name), Writer):
+            return written_agreement(form, outputs_of(got), want, slots)
         if not name.endswith(ALONE):
             return cached_agreement(name.removesuffix(THEN_SET), form, got, want, slots, platform="gpu")
         gates = gate_out if got.gate is None else got.gate, gate_out

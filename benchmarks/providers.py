@@ -26,6 +26,16 @@ Call = Callable[[], Any]
 Builder = Callable[[Case, Inputs], Call]
 
 
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """A provider that only writes KV caches: the suite `kv_cache` runs it after the oracle's op."""
+
+    write: Callable[..., None]  # with the parameters of `triton_oracle.write_kv_cache`
+
+    def __call__(self, case: Case, inputs: Inputs) -> Call:
+        raise NotImplementedError("it writes KV caches alone, which --suite kv_cache times")
+
+
 def _plain(case: Case) -> Op:
     """What a user would write, with a gate that XLA places, from separate arrays or a packed one."""
     static: dict[str, Any] = case.static_arguments
@@ -47,32 +57,53 @@ def oracle(case: Case, inputs: Inputs) -> Call:
     return functools.partial(triton_oracle.fused_qk_rmsnorm_rope_gate, *torch_inputs(inputs), **static)
 
 
-def oracle_writer(cached: CachedCase, caches: Sequence[Any], slots: Any) -> Callable[[Any, Any], None]:
-    """Writes k and v (T, Hkv, D) into torch tensors in the form of the cache, in place."""
+def oracle_writer(
+    cached: CachedCase,
+    caches: Sequence[Any],
+    slots: Any,
+    scales: Sequence[Any] = (),
+    write: Callable[..., None] | None = None,
+) -> Callable[[Any, Any], None]:
+    """Writes k and v (T, Hkv, D) into torch tensors in the form of the cache, in place.
+
+    `scales` are those of k and v for 8-bit caches. `write` takes the place of the oracle's.
+    """
     import torch
 
     from torch_ref import triton_oracle
 
+    write = write or triton_oracle.write_kv_cache
     k_cache, v_cache = kv_views(cached, caches, torch.permute)
     if "l" in cached.sizes:
         if not cached.layer_is_inside:
             return lambda k, v: None
         k_cache, v_cache = k_cache[cached.layer], v_cache[cached.layer]
-    return lambda k, v: triton_oracle.write_kv_cache(k, v, k_cache, v_cache, slots)
+    return lambda k, v: write(k, v, k_cache, v_cache, slots, *scales)
 
 
-def cached_oracle(cached: CachedCase, tensors: Sequence[Any], v: Any, caches: Sequence[Any], slots: Any) -> Call:
-    """The oracle's two launches, of torch tensors: the op, then its writer. Gives q, k, gate and the caches."""
+def cached_oracle(
+    cached: CachedCase,
+    tensors: Sequence[Any],
+    v: Any,
+    caches: Sequence[Any],
+    slots: Any,
+    scales: Sequence[Any] = (),
+    write: Callable[..., None] | None = None,
+) -> Call:
+    """The oracle's two launches, of torch tensors: the op, then its writer. Gives q, k, gate and the caches.
+
+    `scales` and `write` as for `oracle_writer`.
+    """
     from torch_ref import triton_oracle
 
     case = cached.case
     rows = (case.num_tokens, case.num_kv_heads, case.head_dim)
-    write, v_rows = oracle_writer(cached, caches, slots), v.unflatten(-1, rows[1:])
+    write_rows, v_rows = oracle_writer(cached, caches, slots, scales, write), v.unflatten(-1, rows[1:])
     static: dict[str, Any] = case.static_arguments
 
     def call():
         q, k, gate = triton_oracle.fused_qk_rmsnorm_rope_gate(*tensors, **static)
-        write(k.view(rows), v_rows)
+        write_rows(k.view(rows), v_rows)
         return q, k, gate, *caches
 
     return call

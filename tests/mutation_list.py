@@ -48,6 +48,7 @@ OUTSIDE_OF_TORCH = tests_of(
 SLOTS_OUTSIDE = tests_of("kv_cache", "test_every_integer_dtype_and_what_lies_outside")
 # A write farther off would end the process.
 ORACLE_S_CACHE = tests_of("torch_kv_cache", "test_oracle_equals_the_reference[cpu-b s h d-torch.float16-near]")
+ORACLE_S_CODES = tests_of("torch_kv_cache", "test_codes_of_any_heads_and_lanes[cpu-torch.float8_e4m3fn-3-256]")
 RECIPE = tests_of("mosaic_gpu", "test_every_rounding_is_the_recipe_s")
 SHARDED = tests_of("sharding", "test_tokens_and_heads[(4,2)-auto]")
 BAD_CALL = tests_of("errors", "test_bad_call")
@@ -1450,6 +1451,12 @@ MUTATIONS = [
             '("v_cache", v_cache, (*blocks, *row), CACHE_DTYPES),',
             tests_of("torch_kv_cache", "test_a_bad_call_names_rule_value_and_remedy"),
         ),
+        (
+            "torch: a scale beside a cache of 16 bits",
+            "if scale is not None:",
+            "if False:",
+            tests_of("torch_kv_cache", "test_bad_scales"),
+        ),
     ),
     *_in(
         "torch_ref/reference.py",
@@ -1521,6 +1528,30 @@ MUTATIONS = [
             "tl.store(k_row_ref + lane * k_cache_lane_stride, k, mask=in_row)",
             "tl.store(k_row_ref + lane * k_cache_lane_stride, k)",
             ORACLE_S_CACHE,
+        ),
+        (
+            "oracle: v divided by the scale of k",
+            "_quantized(v, tl.load(v_scale_ref + head * v_scale_stride)",
+            "_quantized(v, tl.load(k_scale_ref + head * k_scale_stride)",
+            ORACLE_S_CODES,
+        ),
+        (
+            "oracle: one scale for every head",
+            "_quantized(k, tl.load(k_scale_ref + head * k_scale_stride)",
+            "_quantized(k, tl.load(k_scale_ref)",
+            ORACLE_S_CODES,
+        ),
+        (
+            "oracle: 8 bits that don't saturate",
+            "quotient.clamp(-largest, largest)",
+            "quotient",
+            tests_of("torch_kv_cache", "test_codes_of_float32[cpu-torch.float8_e5m2]"),
+        ),
+        (
+            "oracle: a NaN with a sign",
+            "codes = torch.where(quotient.isnan(), 0x7F, codes)",
+            "pass",
+            tests_of("torch_kv_cache", "test_codes_of_float32[cpu-torch.float8_e4m3fn]"),
         ),
         (
             "oracle: width reads by the limit of height",

@@ -3,16 +3,20 @@
 import dataclasses
 import importlib.util
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import kv_cache, suites, verify
 from benchmarks.__main__ import main
+from benchmarks.agreement import written_agreement
 from benchmarks.floor import cached_bytes
 from benchmarks.operations import OPERATIONS
 from benchmarks.timing import Samples
+from pallas_qk._rows import Outputs
 from tests import cached, strategies
 from tests.cached import AXES, CachedCase
 from tests.cases import Case, make_inputs
@@ -103,6 +107,7 @@ def test_a_wrong_cache_gets_no_row(monkeypatch, by_distance, as_users_run_it, ca
 
 @needs_triton
 def test_the_command_run_records_the_suite(monkeypatch, by_distance, as_users_run_it, tmp_path):
+    """With a peer."""
     from benchmarks import __main__, run
 
     def measured(case, calls, **settings):
@@ -115,15 +120,17 @@ def test_the_command_run_records_the_suite(monkeypatch, by_distance, as_users_ru
     monkeypatch.setattr(run, "measure", measured)
     monkeypatch.setattr(run, "copy_calls", lambda total_bytes: {"copy_512x4": None})
     monkeypatch.setattr(run, "gpu_memory", lambda: 10**9)
-    output = tmp_path / "results.jsonl"
+    output, source = tmp_path / "results.jsonl", tmp_path / "writer.py"
+    source.write_text(WRITER)
     shape = "--tokens 2 --heads 2/1 --head-dim 32 --rotary-dim 16 --dtype float16 --implementations oracle triton xla"
     with jax.default_device(jax.devices("cpu")[0]):
-        assert main(["run", "--suite", "kv_cache", *shape.split(), "--output", str(output), "--commit", "abc"]) == 0
+        arguments = [*shape.split(), "--peers", f"vllm={source}", "--output", str(output), "--commit", "abc"]
+        assert main(["run", "--suite", "kv_cache", *arguments]) == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(row["suite"], row["op"], row["implementation"], row["bytes"]) for row in rows] == [
         ("kv_cache", op, name, OPERATIONS[op].minimum_bytes(SMALL))
         for op in OPS
-        for name in ("copy", "oracle", "xla_alone", "xla_then_set", "xla")
+        for name in ("copy", "oracle", "xla_alone", "xla_then_set", "xla", "vllm")
     ]
 
 
@@ -134,6 +141,156 @@ def test_the_slots_of_the_suite_are_one_for_each_token_in_half_of_the_places():
         assert slots.shape == (num_tokens,) and len(set(slots.tolist())) == num_tokens
         assert slots.min() >= 0 and slots.max() < form.capacity and 2 * num_tokens <= form.capacity
         assert (form.block_size, form.cache_axes, form.case.packed) == (16, "b s h d", True)
+
+
+# --- writers of other projects ------------------------------------------------------------------------------------
+
+WRITER = """
+import torch
+
+from vllm.model_executor.layers.quantization.utils.quant_utils import FP8_DTYPE, get_fp8_min_max
+from vllm.platforms import current_platform
+from vllm.triton_utils import tl, triton
+from vllm.v1.kv_cache_interface import KVQuantMode, is_quantized_kv_cache
+
+LARGEST = get_fp8_min_max()[1]
+
+def other(mode: KVQuantMode):
+    from vllm.absent import part
+
+def has_fp8():
+    return current_platform.has_device_capability(89)
+
+def triton_reshape_and_cache_flash(
+    key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale
+):
+    assert not (current_platform.is_rocm() or current_platform.is_xpu())
+    for x, cache, scale in ((key, key_cache, k_scale), (value, value_cache, v_scale)):
+        if is_quantized_kv_cache(kv_cache_dtype):
+            assert cache.dtype == FP8_DTYPE == current_platform.fp8_dtype()
+            x = (x.float() / scale).clamp(-LARGEST, LARGEST).to(FP8_DTYPE).view(torch.uint8)
+            cache = cache.view(torch.uint8)
+        cache.flatten(0, 1)[slot_mapping.long()] = x
+"""
+
+
+@pytest.fixture
+def writer(tmp_path):
+    from benchmarks import peers
+
+    path = tmp_path / "writer.py"
+    path.write_text(WRITER)
+    return peers.load(str(path))
+
+
+@needs_triton
+def test_a_writer_is_loaded_without_vllm_and_is_for_this_suite_alone(writer, capsys):
+    assert len(writer.stood_in) == 4 and not any(name.partition(".")[0] == "vllm" for name in sys.modules)
+    with jax.default_device(jax.devices("cpu")[0]):
+        calls, kept = OPERATIONS["forward"].check(SMALL, make_inputs(SMALL), {"writer": writer.build})
+    assert calls == {} and kept
+    assert "writer skipped: it writes KV caches alone, which --suite kv_cache times" in capsys.readouterr().out
+
+
+@needs_triton
+@pytest.mark.parametrize(("capability", "expected"), [((8, 0), False), ((8, 9), True), ((9, 0), True)])
+def test_the_platform_of_a_writer_is_the_gpu(monkeypatch, writer, capability, expected):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert sys.modules["benchmarks_peer_writer"].has_fp8() == expected
+
+
+@needs_triton
+@pytest.mark.parametrize("spoiled", [None, "a row", "untouched"])
+@pytest.mark.parametrize("op", OPS)
+def test_a_writer_s_caches_are_compared_with_the_oracle_s(writer, as_users_run_it, capsys, op, spoiled):
+    """A wrong one gets no row."""
+    from benchmarks.providers import Writer
+
+    case = dataclasses.replace(SMALL, num_tokens=5)
+    slots = kv_cache.slots_of(kv_cache.form_of(case))
+    at = {"a row": int(slots[2]), "untouched": next(slot for slot in range(16) if slot not in slots)}
+
+    def write(k, v, k_cache, v_cache, slots):
+        writer.build.write(k, v, k_cache, v_cache, slots)
+        if spoiled:
+            v_cache[0, at[spoiled], 0, 3] += 1
+
+    with jax.default_device(jax.devices("cpu")[0]):
+        calls, kept = OPERATIONS[op].check(case, make_inputs(case), {"oracle": None, "vllm": Writer(write)})
+    assert kept == (spoiled is None) and list(calls) == ["oracle", "vllm"][: 1 + kept]
+    if kept:
+        elements = (2 * 5 * 2 + 5 + 2 * 16) * 32  # q and gate, k, and both caches
+        assert calls["vllm"].checked == {
+            "against": "oracle",
+            "promise": "equal bits",
+            "elements": elements,
+            "differing": 0,
+        }
+    else:
+        assert "vllm 1 of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "differing", "kept"),
+    [
+        ({}, 0, True),
+        ({"k_cache": "row", "v_cache": "row"}, 2, True),
+        ({"k_cache": "untouched", "v_cache": "row"}, 2, False),
+        ({"gate": "row"}, 1, False),
+        ({"k": "row"}, 1, False),
+    ],
+)
+def test_codes_in_8_bits_are_counted_and_nothing_else_may_differ(changes, differing, kept):
+    form = CachedCase(dataclasses.replace(SMALL, num_tokens=5), kv_dtype="float8_e4m3fn")
+    slots = np.arange(5, 10)
+    caches = dict(zip(("k_cache", "v_cache"), cached.caches(form), strict=True))
+    rows = {name: np.zeros((5, heads * 32), np.float16) for name, heads in (("q", 2), ("k", 1), ("gate", 2))}
+    want = Outputs(**rows, **caches)
+    places = {"row": (1, 2), "untouched": (0, 3)}  # slots 6 and 3, of blocks of four
+    got = want
+    for name, where in changes.items():
+        changed = getattr(want, name).copy()
+        at = (*places[where], 0, 7) if name in caches else (1, 7)
+        changed.view(f"u{changed.itemsize}")[at] ^= 1
+        got = got._replace(**{name: changed})
+    found = written_agreement(form, got, want, slots)
+    assert (found.differing, found.kept) == (differing, kept)
+    assert found.elements == (2 * 5 * 2 + 5) * 32 + 2 * form.capacity * 32
+    assert found.checked["promise"] == "equal bits but for codes of written rows, which are counted"
+
+
+@needs_triton
+def test_a_writer_into_8_bits_takes_one_scale_of_each(writer):
+    import torch
+
+    from benchmarks.providers import cached_oracle, torch_inputs
+
+    form = CachedCase(dataclasses.replace(SMALL, num_tokens=3), kv_dtype="float8_e4m3fn")
+    with jax.default_device(jax.devices("cpu")[0]):
+        data = cached.data_of(form)
+        tensors, v, slots = torch_inputs(data.inputs), torch.from_numpy(data.v), torch.tensor([2, 11, 7])
+    scales, results = (torch.tensor([0.3]), torch.tensor(1.7)), []
+    for write in (None, writer.build.write):
+        caches = [torch.from_numpy(x.view(np.uint8)).clone().view(torch.float8_e4m3fn) for x in data.before]
+        *_, k_cache, v_cache = cached_oracle(form, tensors, v, caches, slots, scales, write)()
+        results.append([x.view(torch.uint8).numpy() for x in (k_cache, v_cache)])
+    np.testing.assert_array_equal(*results)
+    assert any((x != y.view(np.uint8)).any() for x, y in zip(results[0], data.before, strict=True))
+
+
+@needs_triton
+def test_a_writer_refuses_what_it_would_get_wrong(writer):
+    import torch
+
+    rows, slots, one = torch.zeros(2, 2, 8), torch.arange(2), torch.ones(1)
+    codes = torch.zeros(1, 4, 2, 8, dtype=torch.uint8)
+    e4m3, e5m2 = codes.view(torch.float8_e4m3fn), codes.view(torch.float8_e5m2)
+    with pytest.raises(NotImplementedError, match="float8_e4m3fn, got float8_e5m2"):
+        writer.build.write(rows, rows, e5m2, e5m2, slots, one, one)
+    with pytest.raises(NotImplementedError, match="one scale for all heads, got 1 and 2"):
+        writer.build.write(rows, rows, e4m3, e4m3, slots, one, torch.ones(2))
 
 
 # --- the floor ----------------------------------------------------------------------------------------------------

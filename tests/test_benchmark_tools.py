@@ -91,7 +91,7 @@ def test_a_peer_is_loaded_without_vllm_and_runs(tmp_path, form):
         (None, "a peer is FILE or NAME=FILE"),
         ("from vllm.config import get_config", "got ['vllm.config']"),
         ("import absent_package.part", "got ['absent_package.part']"),
-        ("x = 1", "must define fused_qk_rmsnorm_rope_gate, got none"),
+        ("x = 1", "must define fused_qk_rmsnorm_rope_gate or triton_reshape_and_cache_flash, got neither"),
     ],
 )
 def test_a_peer_that_cannot_be_loaded_is_named(tmp_path, source, message):

@@ -1,5 +1,7 @@
 """The torch writers of a KV cache: the eager reference by a loop over bits, the Triton kernel by the reference.
 
+The codes of 8-bit caches, which the reference doesn't write, are compared with the definition in `tests.fp8`.
+
 Without a GPU Triton's interpreter runs the kernel.
 """
 
@@ -14,13 +16,17 @@ pytest.importorskip("triton")
 
 import torch
 import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tests import fp8
 from torch_ref import reference, triton_oracle
 
 FUNCTIONS = {"reference": reference.write_kv_cache, "oracle": triton_oracle.write_kv_cache}
+FP8 = tuple(getattr(torch, name) for name in fp8.NAMES)
 BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
+BITS_OF_CACHES = BITS | dict.fromkeys(FP8, torch.uint8)
 BLOCKS, PLACES, HEADS, LANES = 3, 4, 2, 24
 # Negative and past the capacity of 12: near, where a stray write is seen, and far, where 32 bits would make a slot.
 NEAR = (5, -1, 0, 12, 11, -2, 7, 13)
@@ -52,7 +58,7 @@ def device(request):
 
 def noise(dtype, *shape, seed=0, device="cpu"):
     """Every pattern of bits: NaNs of many payloads, infinities, subnormals, zeros of both signs."""
-    limits = np.iinfo(str(BITS[dtype]).removeprefix("torch."))
+    limits = np.iinfo(str(BITS_OF_CACHES[dtype]).removeprefix("torch."))
     drawn = np.random.default_rng(seed).integers(limits.min, limits.max, shape, limits.dtype, endpoint=True)
     return torch.from_numpy(drawn).view(dtype).to(device)
 
@@ -71,7 +77,7 @@ def make_caches(layout, dtype, device="cpu", *, num_heads=HEADS, num_lanes=LANES
 
 
 def bits(tensor):
-    return tensor.view(BITS[tensor.dtype]).cpu().numpy()
+    return tensor.view(BITS_OF_CACHES[tensor.dtype]).cpu().numpy()
 
 
 def assert_same_bits(got, want):
@@ -189,19 +195,172 @@ def test_casts_of_the_oracle(device, dtype, cache_dtype):
     assert_oracle_equals_reference("b h s d", cache_dtype, k.to(device), v.to(device), slots, device)
 
 
-@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing is compiled")
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_the_compiled_kernel_rounds_to_bfloat16_to_nearest_even(dtype):
+def compiled(dtype, cache_dtype):
+    """The PTX of the kernel for an H100."""
     kernel = triton_oracle._write_kv_cache
     constants = {name: 1 for name in kernel.arg_names if name.endswith("lane_stride")}
     constants |= {"slot_stride": 1, "head_dim": 64, "row_block": 64}
     types = {"k_ref": f"*{dtype}", "v_ref": f"*{dtype}", "slots_ref": "*i64"}
-    types |= {"k_cache_ref": "*bf16", "v_cache_ref": "*bf16"}
+    types |= {"k_cache_ref": f"*{cache_dtype}", "v_cache_ref": f"*{cache_dtype}"}
+    scales = ("k_scale_ref", "v_scale_ref")
+    if cache_dtype.startswith("fp8"):
+        types |= dict.fromkeys(scales, "*fp32")
+    else:
+        constants |= dict.fromkeys(scales)
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()})
     options = {"num_warps": 1, "enable_fp_fusion": False}
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-    assert set(re.findall(r"cvt\.(\S+?)\.bf16", ptx)) == {"rn"}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+
+needs_compiler = pytest.mark.skipif(
+    triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing is compiled"
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_the_compiled_kernel_rounds_to_bfloat16_to_nearest_even(dtype):
+    assert set(re.findall(r"cvt\.(\S+?)\.bf16", compiled(dtype, "bf16"))) == {"rn"}
+
+
+# --- 8-bit caches -------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("cache_dtype, code", [("fp8e4nv", "e4m3"), ("fp8e5", "e5m2")])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_the_compiled_kernel_divides_as_ieee_says_and_saturates(dtype, cache_dtype, code):
+    ptx = compiled(dtype, cache_dtype)
+    assert set(re.findall(r"\bdiv\.\S+", ptx)) - {"div.s32", "div.s64", "div.u32"} == {"div.rn.f32"}
+    assert set(re.findall(r"cvt\.\S+\.e\dm\d\S+", ptx)) == {f"cvt.rn.satfinite.{code}x2.f32"}
+    assert "ftz" not in ptx
+
+
+SCALES = (1, 0.5, 4, 1.7, 1 / 3, 0.1, 448, 1e-3, 3e-39, 1e38, 0.0, -0.0, -2.5, np.nan, np.inf, 1.1754944e-38)
+fp8_caches = pytest.mark.parametrize("cache_dtype", FP8, ids=str)
+
+
+def assert_codes(k, v, cache_dtype, k_scale, v_scale, device):
+    """Rows k and v, in NumPy, one a slot; the scales have any shape that the writer takes."""
+    of_torch = [torch.from_numpy(x.view(f"int{8 * x.itemsize}")).view(getattr(torch, x.dtype.name)) for x in (k, v)]
+    caches = [noise(cache_dtype, 1, *k.shape, seed=seed, device=device) for seed in (3, 4)]
+    scales = [torch.from_numpy(x).to(device) for x in (k_scale, v_scale)]
+    slots = torch.arange(len(k), device=device)
+    triton_oracle.write_kv_cache(*(x.to(device) for x in of_torch), *caches, slots, *scales)
+    name = str(cache_dtype).removeprefix("torch.")
+    for cache, x, scale in zip(caches, (k, v), (k_scale, v_scale), strict=True):
+        np.testing.assert_array_equal(bits(cache)[0], fp8.codes(x, scale.reshape(-1, 1), name))
+
+
+@fp8_caches
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_codes_of_every_16_bit_number(device, dtype, cache_dtype):
+    """By every scale."""
+    every = np.arange(2**16, dtype=np.uint16).view(np.dtype(dtype)).reshape(16, 1, 4096)
+    x = np.broadcast_to(every, (16, len(SCALES), 4096)).copy()
+    scales = np.array(SCALES, np.float32)
+    assert_codes(x, x, cache_dtype, scales, scales[::-1].copy(), device)
+
+
+@fp8_caches
+def test_codes_of_float32(device, cache_dtype):
+    """Random bits, and by a scale of 1 the halfway points, their neighbours, and what float32 has at its ends."""
+    values = fp8.finite_values(str(cache_dtype).removeprefix("torch."))
+    ties = ((values[1:] + values[:-1]) / 2).astype(np.float32)
+    past = [2 * values[-1] - values[-2], 1.1754942e-38, 1e-45, 3.4028235e38, np.inf, np.nan, 0]
+    points = np.concatenate([ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(np.inf)), past])
+    points = np.concatenate([points, -points]).astype(np.float32)
+    x = np.random.default_rng(0).integers(0, 2**32, (16, len(SCALES), 1024), np.uint32).view(np.float32)
+    x[0, 0, : points.size] = points
+    y = np.random.default_rng(1).standard_normal(x.shape, np.float32)
+    y[0, -1, : points.size] = points
+    scales = np.array(SCALES, np.float32)
+    assert_codes(x, y, cache_dtype, scales, scales[::-1].copy(), device)
+
+
+@fp8_caches
+@pytest.mark.parametrize("k_shape, v_shape", [*itertools.product([(), (1,), (HEADS,)], repeat=2)])
+def test_one_scale_or_one_for_each_head(device, cache_dtype, k_shape, v_shape):
+    k, v = np.random.default_rng(0).standard_normal((2, 5, HEADS, LANES), np.float32)
+    k_scale = np.resize(np.float32([0.3, 2.0]), k_shape)
+    v_scale = np.resize(np.float32([1.7, 0.01]), v_shape)
+    assert_codes(k, v, cache_dtype, k_scale, v_scale, device)
+
+
+@pytest.mark.parametrize("num_heads, num_lanes", [(1, 24), (1, 1), (3, 256), (5, 80)])
+@fp8_caches
+def test_codes_of_any_heads_and_lanes(device, cache_dtype, num_heads, num_lanes):
+    k, v = np.random.default_rng(0).standard_normal((2, 5, num_heads, num_lanes), np.float32).astype(np.float16)
+    k_scale, v_scale = np.linspace(0.01, 3, 2 * num_heads, dtype=np.float32).reshape(2, num_heads)
+    assert_codes(k, v, cache_dtype, k_scale, v_scale, device)
+
+
+@fp8_caches
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_codes_lie_where_the_slots_say_and_no_other_byte_changes(device, layout, cache_dtype):
+    """The scales lie apart."""
+    k, v = rows(torch.float16, len(SLOTS), device=device)
+    scales = torch.tensor([[0.5, 0.01], [1.7, 3.0]], device=device)
+    stored, k_cache, v_cache = make_caches(layout, cache_dtype, device)
+    want_stored, *want = make_caches(layout, cache_dtype)
+    triton_oracle.write_kv_cache(k, v, k_cache, v_cache, torch.tensor(SLOTS, device=device), scales[:, 0], scales[:, 1])
+    for cache, x, scale in zip(want, (k, v), scales.cpu().numpy().T, strict=True):
+        codes = fp8.codes(x.cpu().numpy(), scale[:, None], str(cache_dtype).removeprefix("torch."))
+        for token, slot in enumerate(SLOTS):
+            if 0 <= slot < BLOCKS * PLACES:
+                bits(cache)[slot // PLACES, slot % PLACES] = codes[token]
+    assert_same_bits(stored, want_stored)
+
+
+@fp8_caches
+def test_nothing_to_write_into_8_bits(device, cache_dtype):
+    scale = torch.ones((), device=device)
+    for shape in ((0, HEADS, LANES), (4, 0, LANES), (4, HEADS, 0)):
+        k = torch.zeros(shape, device=device)
+        cache = noise(cache_dtype, BLOCKS, PLACES, *shape[1:], device=device)
+        before = bits(cache).copy()
+        triton_oracle.write_kv_cache(k, k, cache, cache, torch.zeros(shape[0], device=device).int(), scale, scale)
+        np.testing.assert_array_equal(bits(cache), before)
+
+
+class LaunchedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "cache_dtype, capability, refused",
+    [
+        ("float8_e4m3fn", (8, 0), True),
+        ("float8_e5m2", (8, 6), True),
+        ("bfloat16", (8, 0), False),
+        ("float8_e5m2", (8, 9), False),
+        ("float8_e4m3fn", (9, 0), False),
+        ("float8_e4m3fn", (12, 0), False),
+    ],
+)
+def test_8_bit_caches_need_a_gpu_that_converts(monkeypatch, cache_dtype, capability, refused):
+    """Of tensors without memory: no GPU is asked."""
+
+    def launch(*_):
+        raise LaunchedError
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(triton_oracle, "_launcher", launch)
+    message = "8-bit caches need a GPU of compute capability 8.9 or more, got {}.{}. Move the tensors with to('cpu')."
+    expected = (
+        (NotImplementedError, f"^{re.escape(message.format(*capability))}$") if refused else (LaunchedError, "^$")
+    )
+    with FakeTensorMode():
+        call = good_call("cuda")
+        call |= {name: zeros(3, 4, 2, 8, dtype=cache_dtype, device="cuda") for name in ("k_cache", "v_cache")}
+        if cache_dtype != "bfloat16":
+            call |= {name: zeros(1, dtype="float32", device="cuda") for name in ("k_scale", "v_scale")}
+        with pytest.raises(expected[0], match=expected[1]):
+            triton_oracle.write_kv_cache(**call)
+
+
+# --- the ends of what may be asked for ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(0, HEADS, LANES), (4, 0, LANES), (4, HEADS, 0)])
@@ -252,9 +411,16 @@ def test_compiled_oracle_reaches_offsets_past_2_to_the_31(gpu):
 
 SHAPE = "{} must have shape {}, got {}. Check the sizes given."
 VIEW = "{} must have shape {}, got {}. Pass such a view of it."
-CACHE_DTYPE = (
-    "{} must be float16, bfloat16 or float32, got torch.{}. Allocate it in one of these: fewer bits would need scales."
-)
+CACHE_DTYPES = {
+    "reference": (
+        "{} must be float16, bfloat16 or float32, got torch.{}. "
+        "Allocate it in one of these: fewer bits would need scales."
+    ),
+    "oracle": (
+        "{} must be float16, bfloat16, float32, float8_e4m3fn or float8_e5m2, got torch.{}. "
+        "Allocate it in one of these."
+    ),
+}
 DTYPE = "{} must be {}, got torch.{}. Cast it with to()."
 INTEGERS = "int8 or int16 or int32 or int64 or uint8 or uint16 or uint32 or uint64"
 
@@ -264,9 +430,6 @@ def zeros(*shape, dtype="bfloat16", device="cpu"):
 
 
 BAD_CALLS = [
-    (TypeError, CACHE_DTYPE.format("k_cache", "float8_e4m3fn"), {"k_cache": zeros(3, 4, 2, 8, dtype="float8_e4m3fn")}),
-    (TypeError, CACHE_DTYPE.format("v_cache", "uint8"), {"v_cache": zeros(3, 4, 2, 8, dtype="uint8")}),
-    (TypeError, CACHE_DTYPE.format("k_cache", "float64"), {"k_cache": zeros(3, 4, 2, 8, dtype="float64")}),
     (TypeError, DTYPE.format("v_cache", "bfloat16", "float16"), {"v_cache": zeros(3, 4, 2, 8, dtype="float16")}),
     (
         TypeError,
@@ -311,6 +474,58 @@ def test_a_bad_call_names_rule_value_and_remedy(write, exception, message, chang
     write(**good_call())
     with pytest.raises(exception, match=f"^{re.escape(message)}$"):
         write(**good_call() | changes)
+
+
+@pytest.mark.parametrize(
+    "name, cache, dtype",
+    [
+        *itertools.product(FUNCTIONS, ("k_cache",), ("float64", "float8_e4m3fnuz")),
+        *itertools.product(FUNCTIONS, ("v_cache",), ("uint8",)),
+        *itertools.product(["reference"], ("k_cache", "v_cache"), fp8.NAMES),
+    ],
+)
+def test_caches_of_other_dtypes(name, cache, dtype):
+    message = CACHE_DTYPES[name].format(cache, dtype)
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        FUNCTIONS[name](**good_call() | {cache: zeros(3, 4, 2, 8, dtype=dtype)})
+
+
+NO_SCALE = "{} must be None for caches of bfloat16, got {}. Leave it out: " + (
+    "rows are cast as they are, and a scale would be ignored."
+)
+SCALE = "{} must be a float32 tensor for caches of float8_e5m2, got {}. Pass what the codes will be multiplied by."
+SCALE_SHAPE = "{} must have shape (), (1,) or (num_kv_heads,) = (2,), got {}. Pass one scale, or one for each kv head."
+FP8_CALL = {
+    **{name: zeros(3, 4, 2, 8, dtype="float8_e5m2") for name in ("k_cache", "v_cache")},
+    **{name: torch.ones(2) for name in ("k_scale", "v_scale")},
+}
+BAD_SCALES = [
+    (ValueError, NO_SCALE.format("k_scale", "Tensor"), {"k_scale": torch.ones(1)}),
+    (ValueError, NO_SCALE.format("v_scale", "float"), {"v_scale": 1.0}),
+    (ValueError, SCALE.format("k_scale", None), FP8_CALL | {"k_scale": None}),
+    (ValueError, SCALE.format("v_scale", None), FP8_CALL | {"v_scale": None}),
+    (TypeError, SCALE.format("v_scale", 0.5), FP8_CALL | {"v_scale": 0.5}),
+    (TypeError, DTYPE.format("k_scale", "float32", "float64"), FP8_CALL | {"k_scale": zeros(2, dtype="float64")}),
+    (ValueError, SCALE_SHAPE.format("v_scale", "(3,)"), FP8_CALL | {"v_scale": torch.ones(3)}),
+    (ValueError, SCALE_SHAPE.format("k_scale", "(2, 1)"), FP8_CALL | {"k_scale": torch.ones(2, 1)}),
+    (
+        ValueError,
+        "k_scale must be on cpu, like k, got meta. Move it there.",
+        FP8_CALL | {"k_scale": torch.ones(2, device="meta")},
+    ),
+    (
+        TypeError,
+        DTYPE.format("v_cache", "float8_e5m2", "float8_e4m3fn"),
+        FP8_CALL | {"v_cache": zeros(3, 4, 2, 8, dtype="float8_e4m3fn")},
+    ),
+]
+
+
+@pytest.mark.parametrize("exception, message, changes", BAD_SCALES, ids=[message[:40] for _, message, _ in BAD_SCALES])
+def test_bad_scales(exception, message, changes):
+    triton_oracle.write_kv_cache(**good_call() | FP8_CALL)
+    with pytest.raises(exception, match=f"^{re.escape(message)}$"):
+        triton_oracle.write_kv_cache(**good_call() | changes)
 
 
 def test_the_oracle_names_the_devices_that_it_runs_on():

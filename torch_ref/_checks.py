@@ -1,10 +1,11 @@
 """What reference and oracle refuse: tensors that don't fit each other, which a kernel would read or write past."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 CACHE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 INTEGER_DTYPES = (
     torch.int8,
     torch.int16,
@@ -58,14 +59,21 @@ def check(
 
 
 def check_cache_write(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    cache_dtypes: tuple[torch.dtype, ...] = CACHE_DTYPES,
 ) -> None:
     """Any strides fit."""
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.dtype not in CACHE_DTYPES:
+        if cache.dtype not in cache_dtypes:
+            *others, last = _names(cache_dtypes)
+            why = "" if set(FP8_DTYPES) <= set(cache_dtypes) else ": fewer bits would need scales"
             raise TypeError(
-                f"{name} must be float16, bfloat16 or float32, got {cache.dtype}. "
-                "Allocate it in one of these: fewer bits would need scales."
+                f"{name} must be {', '.join(others)} or {last}, got {cache.dtype}. Allocate it in one of these{why}."
             )
     for name, tensor, axes, num_axes in (
         ("k", k, "(T, num_kv_heads, head_dim)", 3),
@@ -77,10 +85,41 @@ def check_cache_write(
     _check_tensors(
         ("k", k, tuple(k.shape), CACHE_DTYPES),
         ("v", v, tuple(k.shape), (k.dtype,)),
-        ("k_cache", k_cache, (*blocks, *row), CACHE_DTYPES),
+        ("k_cache", k_cache, (*blocks, *row), cache_dtypes),
         ("v_cache", v_cache, (*blocks, *row), (k_cache.dtype,)),
         ("slot_mapping", slot_mapping, tuple(k.shape[:1]), INTEGER_DTYPES),
     )
+
+
+def check_scales(
+    k: torch.Tensor, k_cache: torch.Tensor, k_scale: torch.Tensor | None, v_scale: torch.Tensor | None
+) -> None:
+    """8-bit caches have both, other caches none."""
+    (cache,), num_heads = _names((k_cache.dtype,)), k.shape[1]
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if k_cache.dtype not in FP8_DTYPES:
+            if scale is not None:
+                raise ValueError(
+                    f"{name} must be None for caches of {cache}, got {type(scale).__name__}. "
+                    "Leave it out: rows are cast as they are, and a scale would be ignored."
+                )
+            continue
+        if not isinstance(scale, torch.Tensor):
+            raise (ValueError if scale is None else TypeError)(
+                f"{name} must be a float32 tensor for caches of {cache}, got {scale}. "
+                "Pass what the codes will be multiplied by."
+            )
+        shape = tuple(scale.shape)
+        if shape not in ((), (1,), (num_heads,)):
+            raise ValueError(
+                f"{name} must have shape (), (1,) or (num_kv_heads,) = ({num_heads},), got {shape}. "
+                "Pass one scale, or one for each kv head."
+            )
+        _check_tensors(("k", k, tuple(k.shape), (k.dtype,)), (name, scale, shape, (torch.float32,)))
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> list[str]:
+    return [str(dtype).removeprefix("torch.") for dtype in dtypes]
 
 
 def _check_tensors(*tensors: tuple[str, torch.Tensor, tuple[int, ...], tuple[torch.dtype, ...]]) -> None:
@@ -88,8 +127,7 @@ def _check_tensors(*tensors: tuple[str, torch.Tensor, tuple[int, ...], tuple[tor
     first, device = tensors[0][0], tensors[0][1].device
     for name, tensor, shape, dtypes in tensors:
         if tensor.dtype not in dtypes:
-            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise TypeError(f"{name} must be {names}, got {tensor.dtype}. Cast it with to().")
+            raise TypeError(f"{name} must be {' or '.join(_names(dtypes))}, got {tensor.dtype}. Cast it with to().")
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}. Check the sizes given.")
         if tensor.device != device:

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_ref._checks import check, check_cache_write
+from torch_ref._checks import CACHE_DTYPES, FP8_DTYPES, check, check_cache_write, check_scales
 
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 POSITION_DTYPES = (torch.int32, torch.int64)
@@ -142,6 +142,8 @@ def write_kv_cache(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """Writes rows of k and v into a KV cache, in place, in one kernel.
 
@@ -149,31 +151,43 @@ def write_kv_cache(
 
     Args:
       k, v: (T, Hkv, D); float16, bfloat16 or float32.
-      k_cache, v_cache: (num_blocks, block_size, Hkv, D); float16, bfloat16 or float32, whatever k and v have.
+      k_cache, v_cache: (num_blocks, block_size, Hkv, D), both of one dtype: float16, bfloat16, float32, float8_e4m3fn
+        or float8_e5m2, whatever k and v have.
       slot_mapping: (T,), any integer dtype: token t goes to block slot // block_size, place slot % block_size. Nothing
         is written for a slot that is negative, or at or past num_blocks * block_size.
+      k_scale, v_scale: for 8-bit caches what k and v are divided by, each (), (1,) or (Hkv,); float32. For other caches
+        None.
 
     Raises:
-      ValueError: a shape breaks a rule above, or the tensors lie on different devices.
+      ValueError: a shape breaks a rule above, the tensors lie on different devices, an 8-bit cache has no scales or
+        another one has.
       TypeError: a dtype does.
-      NotImplementedError: the tensors lie neither on a CPU nor on a CUDA device.
+      NotImplementedError: the tensors lie neither on a CPU nor on a CUDA device, or 8-bit caches lie on a GPU below
+        compute capability 8.9.
 
     Two tokens with one slot: which one stays is not said, and its elements may come from both. Nothing is synchronised
     and no value is read: the launch goes to the current stream of the tensors' device. Autograd doesn't see it.
 
     Numerics: an element keeps its bits where the cache has its dtype, else it is rounded to nearest even. Interpreted,
-    the rounding to bfloat16 and what becomes of its subnormals are the interpreter's own.
+    the rounding to bfloat16 and what becomes of its subnormals are the interpreter's own. An 8-bit cache gets the code
+    of float32(x) / scale: the division is IEEE's, then the quotient is rounded to nearest even, and what lies past the
+    largest finite value, infinities among it, becomes that value. NaN becomes 0x7f, without a sign. A scale's value is
+    not looked at: zero, NaN and negative ones act as arithmetic has it. These codes are the same interpreted.
 
-    Semantics from `reshape_and_cache_flash` of vLLM 0.33.0, for caches that aren't quantized. The upper bound of slots
-    and checked shapes are added; there `slot_mapping` may be shorter than k and v, whose other rows are padding.
+    Semantics from `reshape_and_cache_flash` of vLLM 0.33.0, of its CUDA kernel. The upper bound of slots and checked
+    shapes are added; there `slot_mapping` may be shorter than k and v, whose other rows are padding.
     """
-    check_cache_write(k, v, k_cache, v_cache, slot_mapping)
+    check_cache_write(k, v, k_cache, v_cache, slot_mapping, cache_dtypes=(*CACHE_DTYPES, *FP8_DTYPES))
+    check_scales(k, k_cache, k_scale, v_scale)
     device = k.device
     _check_device(device)
+    if k_cache.dtype in FP8_DTYPES and device.type == "cuda":
+        _check_capability(device)
     num_tokens, num_kv_heads, head_dim = k.shape
     num_blocks, block_size = k_cache.shape[:2]
     if k.numel() == 0:
         return
+    scales = [scale if scale is None else scale.expand(num_kv_heads) for scale in (k_scale, v_scale)]
     with _launcher(_write_kv_cache, device) as kernel:
         kernel[num_tokens, num_kv_heads](
             k,
@@ -181,11 +195,13 @@ def write_kv_cache(
             k_cache,
             v_cache,
             slot_mapping,
+            *scales,
             *k.stride(),
             *v.stride(),
             *k_cache.stride(),
             *v_cache.stride(),
             slot_mapping.stride(0),
+            *(0 if scale is None else scale.stride(0) for scale in scales),
             num_slots=num_blocks * block_size,
             block_size=block_size,
             head_dim=head_dim,
@@ -285,12 +301,35 @@ def _qk_rmsnorm_rope_gate(
 
 
 @triton.jit
+def _quantized(x, scale, dtype: tl.constexpr):
+    # From capability 8.9 on the cast is cvt.rn.satfinite, which saturates (read in the PTX of Triton 3.9).
+    return tl.div_rn(x.to(tl.float32), scale).to(dtype)
+
+
+def _quantized_in_torch(x, scale, dtype):
+    # The interpreter would round ties up, let large numbers wrap around and lose subnormal bfloat16.
+    from triton.runtime.interpreter import TensorHandle
+
+    rows = torch.from_numpy(x.handle.data)
+    if x.dtype == tl.bfloat16:  # as uint16
+        rows = rows.view(torch.bfloat16)
+    quotient = rows.float() / torch.from_numpy(scale.handle.data)
+    torch_dtype = torch.float8_e4m3fn if dtype == tl.float8e4nv else torch.float8_e5m2
+    largest = torch.finfo(torch_dtype).max
+    codes = quotient.clamp(-largest, largest).to(torch_dtype).view(torch.uint8)
+    codes = torch.where(quotient.isnan(), 0x7F, codes)
+    return tl.tensor(TensorHandle(codes.numpy(), dtype), x.type.with_element_ty(dtype))
+
+
+@triton.jit
 def _write_kv_cache(
     k_ref,
     v_ref,
     k_cache_ref,
     v_cache_ref,
     slots_ref,
+    k_scale_ref,
+    v_scale_ref,
     k_stride,
     k_head_stride,
     k_lane_stride,
@@ -306,6 +345,8 @@ def _write_kv_cache(
     v_cache_head_stride,
     v_cache_lane_stride,
     slot_stride,
+    k_scale_stride,
+    v_scale_stride,
     num_slots,
     block_size,
     head_dim: tl.constexpr,
@@ -324,6 +365,9 @@ def _write_kv_cache(
         v = tl.load(v_ref + token * v_stride + head * v_head_stride + lane * v_lane_stride, mask=in_row)
         k_row_ref = k_cache_ref + block * k_block_stride + place * k_place_stride + head * k_cache_head_stride
         v_row_ref = v_cache_ref + block * v_block_stride + place * v_place_stride + head * v_cache_head_stride
+        if k_scale_ref is not None:
+            k = _quantized(k, tl.load(k_scale_ref + head * k_scale_stride), k_cache_ref.dtype.element_ty)
+            v = _quantized(v, tl.load(v_scale_ref + head * v_scale_stride), v_cache_ref.dtype.element_ty)
         tl.store(k_row_ref + lane * k_cache_lane_stride, k, mask=in_row)
         tl.store(v_row_ref + lane * v_cache_lane_stride, v, mask=in_row)
 
@@ -331,6 +375,15 @@ def _write_kv_cache(
 def _check_device(device: torch.device) -> None:
     if device.type not in ("cpu", "cuda"):
         raise NotImplementedError(f"the kernel runs on cpu and cuda tensors, got {device}. Move them with to('cpu').")
+
+
+def _check_capability(device: torch.device) -> None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        raise NotImplementedError(
+            f"8-bit caches need a GPU of compute capability 8.9 or more, got {major}.{minor}. "
+            "Move the tensors with to('cpu')."
+        )
 
 
 @contextlib.contextmanager
@@ -361,6 +414,7 @@ def _interpreted(kernel):
         name: value.fn if isinstance(value, triton.JITFunction | InterpretedFunction) else value
         for name, value in function.__globals__.items()
     }
+    names["_quantized"] = _quantized_in_torch
     copy = types.FunctionType(function.__code__, names, function.__name__)
     copy.__annotations__ = function.__annotations__
     return InterpretedFunction(copy)
