@@ -152,10 +152,8 @@ def inputs_of(cached: CachedCase, seed: int = 0, data: Data | None = None) -> _r
         x = x._replace(v=jnp.asarray(data.v).reshape(case.num_tokens, case.num_kv_heads, case.head_dim))
     arrays = dict(zip(_rows.CACHES, map(jnp.asarray, data.before), strict=False))
     layer = jnp.full(1, cached.layer, jnp.int32) if "l" in cached.sizes else None
-    scales = dict(
-        zip(("k_scale", "v_scale"), (jnp.asarray(scale).reshape(-1) for scale in cached.scales), strict=False)
-    )
-    return x._replace(**arrays, **scales, slots=jnp.asarray(data.slots), layer=layer)
+    arrays |= zip(("k_scale", "v_scale"), (jnp.asarray(scale).reshape(-1) for scale in cached.scales), strict=False)
+    return x._replace(**arrays, slots=jnp.asarray(data.slots), layer=layer)
 
 
 def write(cached: CachedCase, k, data: Data) -> list[np.ndarray]:

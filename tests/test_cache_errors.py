@@ -32,7 +32,15 @@ SHAPE = (
     "kv_cache[{}] must have shape (num_blocks, block_size, 2, 64), got {}. "
     "Its sizes: 'b s h d' as cache_axes names them, each at least 1."
 )
-FLOATING = "{} must be float16, bfloat16 or float32, got {}. Make the cache of one of these."
+HELD = "{} must be float16, bfloat16, float32, float8_e4m3fn or float8_e5m2, got {}. Make the cache of one of these."
+NO_SCALE = (
+    "{} must be given with a cache of float8_e4m3fn, got None. "
+    "Pass the float32 number that its rows are divided by; 1.0 stores them undivided."
+)
+A_SCALE = (
+    "{} must be left out with a cache of bfloat16, got {}. Rows are cast to that dtype as they are; "
+    "a cache of float8_e4m3fn or float8_e5m2 has scales."
+)
 LAYER = "layer must be given exactly where cache_axes has an axis l, got layer={} with {!r}. {}"
 
 
@@ -86,10 +94,10 @@ BAD = {
     **{
         f"a cache of {dtype}": (
             TypeError,
-            FLOATING.format("kv_cache[0]", dtype),
+            HELD.format("kv_cache[0]", dtype),
             {"kv_cache": (zeros(5, 4, 2, 64, dtype=dtype),) * 2},
         )
-        for dtype in ("float8_e4m3fn", "float8_e5m2", "int8", "int32")
+        for dtype in ("float8_e4m3", "float8_e5m2fnuz", "int8", "int32")
     },
     "a cache that is no array": (
         TypeError,
@@ -148,6 +156,35 @@ BAD = {
         "one axis or two; fused_qkv_rmsnorm_rope_cache takes q without gates.",
         {"qkv": (zeros(4, 192), zeros(4, 128), zeros(4, 128))},
     ),
+    "a scale for 16 bits": (
+        ValueError,
+        A_SCALE.format("v_scale", "1.0 of type float"),
+        {"v_scale": 1.0},
+    ),
+}
+EIGHT_BITS = {"kv_cache": (zeros(5, 4, 2, 64, dtype="float8_e4m3fn"),) * 2, "k_scale": 1.0, "v_scale": 1.0}
+SCALE = "{} must have shape () or (1,) or (2,), got {}. Its sizes: one, or num_kv_heads."
+ARRAY = "k_scale must be a JAX or NumPy array, got {}. Convert it with jnp.asarray."
+BAD |= {
+    name: (error, message, EIGHT_BITS | changes)
+    for name, (error, message, changes) in {
+        "no scale of k": (ValueError, NO_SCALE.format("k_scale"), {"k_scale": None}),
+        "no scale of v": (ValueError, NO_SCALE.format("v_scale"), {"v_scale": None}),
+        "scales of tokens": (ValueError, SCALE.format("v_scale", (4,)), {"v_scale": jnp.ones(4)}),
+        "scales with an axis of lanes": (ValueError, SCALE.format("k_scale", (2, 1)), {"k_scale": jnp.ones((2, 1))}),
+        "a scale of 16 bits": (
+            TypeError,
+            "k_scale must be float32, got bfloat16. Cast it with astype.",
+            {"k_scale": jnp.ones((), jnp.bfloat16)},
+        ),
+        "a scale of integers": (
+            TypeError,
+            "v_scale must be float32, got int32. Cast it with astype.",
+            {"v_scale": jnp.ones(2, jnp.int32)},
+        ),
+        "a scale that is a bool": (TypeError, ARRAY.format("True of type bool"), {"k_scale": True}),
+        "a list of scales": (TypeError, ARRAY.format("[1.0, 2.0] of type list"), {"k_scale": [1.0, 2.0]}),
+    }.items()
 }
 BAD_LAYERS = {
     "no layer": (ValueError, LAYER.format("None", "l b s h d", "Pass the layer to write."), None),

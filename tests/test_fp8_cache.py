@@ -169,19 +169,35 @@ def test_what_was_written_is_read():
         np.testing.assert_array_less(np.abs(held - want), np.abs(want) / 16 + 2**-9 * scale[:, None])
 
 
-@pytest.mark.parametrize(
-    "held, axes, changes, error, message",
-    [
-        ((2, 4, 3, 8), "b s h d", {}, TypeError, "kv_cache must be the two arrays of k and of v, got a "),
-        ((2, 4, 3, 7), "b s h (c d)", {}, ValueError, "kv_cache must have shape (num_blocks, block_size, 3, 6), got (2, 4, 3, 7)."),
-        ((2, 4, 8), "b s h (c d)", {}, ValueError, "kv_cache must have shape (num_blocks, block_size, num_kv_heads, 2 * head_dim), got (2, 4, 8)."),
-        ((2, 3, 4, 3, 8), "b c s h d", {}, ValueError, "kv_cache must have shape (num_blocks, 2, block_size, num_kv_heads, head_dim), got (2, 3, 4, 3, 8)."),
-        ((2, 4, 3, 8), "b s h (c d)", {"dtype": jnp.int8}, TypeError, "dtype must be float16, bfloat16 or float32, got int8."),
-        ((2, 4, 3, 8), "b s h (c d)", {"k_scale": 1.0}, ValueError, "k_scale must be left out with a cache of float16, got 1.0 of type float."),
-    ],
-)  # fmt: skip
-def test_what_can_not_be_read(held, axes, changes, error, message):
-    dtype = changes.pop("dtype", jnp.float32)
-    with pytest.raises(error) as caught:
-        kv_cache.read(jnp.zeros(held, jnp.float16), dtype, cache_axes=axes, **changes)
+SHAPE = "kv_cache must have shape {}, got {}."
+UNREADABLE = {
+    "one of two": ((2, 4, 3, 8), "b s h d", {}, "kv_cache must be the two arrays of k and of v, got a "),
+    "odd": ((2, 4, 3, 7), "b s h (c d)", {}, SHAPE.format("(num_blocks, block_size, 3, 6)", (2, 4, 3, 7))),
+    "axes": (
+        (2, 4, 8),
+        "b s h (c d)",
+        {},
+        SHAPE.format("(num_blocks, block_size, num_kv_heads, 2 * head_dim)", (2, 4, 8)),
+    ),
+    "three kinds": (
+        (2, 3, 4, 3, 8),
+        "b c s h d",
+        {},
+        SHAPE.format("(num_blocks, 2, block_size, num_kv_heads, head_dim)", (2, 3, 4, 3, 8)),
+    ),
+    "dtype": ((2, 4, 3, 8), "b s h (c d)", {"dtype": "int8"}, "dtype must be float16, bfloat16 or float32, got int8."),
+    "scale": (
+        (2, 4, 3, 8),
+        "b s h (c d)",
+        {"k_scale": 1.0},
+        "k_scale must be left out with a cache of float16, got 1.0 of type float.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_what_can_not_be_read(case):
+    shape, axes, changes, message = UNREADABLE[case]
+    with pytest.raises((TypeError, ValueError)) as caught:
+        kv_cache.read(jnp.zeros(shape, jnp.float16), **{"dtype": jnp.float32, "cache_axes": axes} | changes)
     assert str(caught.value).startswith(message)

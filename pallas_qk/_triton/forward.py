@@ -18,8 +18,8 @@ from pallas_qk._rows import (
     CACHES,
     Inputs,
     Outputs,
-    Place,
     Rows,
+    Scale,
     empty,
     output_types,
     rows_for,
@@ -134,10 +134,10 @@ def _forward_kernel(
             layer = None if inputs.layer is None else load(inputs.layer, (0,))
             has_place, in_cache = places_of(slot, layer, places)
 
-        def scale_of(place: Place):
+        def divisor(scale: Scale):
             """Of each row (B, 1), or of all."""
-            scales = getattr(inputs, place.scale.array)
-            if not place.scale.per_head:
+            scales = getattr(inputs, scale.array)
+            if not scale.per_head:
                 return load(scales, (0,))
             _, head, in_rows = rows_at(1)
             return load(scales, (head,), in_rows)
@@ -151,7 +151,7 @@ def _forward_kernel(
                     continue
                 index = in_cache | {"h": head, "c": jnp.int32(place.first > 0), "d": columns}
                 if place.scale is not None:
-                    cast = arithmetic.codes(values, scale_of(place), ref.dtype)
+                    cast = arithmetic.codes(values, divisor(place.scale), ref.dtype)
                 elif values.dtype != ref.dtype:
                     cast = values.astype(jnp.float32).astype(ref.dtype)
                 else:
