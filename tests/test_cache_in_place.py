@@ -159,11 +159,33 @@ def device_arrays(x: jax.Array) -> list[jax.Array]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("implementation", GPU_IMPLEMENTATIONS)
 @pytest.mark.parametrize("how", ["donated", *LOOPS])
-def test_a_kernel_on_a_gpu(gpu, how, implementation):
+@pytest.mark.parametrize("kv_dtype", [None, "float8_e4m3fn"])
+def test_a_kernel_on_a_gpu(gpu, kv_dtype, how, implementation):
+    paged, stacked = (dataclasses.replace(case, kv_dtype=kv_dtype) for case in (PAGED, STACKED))
     if how == "donated":
-        assert_one_kernel_in_place(*donated(PAGED, implementation))
+        assert_one_kernel_in_place(*donated(paged, implementation))
     else:
-        assert_one_kernel_in_place(*carried(STACKED, implementation, how))
+        assert_one_kernel_in_place(*carried(stacked, implementation, how))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["donated", *LOOPS])
+@pytest.mark.parametrize("kv_dtype", [None, "float8_e4m3fn"])
+def test_plain_xla_on_a_gpu(gpu, kv_dtype, how):
+    """Of every dtype, those too of which a CPU takes a temporary array."""
+    paged, stacked = (dataclasses.replace(case, kv_dtype=kv_dtype) for case in (PAGED, STACKED))
+    assert_in_place(*(donated(paged, "xla") if how == "donated" else carried(stacked, "xla", how)))
+
+
+@pytest.mark.parametrize("how", ["donated", "scan"])
+def test_8_bits_on_a_cpu_take_one_temporary_array(on_the_host, how):
+    """Not two, which a copy beside it would make."""
+    paged, stacked = (dataclasses.replace(case, kv_dtype="float8_e4m3fn") for case in (PAGED, STACKED))
+    function, args, caches = donated(paged, "xla") if how == "donated" else carried(stacked, "xla", how)
+    compiled = jax.jit(function, donate_argnums=caches).lower(*args).compile()
+    assert "input_output_alias" in compiled.as_text().partition("\n")[0]
+    both = sum(x.nbytes for x in jax.tree.leaves(args[caches]))
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.2 * both
 
 
 @pytest.mark.gpu
@@ -198,8 +220,9 @@ def test_a_copy_would_be_seen(on_the_host):
 @pytest.mark.parametrize("implementation", GPU_IMPLEMENTATIONS)
 @pytest.mark.parametrize("axes", ["b s h d", "b s (h c) d", "l b h s d"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_kernel_is_one_call_that_aliases_the_cache(packed, axes, implementation):
-    case = CachedCase(dataclasses.replace(CASE, packed=packed), axes)
+@pytest.mark.parametrize("kv_dtype", [None, "float8_e4m3fn"])
+def test_a_kernel_is_one_call_that_aliases_the_cache(kv_dtype, packed, axes, implementation):
+    case = CachedCase(dataclasses.replace(CASE, packed=packed), axes, kv_dtype)
     others, kv_cache = split(cached.arguments(case))
 
     def step(others, kv_cache):

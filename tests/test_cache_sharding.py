@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("on_the_host")
 
 CASE = Case(8, 8, 4, head_dim=64, rotary_dim=16, max_position=40, dtype="float32")
 NHD, BOTH = CachedCase(CASE), CachedCase(CASE, "b s (h c) d")
+FP8 = CachedCase(CASE, kv_dtype="float8_e4m3fn", scale_per_head=(True, False))
 HEADS, OF_CACHE, WHOLE = (None, "model"), (None, None, "model"), ()
 AXES = {"data": 2, "model": 4}
 OF_BOTH_KINDS = ("auto", "explicit, set_mesh")
@@ -63,7 +64,9 @@ def run(case: CachedCase, mode: str, specs):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    "q, case", [(HEADS, NHD), ((None, "data"), BOTH), (WHOLE, NHD)], ids=lambda x: getattr(x, "cache_axes", str(x))
+    "q, case",
+    [(HEADS, NHD), ((None, "data"), BOTH), (WHOLE, NHD), (HEADS, FP8)],
+    ids=["as k", "over another axis", "whole", "8 bits"],
 )
 def test_heads(q, case, mode):
     """Of q over any axes, of k, v and the cache over one; no collective, and the cache stays sharded."""
@@ -141,12 +144,11 @@ def test_caches_cut_unlike_are_refused(mode):
     assert_refused(NHD, mode, [*specs, (None, None, "data"), OF_CACHE], message)
 
 
+@pytest.mark.parametrize("kv_dtype", [None, "float8_e4m3fn"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_blocks_in_shard_map(packed):
+def test_blocks_in_shard_map(packed, kv_dtype):
     """Each device has its own tokens, blocks and slots; packed qkv too."""
-    case = CachedCase(
-        Case(8, 8, 4, head_dim=64, rotary_dim=16, max_position=40, dtype="float32", packed=packed), num_blocks=8
-    )
+    case = CachedCase(dataclasses.replace(CASE, packed=packed), kv_dtype=kv_dtype, num_blocks=8)
     leaves = leaves_of(case)
     *others, slots, k_cache, v_cache = leaves
     slots = jnp.array([3, -1, 15, 0, 16, 7, 2, 5])  # of each device's two blocks, for two tokens each
@@ -162,6 +164,26 @@ def test_blocks_in_shard_map(packed):
     assert not collectives(compiled.as_text())
     of_all = jnp.where((slots >= 0) & (slots < 8), slots + 8 * (jnp.arange(8) // 2), -1)
     assert_same(got, jax.jit(functools.partial(step, case))(*others, of_all, k_cache, v_cache))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_scales_are_cut_with_the_heads_or_whole(mode):
+    """However the scales of the heads lie: each device divides by those of its own heads."""
+    scales = jnp.asarray(FP8.scales[0])
+
+    def step_with_scales(*leaves):
+        *leaves, k_scale = leaves
+        (q, k, v, *others, slots), kv_cache = leaves[:-2], leaves[-2:]
+        return cached.op(FP8, k_scale=k_scale)((q, k, v), *others, tuple(kv_cache), slots)
+
+    leaves = leaves_of(FP8)
+    want = jax.jit(step_with_scales)(*leaves, scales)
+    for of_scales in (WHOLE, ("model",), ("data",)):
+        with mesh_of(AXES, mode) as on:
+            args = put(on, [*leaves, scales], [*specs_of(FP8, HEADS, HEADS, OF_CACHE), of_scales])
+            compiled = jax.jit(step_with_scales).lower(*args).compile()
+            assert_same(compiled(*args), want)
+        assert of_scales == ("data",) or not collectives(compiled.as_text())
 
 
 def assert_one_kernel_that_aliases(text: str, name: str, num_arrays: int) -> None:
