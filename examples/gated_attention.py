@@ -3,8 +3,9 @@
 python -m examples.gated_attention
 
 Query, gate, key and value come from one packed projection, which the op takes as it is and writes out as attention
-wants it; the gate stays where it lies and is read by the product with attention's output. Three projections of the same
-hidden states would be merged by XLA into one product, whose slices are copies (docs/porting.md).
+wants it. With a cache the op's kernel writes key and value there too. The gate stays where it lies and is read by the
+product with attention's output. Three projections of one array would be merged by XLA into one product, whose slices
+are copies (docs/porting.md).
 
 B batch, S sequence, E hidden size, Hq and Hkv query and kv heads, D head_dim, R rotary_dim, L cache length.
 """
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_qk
-from pallas_qk import rope
+from pallas_qk import kv_cache, rope
 
 
 class Config(NamedTuple):
@@ -40,9 +41,11 @@ class Parameters(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    k: jax.Array  # (B, L, Hkv, D)
+    k: jax.Array  # (B, L, Hkv, D), in the dtype of the activations or in float8: cuDNN's attention reads it as it is
     v: jax.Array  # (B, L, Hkv, D)
     lengths: jax.Array  # (B,) int32: how many tokens each sequence has
+    k_scale: jax.Array | None = None  # () or (Hkv,), of a cache in float8
+    v_scale: jax.Array | None = None
 
 
 # The layer
@@ -71,6 +74,48 @@ def project(
     return *(x.reshape(batch, length, -1, config.head_dim) for x in (q, k, v)), gate
 
 
+def project_into(
+    cache: KVCache,
+    places: jax.Array,
+    parameters: Parameters,
+    hidden: jax.Array,
+    positions: jax.Array,
+    cos_sin_cache: jax.Array,
+    config: Config,
+    *,
+    return_kv: bool = False,
+) -> tuple[pallas_qk.CacheOutputs, KVCache]:
+    """`project`, and the cache with each token at its place (B, S); place -1 is nowhere."""
+    batch, length, _ = hidden.shape
+    outputs = pallas_qk.fused_qkv_rmsnorm_rope_gate_cache(
+        hidden @ parameters.qkv,
+        parameters.q_norm,
+        parameters.k_norm,
+        cos_sin_cache,
+        positions,
+        (cache.k, cache.v),
+        kv_cache.slots_of_rows(places, cache.k.shape[1]),
+        config.eps,
+        num_q_heads=config.num_q_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        rotary_dim=config.rotary_dim,
+        mrope_section=config.mrope_section if positions.ndim == 3 else None,
+        norm_beta=1.0,
+        k_scale=cache.k_scale,
+        v_scale=cache.v_scale,
+        return_kv=return_kv,
+        copy_gate=False,
+    )
+    heads = {
+        name: x.reshape(batch, length, -1, config.head_dim)
+        for name in ("q", "k", "v")
+        if (x := getattr(outputs, name)) is not None
+    }
+    k_cache, v_cache = outputs.kv_cache
+    return outputs._replace(**heads), cache._replace(k=k_cache, v=v_cache)
+
+
 def combine(parameters: Parameters, attended: jax.Array, gate: jax.Array) -> jax.Array:
     """Attention's output (B, S, Hq, D) and the raw gate (B, S, Hq*D) to (B, S, E)."""
     # In float32 inside the one fusion: of a bfloat16 gate XLA rounds every step of the sigmoid, transformers the last.
@@ -78,8 +123,32 @@ def combine(parameters: Parameters, attended: jax.Array, gate: jax.Array) -> jax
     return (attended.reshape(gate.shape) * opened) @ parameters.out
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+Attention = str | Callable | None  # "xla", "cudnn", a function of what `attend` takes, or what `default_attention` says
+
+
+def default_attention(dtype) -> str:
+    """cuDNN's where it takes heads of 256: on Hopper and later, in 16 bits. JAX traces it on such a machine alone."""
+    device = jax.local_devices()[0]
+    capability = getattr(device, "compute_capability", "0") if device.platform == "gpu" else "0"
+    is_hopper = re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 9.0
+    return "cudnn" if is_hopper and jnp.dtype(dtype).itemsize == 2 else "xla"
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, attention: Attention) -> jax.Array:
+    """Query (B, S, Hq, D), key and value (B, L, Hkv, D) to (B, S, Hq, D).
+
+    Each query sees the first `lengths` (B,) keys of its sequence; without them, those up to its own place.
+    """
+    if callable(attention):
+        return attention(q, k, v, lengths)
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=lengths is None,
+        key_value_seq_lengths=lengths,
+        implementation=attention or default_attention(q.dtype),
+    )
 
 
 def forward(
@@ -89,7 +158,7 @@ def forward(
     cos_sin_cache: jax.Array,
     config: Config,
     *,
-    attention: Callable = causal_attention,
+    attention: Attention = None,
 ) -> jax.Array:
     """The layer without a cache, as in training.
 
@@ -99,13 +168,13 @@ def forward(
       positions: (B, S) of text or (3, B, S) of text with images, rows of time, height and width.
       cos_sin_cache: (max_pos, R), see `read_config`.
       config: sizes, known when tracing.
-      attention: of query (B, S, Hq, D), key and value (B, S, Hkv, D), to (B, S, Hq, D).
+      attention: see `attend`.
 
     Returns:
       (B, S, E).
     """
     q, k, v, gate = project(parameters, hidden, positions, cos_sin_cache, config)
-    return combine(parameters, attention(q, k, v), gate)
+    return combine(parameters, attend(q, k, v, None, attention), gate)
 
 
 def prefill(
@@ -117,6 +186,10 @@ def prefill(
     config: Config,
     *,
     cache_length: int,
+    cache_dtype=None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    attention: Attention = None,
 ) -> tuple[jax.Array, KVCache]:
     """`forward` of prompts padded on the right, and the cache that decoding goes on from.
 
@@ -125,6 +198,10 @@ def prefill(
       lengths: (B,) int32, from 1 to S. Inside a jit of yours their values aren't known: a sequence whose length is
         outside that range then has NaN outputs and a full cache, so that `decode` gives NaN for it too.
       cache_length: L, the longest sequence, prompt and answer; at least S.
+      cache_dtype: of the cache; None is the dtype of `hidden`. float8_e4m3fn and float8_e5m2 need scales.
+      k_scale, v_scale: float32, () or (Hkv,): what key and value are divided by in a cache of 8 bits. The prompt's own
+        tokens see each other undivided.
+      attention: see `attend`.
 
     Returns:
       (B, S, E), of no meaning for padding, and the cache.
@@ -139,17 +216,22 @@ def prefill(
         )
     rule = f"lengths must be from 1 to the {hidden.shape[1]} tokens of hidden"
     _check_known(lengths, 1, hidden.shape[1], rule, "Pass the number of each prompt's tokens without padding.")
-    return _prefill(parameters, hidden, lengths, positions, cos_sin_cache, config, cache_length=cache_length)
+    shape = (hidden.shape[0], cache_length, config.num_kv_heads, config.head_dim)
+    dtype = jnp.dtype(cache_dtype or hidden.dtype).name
+    scales = k_scale, v_scale
+    return _prefill(parameters, hidden, lengths, positions, cos_sin_cache, scales, config, shape, dtype, attention)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "cache_length"))
-def _prefill(parameters, hidden, lengths, positions, cos_sin_cache, config, *, cache_length):
-    q, k, v, gate = project(parameters, hidden, positions, cos_sin_cache, config)
-    attended = causal_attention(q, k, v)
-    pad = ((0, 0), (0, cache_length - hidden.shape[1]), (0, 0), (0, 0))
-    fits = _are_within(lengths, 1, hidden.shape[1])
-    cache = KVCache(jnp.pad(k, pad), jnp.pad(v, pad), jnp.where(fits, lengths, cache_length))
-    return _or_nan(fits, combine(parameters, attended, gate)), cache
+@functools.partial(jax.jit, static_argnames=("config", "shape", "dtype", "attention"))
+def _prefill(parameters, hidden, lengths, positions, cos_sin_cache, scales, config, shape, dtype, attention):
+    (_, num_tokens, _), cache_length = hidden.shape, shape[1]
+    fits = _are_within(lengths, 1, num_tokens)
+    step = jnp.arange(num_tokens)[None]
+    places = jnp.where(fits[:, None] & (step < lengths[:, None]), step, -1)
+    cache = KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.where(fits, lengths, cache_length), *scales)
+    outputs, cache = project_into(cache, places, parameters, hidden, positions, cos_sin_cache, config, return_kv=True)
+    attended = attend(outputs.q, outputs.k, outputs.v, None, attention)
+    return _or_nan(fits, combine(parameters, attended, outputs.gate)), cache
 
 
 def decode(
@@ -159,6 +241,9 @@ def decode(
     cos_sin_cache: jax.Array,
     config: Config,
     cache: KVCache,
+    *,
+    active: jax.Array | None = None,
+    attention: Attention = None,
 ) -> tuple[jax.Array, KVCache]:
     """One more token of each sequence.
 
@@ -168,6 +253,9 @@ def decode(
       cache: with room for one token; it is given up, so that it is written in place. Outside of a jit of yours its
         lengths are read first, which waits for the step before. Inside one their values aren't known: a sequence
         without room then has NaN outputs, and its cache stays as it is and counts as full.
+      active: (B,) bool; a sequence that is none keeps its cache and its length, and its outputs have no meaning. Such
+        sequences need no room.
+      attention: see `attend`.
 
     Returns:
       (B, 1, E) and the cache.
@@ -180,20 +268,28 @@ def decode(
             f"hidden must have one token per sequence, got {hidden.shape[1]}. Prefill prompts, then decode by token."
         )
     rule = f"the lengths of cache must be from 0 to {cache.k.shape[1] - 1}, which leaves room for one more token"
-    _check_known(cache.lengths, 0, cache.k.shape[1] - 1, rule, "Prefill with a larger cache_length, or stop before.")
-    return _decode(parameters, hidden, positions, cos_sin_cache, config, cache)
+    known = cache.lengths if active is None else jnp.where(active, cache.lengths, 0)
+    _check_known(known, 0, cache.k.shape[1] - 1, rule, "Prefill with a larger cache_length, or stop before.")
+    return _decode(parameters, hidden, positions, cos_sin_cache, config, cache, active, attention)
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def _decode(parameters, hidden, positions, cos_sin_cache, config, cache):
-    q, k, v, gate = project(parameters, hidden, positions, cos_sin_cache, config)
-    cache_length, sequences = cache.k.shape[1], jnp.arange(hidden.shape[0])
+@functools.partial(jax.jit, static_argnames=("config", "attention"), donate_argnames="cache")
+def _decode(parameters, hidden, positions, cos_sin_cache, config, cache, active, attention):
+    cache_length = cache.k.shape[1]
     has_room = _are_within(cache.lengths, 0, cache_length - 1)
-    at = jnp.where(has_room, cache.lengths, cache_length)  # beyond the end, where a scatter drops what it gets
     lengths = jnp.where(has_room, cache.lengths + 1, cache_length)
-    cache = KVCache(cache.k.at[sequences, at].set(k[:, 0]), cache.v.at[sequences, at].set(v[:, 0]), lengths)
-    attended = jax.nn.dot_product_attention(q, cache.k, cache.v, key_value_seq_lengths=lengths)
-    return _or_nan(has_room, combine(parameters, attended, gate)), cache
+    if active is not None:
+        lengths = jnp.where(active, lengths, cache.lengths)
+        has_room = has_room | ~active
+    places = jnp.where(lengths > cache.lengths, cache.lengths, -1)[:, None]
+    outputs, cache = project_into(
+        cache._replace(lengths=lengths), places, parameters, hidden, positions, cos_sin_cache, config
+    )
+    k, v = cache.k, cache.v
+    if cache.k_scale is not None:  # attention takes no codes of 8 bits
+        k, v = kv_cache.read((k, v), hidden.dtype, k_scale=cache.k_scale, v_scale=cache.v_scale)
+    attended = attend(outputs.q, k, v, lengths, attention)
+    return _or_nan(has_room, combine(parameters, attended, outputs.gate)), cache
 
 
 def _check_known(lengths: jax.Array, least: int, most: int, rule: str, remedy: str) -> None:

@@ -91,7 +91,7 @@ def test_a_refused_cache_is_not_given_up():
     cache = filled([3, 6, 5])
     with pytest.raises(ValueError, match="leaves room"):
         decode(cache)
-    assert not any(x.is_deleted() for x in cache)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(cache))
 
 
 @pytest.mark.parametrize("length", [6, 7, 2**31 - 1, -1, -6])
@@ -145,3 +145,70 @@ def test_the_module_refuses_too():
         layer.prefill(hidden[:, :LENGTH], jnp.array([3, 6, 5]), positions, table, cache_length=6)
     with pytest.raises(ValueError, match=r"got \[3, 6, 5\]"):
         layer.decode(hidden[:, -1:], positions[:, :1], table, filled([3, 6, 5]))
+
+
+@pytest.mark.parametrize("length", [2, 6])
+def test_a_finished_sequence_keeps_its_cache_and_needs_no_room(length):
+    want, want_cache = decode(filled([3, 2, 5]))
+    got, cache = decode_active(filled([3, length, 5]), jnp.array([True, False, True]))
+    old = filled([3, length, 5])
+    np.testing.assert_array_equal(got[::2], want[::2])
+    np.testing.assert_array_equal(cache.lengths, [4, length, 6])
+    for x, y, before in zip(cache[:2], want_cache[:2], old[:2], strict=True):
+        np.testing.assert_array_equal(x[1], before[1])
+        np.testing.assert_array_equal(x[::2], y[::2])
+    assert np.isfinite(got).all()
+
+
+def decode_active(cache, active):
+    parameters, every, table, config = model()
+    return gated_attention.decode(
+        parameters, every[:, -1:], cache.lengths[:, None], table, config, cache, active=active
+    )
+
+
+def test_attention_of_ones_own():
+    """A function gets what the cache holds, and the lengths with the new token."""
+    seen = []
+
+    def attention(q, k, v, lengths):
+        seen.append((q.shape, k.shape, lengths if lengths is None else lengths.shape))
+        return jax.nn.dot_product_attention(q, k, v, is_causal=lengths is None, key_value_seq_lengths=lengths)
+
+    parameters, hidden, table, config = model()
+    positions = jnp.tile(jnp.arange(LENGTH), (BATCH, 1))
+    arrays = parameters, hidden[:, :LENGTH], jnp.array([3, 2, 5]), positions, table, config
+    outputs, cache = gated_attention.prefill(*arrays, cache_length=6, attention=attention)
+    want, want_cache = gated_attention.prefill(*arrays, cache_length=6, attention="xla")
+    np.testing.assert_array_equal(outputs, want)
+    arrays = parameters, hidden[:, -1:], cache.lengths[:, None], table, config
+    got, _ = gated_attention.decode(*arrays, cache, attention=attention)
+    np.testing.assert_array_equal(got, gated_attention.decode(*arrays, want_cache)[0])
+    heads = config.num_q_heads, config.head_dim
+    assert seen[0] == ((BATCH, LENGTH, *heads), (BATCH, LENGTH, config.num_kv_heads, config.head_dim), None)
+    assert seen[1] == ((BATCH, 1, *heads), (BATCH, 6, config.num_kv_heads, config.head_dim), (BATCH,))
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_a_cache_of_8_bits(dtype):
+    """Decoding stays near that of the wide cache; prefill, whose tokens see each other undivided, is equal to it."""
+    parameters, hidden, table, config = model()
+    positions = jnp.tile(jnp.arange(LENGTH), (BATCH, 1))
+    arrays = parameters, hidden[:, :LENGTH], jnp.array([3, 2, 5]), positions, table, config
+    scales = {"k_scale": jnp.float32(0.02), "v_scale": jnp.full(config.num_kv_heads, 0.02)}
+    want, wide = gated_attention.prefill(*arrays, cache_length=8)
+    got, cache = gated_attention.prefill(*arrays, cache_length=8, cache_dtype=dtype, **scales)
+    np.testing.assert_array_equal(got, want)
+    assert cache.k.dtype == dtype and cache.k.shape == wide.k.shape
+    for step in range(3):
+        arrays = parameters, hidden[:, step : step + 1], cache.lengths[:, None], table, config
+        want, wide = gated_attention.decode(*arrays, wide)
+        got, cache = gated_attention.decode(*arrays, cache)
+        error = float(jnp.abs(got - want).max() / jnp.abs(want).max())
+        assert 0 < error < 2.0 ** (-3 if dtype == "float8_e4m3fn" else -2)
+
+
+def test_the_default_attention_is_xla_off_hopper():
+    assert gated_attention.default_attention(jnp.float32) == "xla"
+    if jax.default_backend() == "cpu":
+        assert gated_attention.default_attention(jnp.bfloat16) == "xla"
