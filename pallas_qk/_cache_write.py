@@ -25,7 +25,10 @@ def write(
     """
     groups, head_dim = _cache_axes.groups(cache_axes), rows[0][0].shape[-1]
     _, slots_of_cache = _cache_axes.strides_of(cache_axes, cache.shape, head_dim)
-    updates = _joined([_cast(x, scale, cache.dtype) for x, scale in rows], groups, slots.ndim)
+    own, scales = zip(*rows, strict=True)
+    if own[0].dtype != cache.dtype:
+        own = lax.optimization_barrier(own)  # XLA drops the rounding in front of a cast to a wider type
+    updates = _joined([_cast(x, scale, cache.dtype) for x, scale in zip(own, scales, strict=True)], groups, slots.ndim)
 
     inside, indices = places_of(slots, None if layer is None else layer.reshape(()), slots_of_cache)
     num_blocks = slots_of_cache.capacity // slots_of_cache.block_size
@@ -49,9 +52,7 @@ def write(
 
 
 def _cast(x: jax.Array, scale: jax.Array | None, dtype) -> jax.Array:
-    if x.dtype == dtype:
-        return x
-    x = lax.optimization_barrier(x)  # XLA drops the rounding in front of a cast to a wider type
+    """To the cache's dtype, or to the codes of 8 bits."""
     return x.astype(dtype) if scale is None else _fp8.codes(x, scale[:, None], dtype)
 
 

@@ -66,7 +66,10 @@ def test_every_number_and_every_scale(implementation, dtype, in_cache):
     data = cached.data_of(case)._replace(v=v.reshape(num_tokens, -1), slots=np.arange(num_tokens, dtype=np.int32))
     inputs, function = cached.inputs_of(case, data=data), kernel("forward", implementation, case.options, False)
     keeps = has_gpu() or implementation == "mosaic_gpu"  # whose interpreter is NumPy
-    for scales in SCALES.reshape(-1, num_kv_heads):
+    groups = SCALES.reshape(-1, num_kv_heads)
+    if implementation == "triton" and not has_gpu():
+        groups = groups[[2, 5]]  # the interpreter is slow, and computes codes by the function of plain XLA
+    for scales in groups:
         outputs = function(inputs._replace(k_scale=jnp.asarray(scales), v_scale=jnp.asarray(scales)))
         divisors = (scales if keeps else flushed(scales))[:, None]
         for rows, in_place in ((np.asarray(outputs.k), outputs.k_cache), (v, outputs.v_cache)):
