@@ -65,7 +65,10 @@ def parser(implementations: Sequence[str]) -> argparse.ArgumentParser:
     add("verify", "compare every implementation with the oracle over a sweep of cases")
     add("demo", "a few Qwen3.5 shapes: agreement, time and GB/s")
     decode = add("decode", "a decode step of a gated attention layer: CUDA graphs and host time", shapes, written)
-    decode.add_argument("--context", type=positive, default=1024, help="tokens of each sequence in the cache")
+    decode.add_argument(
+        "--context", type=positive, nargs="+", default=[1024], help="tokens of each sequence in the cache"
+    )
+    decode.add_argument("--forms", nargs="+", metavar="FORM", help="how caches are written and read; default: some")
     decode.add_argument("--steps", type=positive, default=200, help="timed steps of each program")
     profile = add("profile", "write a trace for XProf and Perfetto, and print what it holds", shapes)
     profile.add_argument("--repeats", type=positive, default=10)
@@ -151,12 +154,16 @@ def measure(options: argparse.Namespace) -> int:
             from benchmarks import decode, providers
 
             layers = [
-                decode.Layer(q, kv, options.head_dim, options.rotary_dim, options.context, dtype=options.dtype)
+                decode.Layer(q, kv, options.head_dim, options.rotary_dim, context, dtype=options.dtype)
                 for q, kv in options.heads or ((16, 2),)
+                for context in options.context
             ]
             names = [name for name in options.implementations if name in providers.JAX_OPS]
+            forms = options.forms or [x for x in decode.DEFAULT_FORMS if not on_cpu or "cudnn" not in x]
+            if unknown := [form for form in forms if form not in decode.FORMS]:
+                raise ValueError(f"a form is one of {', '.join(decode.FORMS)}, got {', '.join(unknown)}.")
             recorded = record.new_run(options.output, options.commit)
-            return decode.run(layers, options.tokens or decode.TOKENS, names, options.steps, recorded)
+            return decode.run(layers, forms, options.tokens or decode.TOKENS, names, options.steps, recorded)
         case "profile":
             from benchmarks import profile
 

@@ -509,33 +509,64 @@ def test_the_dump_after_the_passes_counts_and_none_is_said(tmp_path):
 LAYER = decode.Layer(2, 1, 64, 32, context=8, dtype="float32", width_per_q_head=16)
 
 
-@pytest.mark.parametrize("name", ["xla", "xla_plain"])
+@pytest.mark.parametrize("name, form", [("xla", "set-xla"), ("xla_plain", "set-xla"), ("xla", "op-xla")])
 @jax.default_matmul_precision("highest")  # the products below too, which a GPU takes in TF32
-def test_a_decode_step_appends_to_the_cache_and_attends_to_what_lies_there(name, as_users_run_it):
-    parameters, state = decode.initial(LAYER, 3)
+def test_a_decode_step_appends_to_the_cache_and_attends_to_what_lies_there(name, form, as_users_run_it):
+    parameters, state = decode.initial(LAYER, decode.FORMS[form], 3)
     state = state._replace(positions=jnp.array([0, 3, 7], jnp.int32))
-    after = decode.step(name, LAYER, parameters, state)
+    ((keys, values),) = state.caches
+
+    def step(values=values):
+        after = decode.step(name, LAYER, decode.FORMS[form], parameters, state._replace(caches=((keys, values),)))
+        return after, *after.caches[0]
+
+    after, _, written = step()
     assert after.positions.tolist() == [1, 4, 0]
-    changed = np.argwhere(np.any(np.asarray(after.values != state.values), axis=(2, 3)))
+    changed = np.argwhere(np.any(np.asarray(written != values), axis=(2, 3)))
     assert changed.tolist() == [[0, 0], [1, 3], [2, 7]]
     # The first sequence sees its own token alone, so attention gives its v.
+    (weights,) = parameters.layers
     x = state.hidden / jnp.sqrt(jnp.mean(state.hidden**2, axis=-1, keepdims=True))
-    gate = (x @ parameters["q_gate"]).reshape(3, 2, 2, 64)[:, :, 1]
-    v = (x @ parameters["v"]).reshape(3, 1, 64)
-    want = state.hidden + (v * jax.nn.sigmoid(gate)).reshape(3, -1) @ parameters["out"]
+    q_gate, _, v = jnp.split(x @ weights["qkv"], [256, 320], axis=-1)
+    gate, v = q_gate.reshape(3, 2, 2, 64)[:, :, 1], v.reshape(3, 1, 64)
+    want = state.hidden + (v * jax.nn.sigmoid(gate)).reshape(3, -1) @ weights["out"]
     np.testing.assert_allclose(after.hidden[0], want[0], rtol=2e-4, atol=1e-5)
     # The others see what lies before them, and nothing behind.
-    spoiled = state._replace(values=state.values.at[1, 4:].set(jnp.inf))
-    again = decode.step(name, LAYER, parameters, spoiled)
-    assert np.isfinite(again.hidden[0]).all() and np.isfinite(again.keys).all()
-    moved = decode.step(name, LAYER, parameters, state._replace(values=state.values.at[1, 2].add(1)))
+    again, keys_again, _ = step(values.at[1, 4:].set(jnp.inf))
+    assert np.isfinite(again.hidden[0]).all() and np.isfinite(keys_again).all()
+    moved, *_ = step(values.at[1, 2].add(1))
     assert not np.array_equal(moved.hidden[1], after.hidden[1]) and np.array_equal(moved.hidden[2], after.hidden[2])
+
+
+@jax.default_matmul_precision("highest")
+def test_every_form_of_a_decode_step_computes_one_thing(as_users_run_it):
+    """Layers unrolled and scanned, caches written by the op or after it; those of 8 bits nearly."""
+
+    def hidden(form: str):
+        form = decode.FORMS[form]
+        parameters, state = decode.initial(LAYER, form, 3)
+        for _ in range(2):
+            state = decode.step("xla", LAYER, form, parameters, state)
+        return state.hidden
+
+    want = hidden("set-xla")
+    np.testing.assert_array_equal(hidden("op-xla"), want)
+    np.testing.assert_allclose(hidden("op-xla-scanned"), hidden("op-xla-unrolled"), rtol=1e-4, atol=1e-4)
+    off = np.abs(np.asarray(hidden("fp8-xla") - want)).max()
+    assert 0 < off < 0.5
+
+
+def test_the_bytes_that_attention_must_read():
+    layer = dataclasses.replace(LAYER, context=1024, dtype="bfloat16")
+    of = {name: layer.attended_bytes(form, 3) for name, form in decode.FORMS.items()}
+    assert of["op-cudnn"] == 3 * 512 * 2 * 64 * 2  # sequences, tokens, k and v, lanes, bytes
+    assert of["fp8-cudnn"] == of["op-cudnn"] / 2 and of["op-cudnn-scanned"] == 4 * of["op-cudnn"]
 
 
 def test_decode_records_each_program_and_its_profile(recorded, capsys, as_users_run_it, monkeypatch):
     monkeypatch.setattr(decode, "WARMUP_STEPS", 1)
     with jax.default_device(jax.devices("cpu")[0]):
-        assert decode.run([LAYER], [2], ["xla", "triton"], 2, recorded) == 0
+        assert decode.run([LAYER], ["op-xla"], [2], ["xla", "triton", "xla_plain"], 2, recorded) == 0
     rows = rows_of(recorded)
     assert [(row["op"], row["program"]) for row in rows] == [
         (op, name) for op in ("decode_step", "decode_step_profile") for name in ("default", "graph", "kernels")
@@ -543,7 +574,13 @@ def test_decode_records_each_program_and_its_profile(recorded, capsys, as_users_
     assert all(0 < row["dispatch_us"] <= row["latency_us"] and row["period_us"] > 0 for row in rows[:3])
     assert all(row["kernels"] > 1 and row["graph_launches"] == 0 and row["device_us"] > 0 for row in rows[3:])
     printed = capsys.readouterr().out
-    assert "triton skipped" in printed and "under the profiler" in printed
+    assert "triton skipped" in printed and "xla_plain skipped" in printed and "under the profiler" in printed
+    assert {row["form"] for row in rows} == {"op-xla"} and {row["attended_bytes"] for row in rows} == {2 * 4 * 2 * 256}
+
+
+def test_a_form_of_another_name_is_refused(capsys):
+    assert main(["decode", "--forms", "op-flash"]) == 2
+    assert "a form is one of set-xla, set-cudnn, " in capsys.readouterr().err
 
 
 # --- reading a record ---------------------------------------------------------------------------------------------
