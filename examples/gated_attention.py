@@ -41,7 +41,7 @@ class Parameters(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    k: jax.Array  # (B, L, Hkv, D), in the dtype of the activations or in float8: cuDNN's attention reads it as it is
+    k: jax.Array  # (B, L, Hkv, D), the order of axes that cuDNN's attention takes; any dtype that the op writes
     v: jax.Array  # (B, L, Hkv, D)
     lengths: jax.Array  # (B,) int32: how many tokens each sequence has
     k_scale: jax.Array | None = None  # () or (Hkv,), of a cache in float8
@@ -198,7 +198,8 @@ def prefill(
       lengths: (B,) int32, from 1 to S. Inside a jit of yours their values aren't known: a sequence whose length is
         outside that range then has NaN outputs and a full cache, so that `decode` gives NaN for it too.
       cache_length: L, the longest sequence, prompt and answer; at least S.
-      cache_dtype: of the cache; None is the dtype of `hidden`. float8_e4m3fn and float8_e5m2 need scales.
+      cache_dtype: of the cache; None is the dtype of `hidden`, which attention reads without a copy. float8_e4m3fn and
+        float8_e5m2 need scales.
       k_scale, v_scale: float32, () or (Hkv,): what key and value are divided by in a cache of 8 bits. The prompt's own
         tokens see each other undivided.
       attention: see `attend`.
@@ -268,14 +269,21 @@ def decode(
             f"hidden must have one token per sequence, got {hidden.shape[1]}. Prefill prompts, then decode by token."
         )
     rule = f"the lengths of cache must be from 0 to {cache.k.shape[1] - 1}, which leaves room for one more token"
+    if active is not None and (active.dtype != bool or active.shape != cache.lengths.shape):
+        raise ValueError(
+            f"active must be bools of shape {cache.lengths.shape}, got {active.dtype} of {active.shape}. "
+            "Pass whether each sequence takes the token."
+        )
     known = cache.lengths if active is None else jnp.where(active, cache.lengths, 0)
     _check_known(known, 0, cache.k.shape[1] - 1, rule, "Prefill with a larger cache_length, or stop before.")
-    return _decode(parameters, hidden, positions, cos_sin_cache, config, cache, active, attention)
+    held, scales = cache._replace(k_scale=None, v_scale=None), (cache.k_scale, cache.v_scale)
+    return _decode(parameters, hidden, positions, cos_sin_cache, config, held, scales, active, attention)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "attention"), donate_argnames="cache")
-def _decode(parameters, hidden, positions, cos_sin_cache, config, cache, active, attention):
-    cache_length = cache.k.shape[1]
+def _decode(parameters, hidden, positions, cos_sin_cache, config, cache, scales, active, attention):
+    """Scales aren't given up: several layers may share them, and k and v."""
+    cache, cache_length = KVCache(*cache[:3], *scales), cache.k.shape[1]
     has_room = _are_within(cache.lengths, 0, cache_length - 1)
     lengths = jnp.where(has_room, cache.lengths + 1, cache_length)
     if active is not None:
@@ -286,7 +294,7 @@ def _decode(parameters, hidden, positions, cos_sin_cache, config, cache, active,
         cache._replace(lengths=lengths), places, parameters, hidden, positions, cos_sin_cache, config
     )
     k, v = cache.k, cache.v
-    if cache.k_scale is not None:  # attention takes no codes of 8 bits
+    if k.dtype != hidden.dtype:  # attention takes one dtype, and no codes of 8 bits
         k, v = kv_cache.read((k, v), hidden.dtype, k_scale=cache.k_scale, v_scale=cache.v_scale)
     attended = attend(outputs.q, k, v, lengths, attention)
     return _or_nan(has_room, combine(parameters, attended, outputs.gate)), cache

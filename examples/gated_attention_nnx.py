@@ -36,15 +36,19 @@ class GatedAttention(nnx.Module):
         cos_sin_cache: jax.Array,
         *,
         cache_length: int,
+        **options,
     ) -> tuple[jax.Array, KVCache]:
-        return gated_attention.prefill(
-            self.parameters(), hidden, lengths, positions, cos_sin_cache, self.config, cache_length=cache_length
-        )
+        """`options` are those of `gated_attention.prefill`: the cache's dtype and scales, and attention."""
+        arrays = self.parameters(), hidden, lengths, positions, cos_sin_cache
+        return gated_attention.prefill(*arrays, self.config, cache_length=cache_length, **options)
 
     def decode(
-        self, hidden: jax.Array, positions: jax.Array, cos_sin_cache: jax.Array, cache: KVCache
+        self, hidden: jax.Array, positions: jax.Array, cos_sin_cache: jax.Array, cache: KVCache, **options
     ) -> tuple[jax.Array, KVCache]:
-        return gated_attention.decode(self.parameters(), hidden, positions, cos_sin_cache, self.config, cache)
+        """`options` are those of `gated_attention.decode`."""
+        return gated_attention.decode(
+            self.parameters(), hidden, positions, cos_sin_cache, self.config, cache, **options
+        )
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax
 
-from pallas_qk import _checks, _implementations
+from pallas_qk import _checks, _fp8, _implementations
 from pallas_qk._array_checks import FUNCTIONS
 from pallas_qk._call import call
 from pallas_qk._implementations import Choice
@@ -316,6 +316,7 @@ def default_implementation(
     rotary_dim: int,
     dtype,
     *,
+    cache_dtype=None,
     platform: str | None = None,
 ) -> Choice:
     """The implementation that `implementation=None` resolves to for these shapes, in each of the functions.
@@ -327,6 +328,7 @@ def default_implementation(
       head_dim: elements of a head.
       rotary_dim: elements of a head that are rotated.
       dtype: of the activations.
+      cache_dtype: of the KV cache that the call writes; None where it writes none.
       platform: "cpu", "cuda", "rocm" or "tpu"; None means the default device's.
 
     Returns:
@@ -334,7 +336,7 @@ def default_implementation(
 
     Raises:
       ValueError: a size or the platform breaks a rule of `fused_qk_rmsnorm_rope_gate`.
-      TypeError: a size is no integer, or the dtype is not one of float16, bfloat16 and float32.
+      TypeError: a size is no integer, or a dtype is none that activations, or caches, may have.
       RuntimeError: JAX finds none of the devices that JAX_PLATFORMS names, and the platform is left to it.
 
     Example:
@@ -347,5 +349,8 @@ def default_implementation(
     )
     num_tokens = _checks.check_num_tokens(num_tokens)
     dtype = _checks.check_dtype("dtype", dtype)
+    if cache_dtype is not None:
+        cache_dtype = _checks.check_dtype("cache_dtype", cache_dtype, _fp8.NAMES)
     _checks.check_platform(platform)
-    return _implementations.choose(Spec(num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim, dtype), platform)
+    sizes = num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim
+    return _implementations.choose(Spec(*sizes, dtype, cache_dtype=cache_dtype), platform)

@@ -1,5 +1,6 @@
 """The checks of a KV cache: the names of its axes, its arrays, slots and layer."""
 
+import math
 import numbers
 import operator
 from typing import Any
@@ -87,24 +88,36 @@ def checked_scale(name: str, scale, cache_dtype, num_kv_heads: int):
     if not _fp8.is_fp8(cache_dtype):
         if scale is not None:
             raise ValueError(
-                f"{name} must be left out with a cache of {cache_dtype}, got {describe(scale)}. Rows are cast to that "
-                f"dtype as they are; a cache of {' or '.join(_fp8.NAMES)} has scales."
+                f"{name} must be left out with a cache of {cache_dtype}, got {describe(scale)}. "
+                f"It holds rows as they are; a cache of {' or '.join(_fp8.NAMES)} has scales."
             )
         return None
     if scale is None:
         raise ValueError(
             f"{name} must be given with a cache of {cache_dtype}, got None. "
-            "Pass the float32 number that its rows are divided by; 1.0 stores them undivided."
+            "Pass the float32 number that its rows are divided by, and multiplied by when they are read."
         )
     if isinstance(scale, numbers.Real | np.floating) and not isinstance(scale, bool):
-        return np.float32(scale).reshape(())
+        return _nearest_float32(scale).reshape(())
     check_array(name, scale)
+    if isinstance(scale, jax.Array) and scale.weak_type:  # a number of Python's that went through a jit
+        scale = scale.astype(np.float32)
     if str(scale.dtype) != "float32":
         raise TypeError(f"{name} must be float32, got {scale.dtype}. Cast it with astype.")
     if scale.shape not in ((), (1,), (num_kv_heads,)):
         shapes = " or ".join(map(str, dict.fromkeys(((), (1,), (num_kv_heads,)))))
         raise ValueError(f"{name} must have shape {shapes}, got {tuple(scale.shape)}. Its sizes: one, or num_kv_heads.")
     return scale
+
+
+def _nearest_float32(number: Any) -> np.float32:
+    """Infinite where float32 holds no such number."""
+    try:
+        wide = float(number)
+    except OverflowError:
+        wide = math.inf if number > 0 else -math.inf
+    with np.errstate(over="ignore"):
+        return np.float32(wide)
 
 
 def check_slots(function: Function, slots, lead: tuple[int, ...]) -> None:

@@ -43,13 +43,15 @@ def check_num_tokens(num_tokens: int) -> int:
     return operator.index(num_tokens)
 
 
-def check_dtype(name: str, dtype) -> str:
-    """The name of a dtype of activations, weights or tables."""
+def check_dtype(name: str, dtype, more: tuple[str, ...] = ()) -> str:
+    """The name of a dtype of activations, weights or tables, or one of `more`."""
     try:
-        found = str(jnp.dtype(dtype))
+        found = describe(None) if dtype is None else str(jnp.dtype(dtype))  # NumPy takes None for float64
     except TypeError:
         found = describe(dtype)
-    check_dtype_name(name, found)
+    if found not in (*DTYPES, *more):
+        *names, last = (*DTYPES, *more)
+        raise TypeError(f"{name} must be {', '.join(names)} or {last}, got {found}. Pass one of these.")
     return found
 
 

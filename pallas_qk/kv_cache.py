@@ -13,7 +13,7 @@ makes smaller after an image. Padding has place -1 and gets slot -1, where nothi
     places = jnp.where(step < counts[:, None], lengths[:, None] + step, -1)  # (batch, n)
 
 `read` gives k and v of a cache to attention that takes no codes of 8 bits. All functions are plain jnp and work under
-`jax.jit` and any mesh, those of slots under `jax.vmap` too.
+`jax.jit`, `jax.vmap` and any mesh.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_qk import _array_checks, _cache_axes, _cache_checks, _checks
 
@@ -175,7 +175,8 @@ def read(
       kv_cache: as the functions that write a KV cache take it and return it.
       dtype: of the results, float16, bfloat16 or float32.
       k_scale, v_scale: those that the cache was written with: float32, (), (1,) or (Hkv,), or a number. They must be
-        given for a cache of 8 bits, and for no other.
+        given for a cache of 8 bits, and for no other. They hold for every layer of a stack: with scales of each layer
+        read one at a time, or by `jax.vmap`.
       cache_axes: as there.
 
     Returns:
@@ -199,23 +200,32 @@ def read(
     _cache_checks.check_caches(k_cache, v_cache, cache_axes, None, None)
     num_kv_heads, head_dim = _cache_axes.heads_of(cache_axes, k_cache.shape)
     _cache_checks.check_caches(k_cache, v_cache, cache_axes, num_kv_heads, head_dim)  # an axis of k and v is even
+    k_scale = _cache_checks.checked_scale("k_scale", k_scale, k_cache.dtype, num_kv_heads)
+    v_scale = _cache_checks.checked_scale("v_scale", v_scale, k_cache.dtype, num_kv_heads)
+    return _read(k_cache, v_cache, k_scale, v_scale, dtype=dtype, cache_axes=cache_axes, head_dim=head_dim)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "cache_axes", "head_dim"))
+def _read(k_cache, v_cache, k_scale, v_scale, *, dtype, cache_axes: str, head_dim: int) -> tuple[jax.Array, jax.Array]:
     sizes = _cache_axes.sizes_of(cache_axes, k_cache.shape, head_dim)
-    parts = [jnp.asarray(x).reshape(*sizes.values()) for x in (k_cache, v_cache) if x is not None]
+    parts = [x.reshape(*sizes.values()) for x in (k_cache, v_cache) if x is not None]
     if "c" in sizes:
         parts = [jax.lax.index_in_dim(parts[0], which, list(sizes).index("c"), keepdims=False) for which in (0, 1)]
     names = [name for name in sizes if name != "c"]
     order = [names.index(name) for name in "lbshd" if name in names]
-    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    k, v = (x.transpose(order) for x in parts)
+    return _multiplied(k, k_scale).astype(dtype), _multiplied(v, v_scale).astype(dtype)
 
-    def values(x: jax.Array, name: str) -> jax.Array:
-        scale = _cache_checks.checked_scale(name, scales[name], x.dtype, num_kv_heads)
-        x = x.transpose(order)
-        if scale is not None:
-            last = jnp.asarray(scale).reshape(-1, 1)
-            x = x.astype(jnp.float32) * jnp.broadcast_to(last, x.shape)
-        return x.astype(dtype)
 
-    return values(parts[0], "k_scale"), values(parts[1], "v_scale")
+def _multiplied(x: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """Codes (..., Hkv, D) times their scale: one element, or one for each head."""
+    if scale is None:
+        return x
+    scale, sharding = scale.reshape(*(1,) * (x.ndim - 2), -1, 1), jax.typeof(x).sharding
+    if sharding.mesh.explicit_axes:  # where the two must agree
+        heads = sharding.spec[-2] if scale.size > 1 else None
+        scale = jax.sharding.reshard(scale, sharding.update(spec=PartitionSpec(*[None] * (x.ndim - 2), heads, None)))
+    return x.astype(jnp.float32) * scale
 
 
 def _block_of(block_tables: jax.Array, *index: jax.Array) -> jax.Array:

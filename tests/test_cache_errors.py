@@ -35,10 +35,10 @@ SHAPE = (
 HELD = "{} must be float16, bfloat16, float32, float8_e4m3fn or float8_e5m2, got {}. Make the cache of one of these."
 NO_SCALE = (
     "{} must be given with a cache of float8_e4m3fn, got None. "
-    "Pass the float32 number that its rows are divided by; 1.0 stores them undivided."
+    "Pass the float32 number that its rows are divided by, and multiplied by when they are read."
 )
 A_SCALE = (
-    "{} must be left out with a cache of bfloat16, got {}. Rows are cast to that dtype as they are; "
+    "{} must be left out with a cache of bfloat16, got {}. It holds rows as they are; "
     "a cache of float8_e4m3fn or float8_e5m2 has scales."
 )
 LAYER = "layer must be given exactly where cache_axes has an axis l, got layer={} with {!r}. {}"

@@ -435,16 +435,25 @@ DEFAULT_SIZES = {
 }
 
 
+NAMED = "must be float16, bfloat16 or float32, got {}. Pass one of these."
+
+
 @pytest.mark.parametrize(
     "exception, message, changes",
     [
         (ValueError, "num_tokens must be at least 0, got -1. Pass the size of the tokens' axis.", {"num_tokens": -1}),
         (TypeError, "num_tokens must be an integer, got 1.5 of type float. Pass a Python int.", {"num_tokens": 1.5}),
-        (TypeError, "dtype " + FLOATING.format("float64"), {"dtype": "float64"}),
+        (TypeError, "dtype " + NAMED.format("float64"), {"dtype": "float64"}),
         (
             TypeError,
-            "dtype " + FLOATING.format("'half-ish' of type str"),
+            "dtype " + NAMED.format("'half-ish' of type str"),
             {"dtype": "half-ish"},
+        ),
+        (
+            TypeError,
+            "cache_dtype must be float16, bfloat16, float32, float8_e4m3fn or float8_e5m2, got int8. "
+            "Pass one of these.",
+            {"cache_dtype": "int8"},
         ),
         (
             ValueError,

@@ -13,6 +13,7 @@ from tests import cached, fp8
 from tests.cached import CachedCase
 from tests.cases import Case
 from tests.compare import assert_same
+from tests.devices import mesh_of, put
 from tests.lowering import GPU_IMPLEMENTATIONS
 from tests.run import has_gpu, kernel
 
@@ -112,7 +113,12 @@ def test_scales_of_every_form(in_cache):
         assert_same(cached.op(case, k_scale=scales[0], v_scale=scales[1])(*arrays), want)
         assert_same(traced(*scales), want)
     assert_same(cached.op(case, k_scale=float(k_scale), v_scale=float(v_scale))(*arrays), want)
-    assert_same(cached.op(case, k_scale=2, v_scale=2.0)(*arrays), traced(jnp.float32(2), jnp.float32(2)))
+    two = traced(jnp.float32(2), jnp.float32(2))
+    assert_same(cached.op(case, k_scale=2, v_scale=2.0)(*arrays), two)
+    with jax.enable_x64(True):  # numbers of Python's that went through the jit have 64 bits there
+        assert_same(traced(2, 2.0), two)
+    infinite = traced(jnp.float32(jnp.inf), -jnp.float32(jnp.inf))
+    assert_same(cached.op(case, k_scale=10**400, v_scale=-1e300)(*arrays), infinite)
 
 
 def test_float32_rows_are_rounded_once():
@@ -189,6 +195,7 @@ UNREADABLE = {
         SHAPE.format("(num_blocks, 2, block_size, num_kv_heads, head_dim)", (2, 3, 4, 3, 8)),
     ),
     "dtype": ((2, 4, 3, 8), "b s h (c d)", {"dtype": "int8"}, "dtype must be float16, bfloat16 or float32, got int8."),
+    "no dtype": ((2, 4, 3, 8), "b s h (c d)", {"dtype": None}, "dtype must be float16, bfloat16 or float32, got None"),
     "scale": (
         (2, 4, 3, 8),
         "b s h (c d)",
@@ -204,3 +211,27 @@ def test_what_can_not_be_read(case):
     with pytest.raises((TypeError, ValueError)) as caught:
         kv_cache.read(jnp.zeros(shape, jnp.float16), **{"dtype": jnp.float32, "cache_axes": axes} | changes)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit, set_mesh"])
+@pytest.mark.parametrize("of_cache, of_scale", [((None, None, "x"), ()), ((None, None, "x"), ("y",)), (("y",), ())])
+def test_a_cache_that_is_read_stays_sharded(on_the_host, of_cache, of_scale, mode):
+    case = CachedCase(dataclasses.replace(CASE, num_kv_heads=4), kv_dtype="float8_e4m3fn", num_blocks=4, finite=True)
+    held, scale = list(map(jnp.asarray, cached.caches(case))), jnp.asarray(case.scales[1])
+
+    def read(k, v, scale):
+        return kv_cache.read((k, v), jnp.float32, k_scale=0.5, v_scale=scale)
+
+    want = read(*held, scale)
+    with mesh_of({"x": 2, "y": 2}, mode) as on:
+        args = put(on, [*held, scale], [of_cache, of_cache, of_scale])
+        for got in (read(*args), jax.jit(read)(*args)):
+            assert_same(got, want)
+            assert {x.sharding.shard_shape(x.shape) for x in got} == {args[0].sharding.shard_shape(args[0].shape)}
+
+
+def test_scales_of_each_layer_are_mapped():
+    stack = jnp.arange(2 * 3 * 4 * 2 * 64, dtype=jnp.float32).reshape(2, 3, 4, 2, 64).astype("float8_e5m2")
+    scales = jnp.array([[0.5, 2.0], [3.0, 0.25]])
+    k, _ = jax.vmap(lambda x, s: kv_cache.read((x, x), jnp.float32, k_scale=s, v_scale=1.0))(stack, scales)
+    np.testing.assert_array_equal(k, stack.astype(jnp.float32) * scales[:, None, None, :, None])

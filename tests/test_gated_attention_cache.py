@@ -212,3 +212,35 @@ def test_the_default_attention_is_xla_off_hopper():
     assert gated_attention.default_attention(jnp.float32) == "xla"
     if jax.default_backend() == "cpu":
         assert gated_attention.default_attention(jnp.bfloat16) == "xla"
+
+
+def test_scales_may_be_shared():
+    """By k and v, and by layers: they are not given up with the cache."""
+    scale = jnp.float32(0.05)
+    zeros = [jnp.zeros((BATCH, 6, 2, 64), "float8_e4m3fn") for _ in range(4)]
+    caches = [KVCache(k, v, jnp.array([3, 2, 5], jnp.int32), scale, scale) for k, v in (zeros[:2], zeros[2:])]
+    first, second = (decode(cache) for cache in caches)
+    np.testing.assert_array_equal(first[0], second[0])
+    assert not scale.is_deleted() and caches[0].k.is_deleted()
+
+
+@pytest.mark.parametrize("cache_dtype", ["float16", "bfloat16"])
+def test_a_cache_of_another_dtype(cache_dtype):
+    parameters, hidden, table, config = model()
+    arrays = (
+        parameters,
+        hidden[:, :LENGTH],
+        jnp.array([3, 2, 5]),
+        jnp.tile(jnp.arange(LENGTH), (BATCH, 1)),
+        table,
+        config,
+    )
+    _, wide = gated_attention.prefill(*arrays, cache_length=6)
+    _, cache = gated_attention.prefill(*arrays, cache_length=6, cache_dtype=cache_dtype)
+    np.testing.assert_allclose(decode(cache)[0], decode(wide)[0], atol=0.05)
+
+
+@pytest.mark.parametrize("active", [jnp.ones(3, jnp.int32), jnp.ones((3, 1), bool)])
+def test_active_of_another_kind_is_refused(active):
+    with pytest.raises(ValueError, match=r"active must be bools of shape \(3,\), got "):
+        decode_active(filled([3, 2, 5]), active)
