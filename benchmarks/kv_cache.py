@@ -16,8 +16,7 @@ import numpy as np
 import pallas_qk
 from benchmarks.agreement import Agreement, agreement, cached_agreement, written_agreement
 from benchmarks.checked import Checks, check, with_oracle
-from benchmarks.providers import JAX_OPS, Builder, Call, Op, Writer, cached_oracle, jitted, to_jax
-from pallas_qk import dlpack
+from benchmarks.providers import JAX_OPS, Builder, Call, Op, Writer, cached_oracle, jitted, to_jax, to_torch
 from pallas_qk._rows import Outputs
 from tests import cached, forms
 from tests.cached import CachedCase
@@ -119,11 +118,11 @@ def oracle_of(form: CachedCase, arrays, before, slots, write: Callable[..., None
     `write` takes the place of the oracle's writer.
     """
     case = form.case
-    qkv, *others = map(dlpack.to_torch, jax.block_until_ready(arrays))
+    qkv, *others = map(to_torch, jax.block_until_ready(arrays))
     kv_width = case.num_kv_heads * case.head_dim
     q_gate, k, v = qkv.split([2 * case.num_q_heads * case.head_dim, kv_width, kv_width], dim=-1)
-    caches = [dlpack.to_torch(jnp.asarray(x)).clone() for x in before]
-    return cached_oracle(form, (q_gate, k, *others), v, caches, dlpack.to_torch(jnp.asarray(slots)), write=write)
+    caches = [to_torch(x).clone() for x in before]
+    return cached_oracle(form, (q_gate, k, *others), v, caches, to_torch(slots), write)
 
 
 def outputs_of(arrays) -> Outputs:

@@ -200,10 +200,9 @@ def _with(x: np.ndarray, where: np.ndarray, value: float) -> np.ndarray:
 
 
 def _write_by_oracle(call: CachedCase, k: jax.Array, data: Data) -> list[jax.Array]:
-    from benchmarks.providers import oracle_writer, to_jax
-    from pallas_qk import dlpack
+    from benchmarks.providers import oracle_writer, to_jax, to_torch
 
-    k, v, slots, *caches = (dlpack.to_torch(jnp.asarray(x)).clone() for x in (k, data.v, data.slots, *data.before))
+    k, v, slots, *caches = (to_torch(x).clone() for x in (k, data.v, data.slots, *data.before))
     oracle_writer(call, caches, slots)(k, v.view(k.shape))
     return to_jax(caches)
 

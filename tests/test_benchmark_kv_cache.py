@@ -17,9 +17,10 @@ from benchmarks.floor import cached_bytes
 from benchmarks.operations import OPERATIONS
 from benchmarks.timing import Samples
 from pallas_qk._rows import Outputs
-from tests import cached, strategies
+from tests import cached, fp8, strategies
 from tests.cached import AXES, CachedCase
 from tests.cases import Case, make_inputs
+from tests.compare import assert_same
 from tests.lowering import GPU_IMPLEMENTATIONS
 
 needs_triton = pytest.mark.skipif(
@@ -265,19 +266,35 @@ def test_codes_in_8_bits_are_counted_and_nothing_else_may_differ(changes, differ
 def test_a_writer_into_8_bits_takes_one_scale_of_each(writer):
     import torch
 
-    from benchmarks.providers import cached_oracle, torch_inputs
+    from benchmarks.providers import cached_oracle, to_jax, to_torch, torch_inputs
 
-    form = CachedCase(dataclasses.replace(SMALL, num_tokens=3), kv_dtype="float8_e4m3fn")
+    form = CachedCase(dataclasses.replace(SMALL, num_tokens=3), kv_dtype="float8_e4m3fn", scale_per_head=(False, False))
     with jax.default_device(jax.devices("cpu")[0]):
-        data = cached.data_of(form)
+        data, results = cached.data_of(form), []
         tensors, v, slots = torch_inputs(data.inputs), torch.from_numpy(data.v), torch.tensor([2, 11, 7])
-    scales, results = (torch.tensor([0.3]), torch.tensor(1.7)), []
-    for write in (None, writer.build.write):
-        caches = [torch.from_numpy(x.view(np.uint8)).clone().view(torch.float8_e4m3fn) for x in data.before]
-        *_, k_cache, v_cache = cached_oracle(form, tensors, v, caches, slots, scales, write)()
-        results.append([x.view(torch.uint8).numpy() for x in (k_cache, v_cache)])
-    np.testing.assert_array_equal(*results)
-    assert any((x != y.view(np.uint8)).any() for x, y in zip(results[0], data.before, strict=True))
+        for write in (None, writer.build.write):
+            caches = [to_torch(x).clone() for x in data.before]
+            *_, k_cache, v_cache = cached_oracle(form, tensors, v, caches, slots, write)()
+            results.append(to_jax([k_cache, v_cache]))
+    assert_same(*results)
+    for after, before in zip(results[0], data.before, strict=True):
+        changed = np.flatnonzero((np.asarray(after).view(np.uint8) != before.view(np.uint8)).any((2, 3)))
+        assert changed.tolist() == [2, 7, 11]
+
+
+@needs_triton
+def test_8_bits_are_exchanged_as_they_are():
+    import torch
+
+    from benchmarks.providers import from_torch, to_torch
+
+    codes = np.arange(256, dtype=np.uint8)
+    for name in fp8.NAMES:
+        with jax.default_device(jax.devices("cpu")[0]):
+            tensor = to_torch(codes.view(name))
+            assert tensor.dtype == getattr(torch, name) and tensor.view(torch.uint8).tolist() == codes.tolist()
+            array = from_torch(tensor)
+        assert array.dtype == name and np.asarray(array).view(np.uint8).tolist() == codes.tolist()
 
 
 @needs_triton
