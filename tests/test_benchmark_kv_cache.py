@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import sys
 
@@ -10,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import kv_cache, suites, verify
+from benchmarks import agreement, kv_cache, suites, verify
 from benchmarks.__main__ import main
 from benchmarks.agreement import written_agreement
 from benchmarks.floor import cached_bytes
 from benchmarks.operations import OPERATIONS
 from benchmarks.timing import Samples
 from pallas_qk._rows import Outputs
-from tests import cached, fp8, strategies
+from tests import cached, fp8, strategies, tolerances
 from tests.cached import AXES, CachedCase
 from tests.cases import Case, make_inputs
 from tests.compare import assert_same
@@ -259,7 +260,7 @@ def test_codes_in_8_bits_are_counted_and_nothing_else_may_differ(changes, differ
     found = written_agreement(form, got, want, slots)
     assert (found.differing, found.kept) == (differing, kept)
     assert found.elements == (2 * 5 * 2 + 5) * 32 + 2 * form.capacity * 32
-    assert found.checked["promise"] == "equal bits but for codes of written rows, which are counted"
+    assert found.checked["promise"] == "equal bits; codes of written rows are counted"
 
 
 @needs_triton
@@ -367,10 +368,21 @@ VERIFIED = suites.parity_cached_gpu()
 
 def test_verify_compares_every_layout_by_both_ways_in_and_slots_of_every_kind():
     assert {(call.cache_axes, call.case.packed) for call in VERIFIED} >= {(axes, p) for axes in AXES for p in (0, 1)}
+    codes = [call for call in VERIFIED if call.scales]
+    assert {call.kv_dtype for call in codes} == set(fp8.NAMES)
+    assert {call.cache_axes for call in codes if call.kv_dtype == "float8_e4m3fn"} >= set(AXES)
+    assert {(call.case.dtype, call.scale_per_head) for call in codes} >= {
+        (dtype, per_head)
+        for dtype in ("bfloat16", "float16")
+        for per_head in itertools.product((False, True), repeat=2)
+    }
+    assert max(call.case.num_tokens for call in codes) == 65536
     assert {call.slots_dtype for call in VERIFIED} == set(strategies.POSITION_DTYPES)
     assert {call.case.gate for call in VERIFIED} == {"copied", "in_place", None}
     assert {call.layer_is_inside for call in VERIFIED} == {call.return_kv for call in VERIFIED} == {True, False}
     for call in VERIFIED:
+        if call.scales and tolerances.max_differing_fraction(call.case):
+            assert call.return_kv  # which says where codes of k may differ
         slots = cached.slots_of(call)
         assert 0 <= slots[0] < call.capacity
         if call.case.num_tokens > 1:
@@ -379,7 +391,12 @@ def test_verify_compares_every_layout_by_both_ways_in_and_slots_of_every_kind():
 
 @needs_triton
 @pytest.mark.parametrize(
-    "call", [small(call) for call in (*VERIFIED[3:10:3], *VERIFIED[-14:-6], *VERIFIED[-5:-3])], ids=lambda x: x.id
+    "call",
+    [
+        *(small(call) for call in (*VERIFIED[3:10:3], *VERIFIED[-14:-6], *VERIFIED[-5:-3])),
+        *(small(call) for call in VERIFIED if call.scales and call.cache_axes in AXES[::5]),
+    ],
+    ids=lambda x: x.id,
 )
 def test_verify_compares_with_the_interpreted_oracle(on_the_host, call):
     """The slots' types and the layers of a GPU's run."""
@@ -393,10 +410,36 @@ def test_verify_compares_with_the_interpreted_oracle(on_the_host, call):
     assert result.elements == (rows + written * case.num_kv_heads) * case.head_dim
 
 
+@pytest.mark.parametrize(
+    ("changed", "k_is_there", "count", "kept"),
+    [
+        ([], True, 3, True),
+        ([1], True, 3, True),  # where k differs
+        ([1, 4], True, 3, False),
+        ([1, 4, 5], False, 3, True),
+        ([1, 4, 5, 6], False, 3, False),
+        ([1], True, 0, False),
+        ([1], False, 0, False),
+    ],
+)
+def test_a_code_of_k_differs_only_where_k_does(monkeypatch, changed, k_is_there, count, kept):
+    """Without k, as many do as elements of k may."""
+    monkeypatch.setattr(agreement, "promise", lambda *_: agreement.Promise(count, 1.0, 1.0))
+    rows = jnp.zeros((2, 4), jnp.float16)
+    codes = jnp.arange(8, dtype=jnp.uint8).reshape(2, 4)
+    got = codes.ravel().at[jnp.array(changed, int)].add(1).reshape(2, 4)
+    ks = (rows.at[0, 1].set(-0.0), rows) if k_is_there else None
+    found = agreement.agreement_of_codes("xla", SMALL, (got, codes), ks, platform="gpu")
+    assert (found.elements, found.differing, found.kept) == (8, len(changed), kept)
+    expected = "only where k does" if k_is_there else "at most 3 codes of k differ"
+    assert (expected in str(found.promise)) == (count > 0)
+
+
 @needs_triton
+@pytest.mark.parametrize("in_cache", [None, "float8_e4m3fn"])
 @pytest.mark.parametrize("spoil", ["q", "k", "v", "gate", "a row of k", "a row of v", "what no slot names"])
-def test_verify_fails_where_a_cache_is_wrong(monkeypatch, on_the_host, capsys, spoil):
-    call = CachedCase(Case(6, 2, 1, 64, 32, "float16"), "b s h d", return_kv=True)
+def test_verify_fails_where_a_cache_is_wrong(monkeypatch, on_the_host, capsys, spoil, in_cache):
+    call = CachedCase(Case(6, 2, 1, 64, 32, "float16"), "b s h d", in_cache, return_kv=True)
     slots = cached.slots_of(call)
     block, place = divmod(int(slots[0]), call.block_size)
     free = divmod(next(slot for slot in range(call.capacity) if slot not in slots), call.block_size)
