@@ -40,7 +40,10 @@ SUITES = {
     "block": Suite(
         ("gate_in_place", "block", "block_backward", "block_packed", "block_packed_backward"), (64, 1024, 16384)
     ),
-    "kv_cache": Suite(("kv_cache", "kv_cache_gate_in_place"), (1, 16, 64, 256, 1024, 4096, 16384, 65536)),
+    "kv_cache": Suite(
+        ("kv_cache", "kv_cache_gate_in_place", "kv_cache_fp8", "kv_cache_fp8_gate_in_place"),
+        (1, 16, 64, 256, 1024, 4096, 16384, 65536),
+    ),
 }
 
 

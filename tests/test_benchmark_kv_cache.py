@@ -30,7 +30,8 @@ needs_triton = pytest.mark.skipif(
 )
 
 SMALL = Case(2, 2, 1, 32, 16, "float16")
-OPS = ["kv_cache", "kv_cache_gate_in_place"]
+OPS = suites.SUITES["kv_cache"].ops
+FP8 = "float8_e4m3fn"
 
 
 @pytest.fixture
@@ -70,18 +71,27 @@ def test_calls_that_write_a_cache_are_compared_and_write_it_in_place(by_distance
             del outputs
             after = calls[name].call()
             assert [x.unsafe_buffer_pointer() for x in (after.k_cache, after.v_cache)] == before
-            assert (after.gate is None) == (op == "kv_cache_gate_in_place") and after.k is after.v is None
+            assert (after.gate is None) == op.endswith("in_place") and after.k is after.v is None
+            assert {x.dtype.name for x in (after.k_cache, after.v_cache)} == {FP8 if "fp8" in op else "float16"}
         assert [len(calls[name].call()) for name in ("oracle",)] == [5]
     # Both caches, 48 places of 32 lanes each, beside q and the gate; those of k that are written count as k.
     assert calls["xla"].checked["elements"] == 2 * 20 * 2 * 32 + 20 * 32 + 2 * 48 * 32
     assert calls["xla"].checked["against"] == "oracle"
-    reference = "none: the reference" + ", with its copy of the gate" * (op != "kv_cache")
+    reference = "none: the reference" + ", with its copy of the gate" * op.endswith("in_place")
     assert calls["oracle"].checked == {"against": reference, "elements": 0, "differing": 0}
+    counted = {name for name, call in calls.items() if "codes of written rows are counted" in str(call.checked)}
+    assert counted == ({"xla_then_set", "xla_plain_then_set"} if "fp8" in op else set())
 
 
 @needs_triton
-@pytest.mark.parametrize("spoiled", ["q", "gate", "k_cache", "v_cache", "untouched"])
-def test_a_wrong_cache_gets_no_row(monkeypatch, by_distance, as_users_run_it, capsys, spoiled):
+@pytest.mark.parametrize(
+    "op, spoiled",
+    [
+        *itertools.product(["kv_cache"], ["q", "gate", "k_cache", "v_cache", "untouched"]),
+        *itertools.product(["kv_cache_fp8"], ["q", "v_cache", "untouched"]),
+    ],
+)
+def test_a_wrong_cache_gets_no_row(monkeypatch, by_distance, as_users_run_it, capsys, op, spoiled):
     case = dataclasses.replace(SMALL, num_tokens=5)
     slots = kv_cache.slots_of(kv_cache.form_of(case))
     free = next(slot for slot in range(16) if slot not in slots)
@@ -101,7 +111,7 @@ def test_a_wrong_cache_gets_no_row(monkeypatch, by_distance, as_users_run_it, ca
 
     monkeypatch.setattr(kv_cache, "fused", wrong)
     with jax.default_device(jax.devices("cpu")[0]):
-        calls, kept = OPERATIONS["kv_cache"].check(case, make_inputs(case), {"xla": None})
+        calls, kept = OPERATIONS[op].check(case, make_inputs(case), {"xla": None})
     assert not kept and list(calls) == ["xla_alone", "xla_then_set"]
     printed = capsys.readouterr().out
     assert f"{case.id}: xla " in printed and "BROKEN" in printed
@@ -208,27 +218,30 @@ def test_the_platform_of_a_writer_is_the_gpu(monkeypatch, writer, capability, ex
 @pytest.mark.parametrize("op", OPS)
 def test_a_writer_s_caches_are_compared_with_the_oracle_s(writer, as_users_run_it, capsys, op, spoiled):
     """A wrong one gets no row."""
+    import torch
+
     from benchmarks.providers import Writer
 
     case = dataclasses.replace(SMALL, num_tokens=5)
     slots = kv_cache.slots_of(kv_cache.form_of(case))
     at = {"a row": int(slots[2]), "untouched": next(slot for slot in range(16) if slot not in slots)}
 
-    def write(k, v, k_cache, v_cache, slots):
-        writer.build.write(k, v, k_cache, v_cache, slots)
+    def write(k, v, k_cache, v_cache, slots, *scales):
+        writer.build.write(k, v, k_cache, v_cache, slots, *scales)
         if spoiled:
-            v_cache[0, at[spoiled], 0, 3] += 1
+            v_cache.view(torch.uint8)[0, at[spoiled], 0, 3] += 1
 
     with jax.default_device(jax.devices("cpu")[0]):
         calls, kept = OPERATIONS[op].check(case, make_inputs(case), {"oracle": None, "vllm": Writer(write)})
-    assert kept == (spoiled is None) and list(calls) == ["oracle", "vllm"][: 1 + kept]
+    counted = "fp8" in op and spoiled == "a row"
+    assert kept == (counted or spoiled is None) and list(calls) == ["oracle", "vllm"][: 1 + kept]
     if kept:
         elements = (2 * 5 * 2 + 5 + 2 * 16) * 32  # q and gate, k, and both caches
         assert calls["vllm"].checked == {
             "against": "oracle",
-            "promise": "equal bits",
+            "promise": "equal bits" + "; codes of written rows are counted" * ("fp8" in op),
             "elements": elements,
-            "differing": 0,
+            "differing": int(counted),
         }
     else:
         assert "vllm 1 of" in capsys.readouterr().out
@@ -311,6 +324,15 @@ def test_a_writer_refuses_what_it_would_get_wrong(writer):
         writer.build.write(rows, rows, e4m3, e4m3, slots, one, torch.ones(2))
 
 
+@pytest.mark.parametrize("kv_dtype", fp8.NAMES)
+def test_a_user_s_codes(kv_dtype):
+    """They saturate. Those of numbers that a division rounds in one way are the definition's."""
+    x = np.random.default_rng(0).standard_normal((64, 32), np.float32).astype(np.float16) * np.float16(100)
+    for scale in np.array([0.25, 0.0625, 4.0], np.float32):
+        got = np.asarray(kv_cache.quantised(jnp.asarray(x), scale, jnp.dtype(kv_dtype))).view(np.uint8)
+        np.testing.assert_array_equal(got, fp8.codes(x, scale, kv_dtype))
+
+
 # --- the floor ----------------------------------------------------------------------------------------------------
 
 
@@ -321,6 +343,9 @@ def test_a_writer_refuses_what_it_would_get_wrong(writer):
         ("kv_cache", Case(16384), 2 * (16 + 16 + 2 + 2), 128),
         ("kv_cache_gate_in_place", Case(16384), 2 * (16 + 2 + 2), 128),
         ("kv_cache", Case(1, 32, 2), 2 * (32 + 32 + 2 + 2), 128),
+        # A row of an 8-bit cache is half as long.
+        ("kv_cache_fp8", Case(16384), 2 * (16 + 16) + 1.5 * (2 + 2), 128),
+        ("kv_cache_fp8_gate_in_place", Case(16384), 2 * 16 + 1.5 * (2 + 2), 128),
     ],
 )
 def test_bytes_of_the_suite_of_caches(op, case, rows, table):
@@ -332,6 +357,7 @@ def test_bytes_of_the_suite_of_caches(op, case, rows, table):
     [
         ({}, 2 + 2),
         ({"kv_dtype": "float32"}, 2 + 4),
+        ({"kv_dtype": "float8_e5m2"}, 2 + 1),
         ({"return_kv": True}, 2 + 2 + 2),
         ({"return_kv": True, "kv_dtype": "float32", "cache_axes": "b s h (c d)"}, 2 + 2 + 4),
         ({"cache_axes": "l b s (h c) d", "num_blocks": 50}, 2 + 2),
@@ -347,9 +373,10 @@ def test_a_row_of_a_cache_is_read_once_and_written_once_in_the_cache_s_dtype(pac
 
 @pytest.mark.parametrize("ending", ["", "_alone", "_then_set"])
 @pytest.mark.parametrize("gate", ["copied", "in_place"])
-def test_a_gate_left_in_place_is_no_result(ending, gate):
+@pytest.mark.parametrize("kv_dtype", [None, FP8])
+def test_a_gate_left_in_place_is_no_result(kv_dtype, gate, ending):
     """Its slice would be made."""
-    form = kv_cache.form_of(SMALL, gate)
+    form = kv_cache.form_of(SMALL, gate, kv_dtype)
     *arrays, before, slots = cached.arguments(form)
     call = kv_cache.builds_of(form, {"xla": None}, arrays, before, slots)[f"xla{ending}"]()
     assert (call().gate is None) == (gate == "in_place")
