@@ -8,28 +8,27 @@ import numpy as np
 
 from pallas_qk._rows import Outputs
 from tests import tolerances
-from tests.cached import CachedCase, arrays_of, by_slot, written
+from tests.cached import CachedCase, arrays_of, by_slot, has_place, written
 from tests.cases import Case
 from tests.compare import Comparison, compare_bits, compare_outputs
 
 
 @dataclasses.dataclass(frozen=True)
 class Promise:
-    """How many elements may differ and how far: ulps for 16-bit activations, a relative bound for float32.
-
-    Codes of 8-bit caches are counted alone.
-    """
+    """How many elements may differ and how far: ulps for 16-bit activations, a relative bound for float32."""
 
     max_differing: int
     max_distance: float = 0.0
     max_rotated_distance: float = 0.0  # measured against the RoPE pair
     unit: str = "ulp"
+    codes: str = ""  # of written rows in 8 bits: what is promised where they may differ
 
     def __str__(self) -> str:
+        return f"{self._of_rows()}; {self.codes}" if self.codes else self._of_rows()
+
+    def _of_rows(self) -> str:
         if self.max_differing == 0:
             return "equal bits"
-        if self.unit == "code":
-            return "equal bits but for codes of written rows, which are counted"
         if self.unit == "relative":
             return f"within {self.max_distance:.1e} relative"
         distances = f"{self.max_distance:.0f} ulp, rotated within {self.max_rotated_distance:.1f} of the pair"
@@ -106,19 +105,43 @@ def agreement(implementation: str, case: Case, got, want, *, platform: str) -> A
     return Agreement(compared.elements, compared.differing, promised, rest, rotated, kept, compared.first)
 
 
+COUNTED = "codes of written rows are counted"
+
+
 def cached_agreement(
-    implementation: str, cached: CachedCase, got: Outputs, want: Outputs, slots: np.ndarray, *, platform: str
+    implementation: str,
+    cached: CachedCase,
+    got: Outputs,
+    want: Outputs,
+    slots: np.ndarray,
+    *,
+    platform: str,
+    count_codes: bool = False,
 ) -> Agreement:
     """Compares a call that writes a KV cache with the oracle's two launches; rows are (T, heads*D).
 
     q and each k, in the cache and returned, keep to the promise. v, gates and what no slot names have equal bits.
+    `agreement_of_codes` has what is promised of k in 8 bits. With `count_codes` the codes of k and v may differ: the
+    compiler's own division and conversion made them.
     """
     case, at = cached.case, written(cached, slots)
-    (k, v), (k_want, v_want) = (by_slot(cached, arrays_of(x)) for x in (got, want))
+    (k, v), (k_want, v_want) = (_by_slot(cached, x) for x in (got, want))
     of_tokens = [x[at].reshape(at.size, case.num_kv_heads * case.head_dim) for x in (k, k_want)]
+    in_8_bits = cached.cache_dtype.itemsize == 1
+    of_k = [want.k[:0]] * 2 if in_8_bits else of_tokens
     gates = want.gate if got.gate is None else got.gate, want.gate
-    found = [agreement(implementation, case, *zip((got.q, want.q), of_tokens, gates, strict=True), platform=platform)]
-    rest = compare_bits("k_cache", k.at[at].set(0), k_want.at[at].set(0)) + compare_bits("v_cache", v, v_want)
+    found = [agreement(implementation, case, *zip((got.q, want.q), of_k, gates, strict=True), platform=platform)]
+    rest = compare_bits("k_cache", k.at[at].set(0), k_want.at[at].set(0))
+    if in_8_bits and count_codes:
+        codes = compare_bits("k_cache", *of_tokens) + compare_bits("v_cache", v[at], v_want[at])
+        found.append(_agreement_of(codes, Promise(codes.elements, codes=COUNTED), kept=True))
+        rest += compare_bits("v_cache", v.at[at].set(0), v_want.at[at].set(0))
+    else:
+        rest += compare_bits("v_cache", v, v_want)
+        if in_8_bits:
+            tokens = np.flatnonzero(has_place(cached, slots))
+            rows = None if got.k is None else (got.k[tokens], want.k[tokens])
+            found.append(agreement_of_codes(implementation, case, of_tokens, rows, platform=platform))
     if cached.return_kv:
         only_k = [(x.q[:0], x.k, want.gate[:0]) for x in (got, want)]
         found.append(agreement(implementation, case, *only_k, platform=platform))
@@ -126,12 +149,45 @@ def cached_agreement(
     return Agreement(
         elements=rest.elements + sum(x.elements for x in found),
         differing=rest.differing + sum(x.differing for x in found),
-        promise=found[0].promise,
+        promise=dataclasses.replace(found[0].promise, codes=found[1].promise.codes if in_8_bits else ""),
         distance=max(x.distance for x in found),
         rotated_distance=max(x.rotated_distance for x in found),
         kept=rest.differing == 0 and all(x.kept for x in found),
         first=next(filter(None, [*(x.first for x in found), rest.first]), ""),
     )
+
+
+def agreement_of_codes(implementation: str, case: Case, codes, rows, *, platform: str) -> Agreement:
+    """Compares codes of k in 8 bits with the oracle's. `rows` are those of k before, of both, or None.
+
+    Where the implementation promises bits of k, it promises those of the codes. Elsewhere a code differs only where k
+    does. Without `rows` as many codes may differ as elements of k.
+    """
+    compared = compare_bits("k_cache", *codes)
+    promised = promise(implementation, case, compared.elements, platform)
+    if promised.max_differing == 0 or rows is None:
+        text = f"at most {promised.max_differing:,} codes of k differ" if promised.max_differing else ""
+        return _agreement_of(
+            compared, dataclasses.replace(promised, codes=text), kept=compared.differing <= promised.max_differing
+        )
+    is_same = _bits(rows[0]) == _bits(rows[1])
+    of_same_rows = compare_bits("k_cache", *(jnp.where(is_same, x, 0) for x in codes))
+    promised = dataclasses.replace(promised, codes="codes of k differ only where k does")
+    return _agreement_of(compared, promised, kept=of_same_rows.differing == 0)
+
+
+def _agreement_of(compared: Comparison, promised: Promise, *, kept: bool) -> Agreement:
+    return Agreement(compared.elements, compared.differing, promised, 0.0, 0.0, kept, compared.first)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+
+def _by_slot(cached: CachedCase, outputs: Outputs) -> list[jax.Array]:
+    """The rows of k and of v in a cache; codes are bytes here, because XLA converts 8-bit floats that it moves."""
+    arrays = map(jnp.asarray, arrays_of(outputs))
+    return by_slot(cached, [_bits(x) if x.dtype.itemsize == 1 else x for x in arrays])
 
 
 def written_agreement(cached: CachedCase, got: Outputs, want: Outputs, slots: np.ndarray) -> Agreement:
@@ -140,7 +196,7 @@ def written_agreement(cached: CachedCase, got: Outputs, want: Outputs, slots: np
     Codes of written rows in 8 bits may differ: Triton's `/`, which such a writer may divide by, isn't IEEE's division.
     """
     at = written(cached, slots)
-    by_outputs = (by_slot(cached, arrays_of(x)) for x in (got, want))
+    by_outputs = (_by_slot(cached, x) for x in (got, want))
     caches = list(zip(("k_cache", "v_cache"), *by_outputs, strict=True))
     others = [(name, getattr(got, name), getattr(want, name)) for name in ("q", "k", "gate")]
     of_rows = sum((compare_bits(name, a[at], b[at]) for name, a, b in caches), start=Comparison(0, 0))
@@ -149,7 +205,7 @@ def written_agreement(cached: CachedCase, got: Outputs, want: Outputs, slots: np
     return Agreement(
         elements=every.elements,
         differing=every.differing,
-        promise=Promise(of_rows.elements, unit="code") if codes else Promise(0),
+        promise=Promise(0, codes=COUNTED if codes else ""),
         distance=0.0,
         rotated_distance=0.0,
         kept=every.differing == (of_rows.differing if codes else 0),

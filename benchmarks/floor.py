@@ -1,7 +1,8 @@
 """The floor: bytes that any implementation must move, inputs read once and outputs written once.
 
-It belongs to the case and its form, never to an implementation. It leaves out weights, positions and slots, and in the
-backward the rows of the table: with gates, the heads of Qwen3.5's models and 64 tokens or more under 1 % of the bytes.
+It belongs to the case and its form, never to an implementation. It leaves out weights, positions, slots and scales, and
+in the backward the rows of the table: with gates, the heads of Qwen3.5's models and 64 tokens or more under 1 % of the
+bytes.
 """
 
 import dataclasses

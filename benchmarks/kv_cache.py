@@ -2,7 +2,8 @@
 
 Every call takes a projection, caches of pages of 16 places, and a slot for each token. Beside the op that writes the
 caches itself stand the two launches of the oracle, the op followed by a scatter, and the op that writes no cache. The
-writer of another project is run after the oracle's op, in the place of its writer.
+writer of another project is run after the oracle's op, in the place of its writer. Caches hold the dtype of the
+projection, or 8 bits and one scale of k and one of v.
 """
 
 import dataclasses
@@ -16,8 +17,7 @@ import numpy as np
 import pallas_qk
 from benchmarks.agreement import Agreement, agreement, cached_agreement, written_agreement
 from benchmarks.checked import Checks, check, with_oracle
-from benchmarks.providers import JAX_OPS, Builder, Call, Op, Writer, cached_oracle, jitted, to_jax
-from pallas_qk import dlpack
+from benchmarks.providers import JAX_OPS, Builder, Call, Op, Writer, cached_oracle, jitted, to_jax, to_torch
 from pallas_qk._rows import Outputs
 from tests import cached, forms
 from tests.cached import CachedCase
@@ -29,10 +29,17 @@ THEN_SET = "_then_set"  # and XLA scatters them into the caches
 BLOCK_SIZE = 16
 
 
-def form_of(case: Case, gate: str = "copied") -> CachedCase:
+def form_of(case: Case, gate: str = "copied", kv_dtype: str | None = None) -> CachedCase:
     """Packed, with twice as many places as tokens."""
-    form = dataclasses.replace(case, packed=True, gate=gate)
-    return CachedCase(form, num_blocks=-(-2 * case.num_tokens // BLOCK_SIZE), block_size=BLOCK_SIZE)
+    return CachedCase(
+        dataclasses.replace(case, packed=True, gate=gate),
+        kv_dtype=kv_dtype,
+        num_blocks=-(-2 * case.num_tokens // BLOCK_SIZE),
+        block_size=BLOCK_SIZE,
+        scale_per_head=(False, False),
+        # XLA may scatter 8-bit floats by converting the whole cache there and back, where a NaN may lose its sign.
+        finite=kv_dtype is not None,
+    )
 
 
 def slots_of(form: CachedCase) -> np.ndarray:
@@ -46,7 +53,7 @@ class InPlace:
     A donated array serves once, and without donation XLA would copy the caches.
     """
 
-    def __init__(self, function: Callable, caches: tuple[jax.Array, ...], *arrays: jax.Array):
+    def __init__(self, function: Callable, caches: tuple[jax.Array, ...], *arrays):
         """`function` maps caches and arrays to q, gate or None, and the caches."""
         self._program, self._caches, self._arrays = jax.jit(function, donate_argnums=0), caches, arrays
 
@@ -72,23 +79,31 @@ def then_set(name: str, form: CachedCase) -> Callable:
     op = alone(name, form)
 
     def run(caches, *arrays):
-        *others, slots = arrays
+        *others, slots, scales = arrays
         outputs = op(*others)
 
-        def written(cache, rows):
+        def written(cache, rows, scale):
             rows = rows.reshape(-1, *cache.shape[2:])
+            if scale is not None:
+                rows = quantised(rows, scale, cache.dtype)
             return cache.reshape(-1, *cache.shape[2:]).at[slots].set(rows, mode="drop").reshape(cache.shape)
 
-        return outputs.q, outputs.gate, (written(caches[0], outputs.k), written(caches[1], outputs.v))
+        rows = (outputs.k, outputs.v), scales or (None, None)
+        return outputs.q, outputs.gate, tuple(map(written, caches, *rows))
 
     return run
 
 
-def fused(name: str, form: CachedCase) -> Callable:
-    op = cached.op(form, name)
+def quantised(x: jax.Array, scale: jax.Array, dtype) -> jax.Array:
+    """As a user would write it."""
+    largest = float(jnp.finfo(dtype).max)
+    return (x.astype(jnp.float32) / scale).clip(-largest, largest).astype(dtype)
 
+
+def fused(name: str, form: CachedCase) -> Callable:
     def run(caches, *arrays):
-        *others, slots = arrays
+        *others, slots, scales = arrays
+        op = cached.op(form, name, **dict(zip(("k_scale", "v_scale"), scales, strict=False)))
         outputs = op(*others, caches, slots)
         return outputs.q, outputs.gate if form.case.gate == "copied" else None, outputs.kv_cache
 
@@ -99,7 +114,8 @@ def builds_of(form: CachedCase, names: Mapping[str, Builder], arrays, before, sl
     """The calls by the names of their rows."""
 
     def in_place(function: Callable) -> InPlace:
-        return InPlace(function, tuple(map(jnp.array, before)), *arrays, jnp.asarray(slots))
+        scales = tuple(map(jnp.asarray, form.scales))
+        return InPlace(function, tuple(map(jnp.array, before)), *arrays, jnp.asarray(slots), scales)
 
     builds: dict[str, Callable[[], Call]] = {}
     for name, builder in names.items():
@@ -119,11 +135,11 @@ def oracle_of(form: CachedCase, arrays, before, slots, write: Callable[..., None
     `write` takes the place of the oracle's writer.
     """
     case = form.case
-    qkv, *others = map(dlpack.to_torch, jax.block_until_ready(arrays))
+    qkv, *others = map(to_torch, jax.block_until_ready(arrays))
     kv_width = case.num_kv_heads * case.head_dim
     q_gate, k, v = qkv.split([2 * case.num_q_heads * case.head_dim, kv_width, kv_width], dim=-1)
-    caches = [dlpack.to_torch(jnp.asarray(x)).clone() for x in before]
-    return cached_oracle(form, (q_gate, k, *others), v, caches, dlpack.to_torch(jnp.asarray(slots)), write=write)
+    caches = [to_torch(x).clone() for x in before]
+    return cached_oracle(form, (q_gate, k, *others), v, caches, to_torch(slots), write)
 
 
 def outputs_of(arrays) -> Outputs:
@@ -132,9 +148,11 @@ def outputs_of(arrays) -> Outputs:
     return Outputs(q, k, gate=gate, k_cache=k_cache, v_cache=v_cache)
 
 
-def check_cache(case: Case, inputs: Inputs, providers: Mapping[str, Builder], *, gate: str = "copied") -> Checks:
+def check_cache(
+    case: Case, inputs: Inputs, providers: Mapping[str, Builder], *, gate: str = "copied", kv_dtype: str | None = None
+) -> Checks:
     """The calls whose q, gate and caches agree with the oracle's, all that no slot names among them."""
-    form = form_of(case, gate)
+    form = form_of(case, gate, kv_dtype)
     arrays, before, slots = forms.arguments(form.case, inputs), cached.caches(form), slots_of(form)
     oracle = oracle_of(form, arrays, before, slots)
     want, v = outputs_of(to_jax(oracle())), forms.values(case)
@@ -144,7 +162,8 @@ def check_cache(case: Case, inputs: Inputs, providers: Mapping[str, Builder], *,
         if isinstance(providers.get(name), Writer):
             return written_agreement(form, outputs_of(got), want, slots)
         if not name.endswith(ALONE):
-            return cached_agreement(name.removesuffix(THEN_SET), form, got, want, slots, platform="gpu")
+            own, counted = name.removesuffix(THEN_SET), name.endswith(THEN_SET)
+            return cached_agreement(own, form, got, want, slots, platform="gpu", count_codes=counted)
         gates = gate_out if got.gate is None else got.gate, gate_out
         compared = agreement(name.removesuffix(ALONE), case, (got.q, got.k, gates[0]), (q, k, gates[1]), platform="gpu")
         return dataclasses.replace(compared, kept=compared.kept and compare_bits("v", got.v, v).differing == 0)

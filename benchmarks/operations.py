@@ -78,6 +78,12 @@ def check_backward(case: Case, inputs: Inputs, providers: Mapping[str, Builder])
     return check(case, builds, lambda name, got: gradients.op_agreement(case, got, want))
 
 
+def _cached(memory: float, gate: str = "copied", kv_dtype: str | None = None) -> Operation:
+    """The op that writes a KV cache."""
+    check = functools.partial(kv_cache.check_cache, gate=gate, kv_dtype=kv_dtype)
+    return Operation(check, lambda case: cached_bytes(kv_cache.form_of(case, gate, kv_dtype)), memory)
+
+
 # Inputs, two results and the copy's two buffers lie in memory at once; float32 gradients take twice as much.
 OPERATIONS = {
     "forward": Operation(check_forward, minimum_bytes, 2.5),
@@ -96,10 +102,8 @@ OPERATIONS = {
         5.0,
     ),
     # Each call has caches of its own.
-    "kv_cache": Operation(kv_cache.check_cache, lambda case: cached_bytes(kv_cache.form_of(case)), 5.0),
-    "kv_cache_gate_in_place": Operation(
-        functools.partial(kv_cache.check_cache, gate="in_place"),
-        lambda case: cached_bytes(kv_cache.form_of(case, "in_place")),
-        9.0,
-    ),
+    "kv_cache": _cached(5.0),
+    "kv_cache_gate_in_place": _cached(9.0, gate="in_place"),
+    "kv_cache_fp8": _cached(5.0, kv_dtype="float8_e4m3fn"),
+    "kv_cache_fp8_gate_in_place": _cached(9.0, gate="in_place", kv_dtype="float8_e4m3fn"),
 }

@@ -17,7 +17,7 @@ import pallas_qk
 from benchmarks import xla_plain
 from benchmarks.timing import wait
 from pallas_qk import dlpack
-from tests import forms
+from tests import forms, fp8
 from tests.cached import CachedCase, kv_views
 from tests.cases import Case, Inputs, make_inputs
 
@@ -58,21 +58,18 @@ def oracle(case: Case, inputs: Inputs) -> Call:
 
 
 def oracle_writer(
-    cached: CachedCase,
-    caches: Sequence[Any],
-    slots: Any,
-    scales: Sequence[Any] = (),
-    write: Callable[..., None] | None = None,
+    cached: CachedCase, caches: Sequence[Any], slots: Any, write: Callable[..., None] | None = None
 ) -> Callable[[Any, Any], None]:
-    """Writes k and v (T, Hkv, D) into torch tensors in the form of the cache, in place.
+    """Writes k and v (T, Hkv, D) into torch tensors in the form of the cache, in place, divided by the case's scales.
 
-    `scales` are those of k and v for 8-bit caches. `write` takes the place of the oracle's.
+    `write` takes the place of the oracle's.
     """
     import torch
 
     from torch_ref import triton_oracle
 
     write = write or triton_oracle.write_kv_cache
+    scales = [torch.tensor(scale, device=slots.device) for scale in cached.scales]
     k_cache, v_cache = kv_views(cached, caches, torch.permute)
     if "l" in cached.sizes:
         if not cached.layer_is_inside:
@@ -87,18 +84,17 @@ def cached_oracle(
     v: Any,
     caches: Sequence[Any],
     slots: Any,
-    scales: Sequence[Any] = (),
     write: Callable[..., None] | None = None,
 ) -> Call:
     """The oracle's two launches, of torch tensors: the op, then its writer. Gives q, k, gate and the caches.
 
-    `scales` and `write` as for `oracle_writer`.
+    `write` as for `oracle_writer`.
     """
     from torch_ref import triton_oracle
 
     case = cached.case
     rows = (case.num_tokens, case.num_kv_heads, case.head_dim)
-    write_rows, v_rows = oracle_writer(cached, caches, slots, scales, write), v.unflatten(-1, rows[1:])
+    write_rows, v_rows = oracle_writer(cached, caches, slots, write), v.unflatten(-1, rows[1:])
     static: dict[str, Any] = case.static_arguments
 
     def call():
@@ -122,13 +118,36 @@ PROVIDERS: dict[str, Builder] = {"oracle": oracle, **{name: functools.partial(_j
 
 def torch_inputs(inputs: Inputs) -> list[Any]:
     """The same memory as torch tensors."""
-    return [dlpack.to_torch(array) for array in jax.block_until_ready(list(inputs))]
+    return [to_torch(array) for array in jax.block_until_ready(list(inputs))]
+
+
+def to_torch(array: Any) -> Any:
+    """An array of JAX or NumPy as a torch tensor over the same memory; one of 8-bit floats is copied.
+
+    They go as bytes: the exchange knows no 8-bit floats.
+    """
+    import torch
+
+    array = jnp.asarray(array)
+    if array.dtype.name not in fp8.NAMES:
+        return dlpack.to_torch(array)
+    return dlpack.to_torch(jax.lax.bitcast_convert_type(array, jnp.uint8)).view(getattr(torch, array.dtype.name))
+
+
+def from_torch(tensor: Any) -> jax.Array:
+    """The way back."""
+    import torch
+
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name not in fp8.NAMES:
+        return dlpack.from_torch(tensor)
+    return jax.lax.bitcast_convert_type(dlpack.from_torch(tensor.view(torch.uint8)), jnp.dtype(name))
 
 
 def to_jax(outputs) -> list[jax.Array]:
-    """The outputs of the oracle as JAX arrays over the same memory, finished."""
+    """The outputs of the oracle as JAX arrays, finished."""
     wait(outputs)
-    return [dlpack.from_torch(tensor) for tensor in outputs]
+    return [from_torch(tensor) for tensor in outputs]
 
 
 _REPEATED_TOKENS = 65536

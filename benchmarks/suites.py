@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from tests import fp8
 from tests.cached import AXES, CachedCase
 from tests.cases import Case
 
@@ -39,7 +40,10 @@ SUITES = {
     "block": Suite(
         ("gate_in_place", "block", "block_backward", "block_packed", "block_packed_backward"), (64, 1024, 16384)
     ),
-    "kv_cache": Suite(("kv_cache", "kv_cache_gate_in_place"), (1, 16, 64, 256, 1024, 4096, 16384, 65536)),
+    "kv_cache": Suite(
+        ("kv_cache", "kv_cache_gate_in_place", "kv_cache_fp8", "kv_cache_fp8_gate_in_place"),
+        (1, 16, 64, 256, 1024, 4096, 16384, 65536),
+    ),
 }
 
 
@@ -149,11 +153,14 @@ def parity_gpu() -> list[Case]:
 def parity_cached_gpu() -> list[CachedCase]:
     """The calls of `verify` on a GPU that write a KV cache; in each, tokens without a slot of every kind.
 
-    Every layout from separate arrays and from a packed one, and every gate. Where the cache has another dtype, plain
-    XLA promises bits too.
+    Every layout from separate arrays and from a packed one, and every gate, in the activations' dtype and in 8 bits.
+    Where the cache has another dtype, plain XLA promises bits too. Where it promises none of k and the cache has 8
+    bits, k is a result, which says where codes may differ.
     """
     f16, bf16, f32 = "float16", "bfloat16", "float32"
-    gates = itertools.cycle(("copied", "in_place", None))
+    e4m3, e5m2 = fp8.NAMES
+    gates, scales = itertools.cycle(("copied", "in_place", None)), itertools.cycle((0.37, 1.0, -3.0, 0.004, 448.0))
+    per_head = itertools.cycle(((False, False), (True, False), (False, True)))
     layouts = [
         CachedCase(
             Case(129, 5, 2, 128, 64, dtype, gate=next(gates), packed=packed),
@@ -165,10 +172,26 @@ def parity_cached_gpu() -> list[CachedCase]:
         for axes in AXES
         for packed, dtype in ((False, f16), (True, bf16))
     ]
+    layouts += [
+        dataclasses.replace(call, kv_dtype=e4m3, scale=next(scales), scale_per_head=next(per_head)) for call in layouts
+    ]
     dtypes = [
         CachedCase(Case(257, 16, 2, dtype=dtype, packed=True), axes, in_cache, num_blocks=20, block_size=16)
         for axes in ("b s h d", "b h s (c d)")
-        for dtype, in_cache in ((f16, bf16), (f16, f32), (bf16, f16), (bf16, f32))
+        for dtype, in_cache in ((f16, bf16), (f16, f32), (bf16, f16), (bf16, f32), (bf16, e5m2))
+    ]
+    codes = [
+        CachedCase(Case(64, 3, 1, 80, 40, f16, gathered=True), "b s h (c d)", e4m3, return_kv=True),
+        CachedCase(
+            Case(64, 5, 2, 96, 48, norm_beta=1.0), "b s (h c) d", e5m2, return_kv=True, scale_per_head=(True, True)
+        ),
+        CachedCase(
+            Case(129, 16, 4, 128, 128, f16, cache_dtype=f32), kv_dtype=e5m2, return_kv=True, scale_per_head=(True, True)
+        ),
+        CachedCase(Case(1024, 16, 2, dtype=f32, packed=True), kv_dtype=e4m3, return_kv=True),
+        CachedCase(Case(64, 5, 2, 96, 48, f32), "b h s d", e5m2, return_kv=True),
+        CachedCase(Case(64, 3, 1, 65, 6, f32), "h b s d", e4m3, return_kv=True),  # no two codes share a store
+        CachedCase(Case(65536, 16, 2, packed=True), kv_dtype=e4m3, num_blocks=4200, block_size=16, scale=0.02),
     ]
     slots = [
         CachedCase(Case(100, 3, 1, 64, 32), num_blocks=60, block_size=2, slots_dtype=dtype)
@@ -185,13 +208,15 @@ def parity_cached_gpu() -> list[CachedCase]:
         CachedCase(Case(65536, 16, 2, packed=True), num_blocks=4200, block_size=16),
         CachedCase(Case(65536, 16, 4, 128, 128, f16), "b h s (c d)", num_blocks=4200, block_size=16),
     ]
-    return layouts + dtypes + slots + others
+    return layouts + codes + dtypes + slots + others
 
 
 def parity_cached_cpu() -> list[CachedCase]:
-    """The calls of `verify` on a CPU that write a KV cache, in every layout."""
+    """The calls of `verify` on a CPU that write a KV cache, in every layout; some in 8 bits."""
     packed = [Case(9, 3, 1, 64, 32, "float16", packed=packed) for packed in (False, True)]
-    return [CachedCase(case, axes) for case, axes in zip(itertools.cycle(packed), AXES, strict=False)]
+    layouts = [CachedCase(case, axes) for case, axes in zip(itertools.cycle(packed), AXES, strict=False)]
+    codes = itertools.product(packed, ("b s h d", "l h b s (c d)"), fp8.NAMES)
+    return layouts + [CachedCase(case, axes, in_cache, return_kv=True) for case, axes, in_cache in codes]
 
 
 def parity_cpu() -> list[Case]:

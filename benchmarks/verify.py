@@ -8,8 +8,7 @@ import jax.numpy as jnp
 
 from benchmarks.agreement import Agreement, agreement, cached_agreement
 from benchmarks.progress import progress, say
-from benchmarks.providers import PROVIDERS, cached_oracle, oracle, to_jax, torch_inputs
-from pallas_qk import dlpack
+from benchmarks.providers import PROVIDERS, cached_oracle, oracle, to_jax, to_torch, torch_inputs
 from pallas_qk._rows import Outputs
 from tests import cached, strategies
 from tests.cached import CachedCase
@@ -67,7 +66,7 @@ def compare_cached(form: CachedCase, platform: str) -> Compare:
     """Of calls that write a KV cache, in a program that donates it."""
     case, data = form.case, cached.data_of(form)
     # Clones: the oracle writes into the caches, and JAX takes its arrays for immutable.
-    v, *caches, slots = (dlpack.to_torch(jnp.asarray(x)).clone() for x in (data.v, *data.before, data.slots))
+    v, *caches, slots = (to_torch(x).clone() for x in (data.v, *data.before, data.slots))
     q, k, gate, *written = to_jax(cached_oracle(form, torch_inputs(data.inputs), v, caches, slots)())
     want = Outputs(q, k, jnp.asarray(data.v), gate, *written)
 

@@ -216,8 +216,13 @@ def by_slot(cached: CachedCase, arrays: Sequence[Any], xp: Any = jnp) -> list[An
 
 def written(cached: CachedCase, slots: np.ndarray) -> np.ndarray:
     """Which rows of `by_slot` are written, in the order of their tokens."""
-    inside = (slots >= 0) & (slots < cached.capacity) & cached.layer_is_inside
-    return slots[inside].astype(np.int64) + (cached.layer * cached.capacity if "l" in cached.sizes else 0)
+    of_layer = cached.layer * cached.capacity if "l" in cached.sizes else 0
+    return slots[has_place(cached, slots)].astype(np.int64) + of_layer
+
+
+def has_place(cached: CachedCase, slots: np.ndarray) -> np.ndarray:
+    """Whether each token is written."""
+    return (slots >= 0) & (slots < cached.capacity) & cached.layer_is_inside
 
 
 def arguments(cached: CachedCase, seed: int = 0, data: Data | None = None) -> list[Any]:

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -44,6 +45,7 @@ GPUS = {  # kind and number of multiprocessors; the kernels that run there
     # Since JAX 0.11 its Triton backend knows no such device that is not there.
     "NVIDIA GeForce RTX 5090": (170, ("mosaic_gpu", "triton") if jax.__version_info__ < (0, 11) else ("mosaic_gpu",)),
 }
+WITHOUT_FP8 = ("NVIDIA A100-SXM4-80GB",)  # no kernel writes codes of 8 bits there
 PLATFORMS = ("cpu", "tpu")  # plain XLA
 
 
@@ -84,6 +86,7 @@ class Cache:
     dtype: str | None = None  # None: that of the activations
     slots_dtype: str = "int32"
     return_kv: bool = False
+    scale_per_head: tuple[bool, bool] | None = None  # of k and v, for a dtype of 8 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +115,7 @@ MAIN_FORMS = (
     *itertools.starmap(Form, itertools.product(("copied", "in_place", None), (False, True), (False, True))),
     _cached(Cache()),
     _cached(Cache("b s (h c) d"), "in_place", packed=False),
+    _cached(Cache(dtype="float8_e4m3fn", scale_per_head=(False, False))),
 )
 FORMS = (
     *MAIN_FORMS,
@@ -119,6 +123,9 @@ FORMS = (
     _cached(Cache("b h s (c d)", "float32", return_kv=True), packed=False),
     _cached(Cache("l h b s d", slots_dtype="uint8"), None),
     _cached(Cache("c b s h d", slots_dtype="int64", return_kv=True), None, packed=False),
+    _cached(Cache("b h s (c d)", "float8_e5m2", return_kv=True, scale_per_head=(True, False)), packed=False),
+    _cached(Cache("l b s (h c) d", "float8_e4m3fn", scale_per_head=(False, True)), "in_place"),
+    _cached(Cache("c h b s d", "float8_e4m3fn", scale_per_head=(True, True)), None),
 )
 
 
@@ -145,14 +152,26 @@ def calls() -> Iterator[Call]:
         (direction, form)
         for direction in ("forward", "backward")
         for form in FORMS
-        if hasattr(pallas_qk, form.function) and (direction == "forward" or form.cache is None)
+        if is_there(form) and (direction == "forward" or form.cache is None)
     ]
     for (gpu, (_, names)), (direction, form) in itertools.product(GPUS.items(), kinds):
+        if has_scales(form) and gpu in WITHOUT_FP8:
+            continue
         shapes = SHAPES if gpu == "NVIDIA H200" and form in MAIN_FORMS else SHAPES[:1]
         for name, shape in itertools.product(names, shapes):
             yield Call(gpu, name, direction, form, shape)
     for platform, (direction, form) in itertools.product(PLATFORMS, kinds):
         yield Call(platform, None, direction, form, SHAPES[0] if form.gathered else SHAPES[5])
+
+
+def has_scales(form: Form) -> bool:
+    return form.cache is not None and form.cache.scale_per_head is not None
+
+
+def is_there(form: Form) -> bool:
+    """Whether the package has the function, and that its scales."""
+    function = getattr(pallas_qk, form.function, None)
+    return function is not None and (not has_scales(form) or "k_scale" in inspect.signature(function).parameters)
 
 
 def function_and_arguments(call: Call):
@@ -192,12 +211,14 @@ def function_and_arguments(call: Call):
         static |= {"cache_axes": form.cache.axes, "return_kv": form.cache.return_kv}
         qkv = activations[0] if form.packed else (*activations, array(t, kv_heads * d))
         kv_cache, slots = of_cache(form.cache, shape), array(t, dtype=form.cache.slots_dtype)
-        layer = array(dtype="int32") if "l" in form.cache.axes else None
+        layer = {"layer": array(dtype="int32")} if "l" in form.cache.axes else {}
+        per_head = dict(zip(("k_scale", "v_scale"), form.cache.scale_per_head or (), strict=False))
+        scales = {name: array(*[kv_heads] * own, dtype="float32") for name, own in per_head.items()}
 
-        def write(layer, *arrays):
-            return op(*arrays, **static, layer=layer)
+        def write(named, *arrays):
+            return op(*arrays, **static, **named)
 
-        return write, [layer, qkv, *weights, table, *positions, kv_cache, slots]
+        return write, [layer | scales, qkv, *weights, table, *positions, kv_cache, slots]
 
     def forward(*arrays):
         arrays = arrays if positions else (*arrays, None)

@@ -45,6 +45,12 @@ OUTSIDE_OF_MOSAIC = "test_a_position_past_the_table_gives_nan_in_its_lanes_and_a
 OUTSIDE_OF_TORCH = tests_of(
     "torch_ref", "test_a_position_past_the_table_gives_nan_in_its_rotated_lanes_and_a_negative_one_row_0"
 )
+# Each number, in three heads by three scales; and a scale for each head of v.
+CODES = {
+    name: tests_of("fp8_cache", f"test_every_number_and_every_scale[{name}-float16-float8_e4m3fn]")
+    for name in ("xla", "mosaic_gpu", "triton")
+}
+CODES_OF_HEADS = {name: cache_by(name, "-kv_dtype=float8_e4m3fn") for name in CODES}
 SLOTS_OUTSIDE = tests_of("kv_cache", "test_every_integer_dtype_and_what_lies_outside")
 # A write farther off would end the process.
 ORACLE_S_CACHE = tests_of("torch_kv_cache", "test_oracle_equals_the_reference[cpu-b s h d-torch.float16-near]")
@@ -148,6 +154,18 @@ MUTATIONS = [
             tests_of("sharding", "test_gradients_inside_shard_map"),
         ),
         (
+            "a cache does not vary with its scales",
+            "found += getattr(x, place.scale.array)",
+            "found += ()",
+            tests_of("cache_sharding", "test_a_scale_that_varies_alone"),
+        ),
+        (
+            "sharding: the scales of all heads on each device",
+            '("scale_h" if per_head else "scale" for',
+            '("scale" for',
+            tests_of("cache_sharding", "test_heads[8 bits-auto]"),
+        ),
+        (
             "the row of each token is taken for a shared table",
             'table = "... rotary" if trees[0].positions is None else "position rotary"',
             'table = "position rotary"',
@@ -230,6 +248,12 @@ MUTATIONS = [
     ),
     *_in(
         "pallas_qk/_call.py",
+        (
+            "cache: a scale for each head by v's alone",
+            "scale_per_head=(inputs.k_scale.size > 1, inputs.v_scale.size > 1)",
+            "scale_per_head=(inputs.v_scale.size > 1, inputs.v_scale.size > 1)",
+            tests_of("cache_sharding", "test_heads[8 bits-auto]"),
+        ),
         (
             "positions of less than a byte reach the kernels",
             "if x is not None and jnp.iinfo(x.dtype).bits < 8:",
@@ -320,10 +344,73 @@ MUTATIONS = [
         ),
         (
             "cache: no rounding before a cast to a wider cache",
-            "rows = lax.optimization_barrier(rows)",
-            "rows = list(rows)",
+            "own = lax.optimization_barrier(own)",
+            "own = tuple(own)",
             cache_by("xla", "-kv_dtype=float32"),
             "XLA drops the rounding on GPUs alone",
+        ),
+        (
+            "xla codes: the first head's scale for all",
+            "_fp8.codes(x, scale[:, None], dtype)",
+            "_fp8.codes(x, scale[:1, None], dtype)",
+            CODES_OF_HEADS["xla"],
+        ),
+    ),
+    *_in(
+        "pallas_qk/_fp8.py",
+        (
+            "xla codes: ties go up",
+            "(2 ** (dropped - 1) - 1) + odd)",
+            "(2 ** (dropped - 1)))",
+            CODES["xla"],
+        ),
+        (
+            "xla codes: ties go down",
+            "(2 ** (dropped - 1) - 1) + odd)",
+            "(2 ** (dropped - 1) - 1))",
+            CODES["xla"],
+        ),
+        (
+            "xla codes: no saturation",
+            "code = jnp.minimum(code, largest) | (bits >> 31 << 7)",
+            "code = code | (bits >> 31 << 7)",
+            CODES["xla"],
+        ),
+        (
+            "xla codes: numbers without their signs",
+            "jnp.minimum(code, largest) | (bits >> 31 << 7)",
+            "jnp.minimum(code, largest)",
+            CODES["xla"],
+        ),
+        (
+            "xla codes: NaN is the largest number",
+            "return jnp.where(magnitude > 0x7F800000, _NAN, code).astype(jnp.uint8)",
+            "return code.astype(jnp.uint8)",
+            CODES["xla"],
+        ),
+        (
+            "xla codes: infinity is NaN",
+            "magnitude > 0x7F800000",
+            "magnitude >= 0x7F800000",
+            CODES["xla"],
+        ),
+        (
+            "xla codes: subnormal ones as normal ones",
+            "jnp.where(magnitude < np.float32(smallest).view(np.uint32), subnormal, normal)",
+            "normal",
+            CODES["xla"],
+        ),
+        (
+            "xla codes: the unit of subnormal ones is half of theirs",
+            "np.float32(smallest * 2.0**dropped)",
+            "np.float32(smallest * 2.0 ** (dropped - 1))",
+            CODES["xla"],
+        ),
+        (
+            "xla codes: quotients of float32, by XLA",
+            "lax.convert_element_type(a, np.float64)",
+            "lax.convert_element_type(a, np.float32)",
+            tests_of("fp8_cache", "test_quotients_that_are_ties[xla]"),
         ),
     ),
     *_in(
@@ -338,6 +425,36 @@ MUTATIONS = [
             "cache: an empty cache passes",
             "if 0 in cache.shape:",
             "if False:",
+            tests_of("cache_errors", "test_bad_call"),
+        ),
+        (
+            "cache: a scale beside a cache of 16 bits",
+            "        if scale is not None:",
+            "        if False:",
+            tests_of("cache_errors", "test_bad_call"),
+        ),
+        (
+            "cache: 8 bits without a scale",
+            "    if scale is None:",
+            "    if False:",
+            tests_of("cache_errors", "test_bad_call"),
+        ),
+        (
+            "cache: a bool is a scale",
+            "np.floating) and not isinstance(scale, bool)",
+            "np.floating)",
+            tests_of("cache_errors", "test_bad_call"),
+        ),
+        (
+            "cache: a scale of any dtype",
+            'if str(scale.dtype) != "float32":',
+            "if False:",
+            tests_of("cache_errors", "test_bad_call"),
+        ),
+        (
+            "cache: a scale for each token",
+            "if scale.shape not in ((), (1,), (num_kv_heads,)):",
+            "if scale.ndim > 1:",
             tests_of("cache_errors", "test_bad_call"),
         ),
     ),
@@ -421,6 +538,12 @@ MUTATIONS = [
             "lead = [() for _ in lead]",
             "lead = list(lead)",
             tests_of("cache_sharding", "test_rows_go_where_the_cache_is"),
+        ),
+        (
+            "sharding: heads divided by the scales of others",
+            'over["scale_h"] = over["k"]',
+            "pass",
+            tests_of("cache_sharding", "test_heads[8 bits-auto]"),
         ),
         (
             "sharding: k laid out as q is",
@@ -582,6 +705,12 @@ MUTATIONS = [
     ),
     *_in(
         "pallas_qk/_reference.py",
+        (
+            "xla codes: v divided by the scale of k",
+            "scale = None if place.scale is None else getattr(inputs, place.scale.array)",
+            "scale = None if place.scale is None else inputs.k_scale",
+            CODES_OF_HEADS["xla"],
+        ),
         (
             "xla: the bits of a lane in ascending order",
             "for bit in tree_order(num_lanes):",
@@ -765,6 +894,30 @@ MUTATIONS = [
             RECIPE,
         ),
         (
+            "mosaic codes: two of a word swapped",
+            "{convert} low, $2, $1; {convert} high, $4, $3;",
+            "{convert} low, $1, $2; {convert} high, $4, $3;",
+            CODES["mosaic_gpu"],
+        ),
+        (
+            "mosaic codes: the halves of a word swapped",
+            "mov.b32 $0, {{low, high}}; }}",
+            "mov.b32 $0, {{high, low}}; }}",
+            CODES["mosaic_gpu"],
+        ),
+        (
+            "mosaic codes: an approximate division",
+            'return ptx("div.rn.f32 $0',
+            'return ptx("div.full.f32 $0',
+            tests_of("emitted", "test_the_code_of_8_bits_divides_and_saturates[mosaic_gpu]"),
+        ),
+        (
+            "mosaic codes: the scale divided by the row",
+            'ptx("div.rn.f32 $0, $1, $2;"',
+            'ptx("div.rn.f32 $0, $2, $1;"',
+            CODES["mosaic_gpu"],
+        ),
+        (
             "mosaic: lanes of a word swapped on the way out",
             'x2.f32 $0, $2, $1;", "=r,f,f"',
             'x2.f32 $0, $1, $2;", "=r,f,f"',
@@ -820,8 +973,8 @@ MUTATIONS = [
         ),
         (
             "mosaic cache: v at k's place",
-            "return cls(start + place.first if place.first else start, slot.exists)",
-            "return cls(start, slot.exists)",
+            "return cls(start + place.first if place.first else start, slot.exists, scale)",
+            "return cls(start, slot.exists, scale)",
             cache_by("mosaic_gpu", "-cache_axes=bhs(cd)"),
         ),
         (
@@ -829,6 +982,24 @@ MUTATIONS = [
             "if dtype != self.start.dtype:",
             "if False:",
             cache_by("mosaic_gpu", "-kv_dtype=float32", "float16"),
+        ),
+        (
+            "mosaic codes: rows undivided",
+            "lanes = [quotient(lane, self.scale) for lane in lanes]",
+            "pass",
+            CODES["mosaic_gpu"],
+        ),
+        (
+            "mosaic codes: the first head's scale for all",
+            "(scales + head.resized(64) if place.scale.per_head else scales)",
+            "scales",
+            CODES_OF_HEADS["mosaic_gpu"],
+        ),
+        (
+            "mosaic codes: v divided by the scale of k",
+            "getattr(inputs, place.scale.array)",
+            "inputs.k_scale",
+            CODES_OF_HEADS["mosaic_gpu"],
         ),
         (
             "mosaic: the bits of a lane in ascending order",
@@ -1056,6 +1227,18 @@ MUTATIONS = [
             "if target.compute_capability < (7, 0):",
             tests_of("choice", "test_an_old_gpu_gets_xla"),
         ),
+        (
+            "choice: Triton for codes that a GPU does not convert to",
+            "target.compute_capability < (8, 9)",
+            "target.compute_capability < (8, 0)",
+            tests_of("choice", "test_a_cache_of_8_bits_needs_a_gpu_that_converts_to_them"),
+        ),
+        (
+            "choice: Triton for codes on a Hopper at first",
+            "target.compute_capability < (8, 9)",
+            "target.compute_capability < (9, 0)",
+            tests_of("choice", "test_a_cache_of_8_bits_needs_a_gpu_that_converts_to_them"),
+        ),
     ),
     *_in(
         "pallas_qk/_triton/tiles.py",
@@ -1116,6 +1299,26 @@ MUTATIONS = [
             "== place, words, 0) for place in (0, 1))",
             "== place, words, 0) for place in (0, 0))",
             TREE_OF_TRITON,
+        ),
+        (
+            "triton codes: an approximate division",
+            'f"div.rn.f32 x{i}',
+            'f"div.full.f32 x{i}',
+            tests_of("emitted", "test_the_code_of_8_bits_divides_and_saturates[triton]"),
+        ),
+        (
+            "triton codes: the scale divided by the row",
+            "${1 + i}, ${5 + i};",
+            "${5 + i}, ${1 + i};",
+            CODES["triton"],
+            PTX,
+        ),
+        (
+            "triton codes: two of a word swapped",
+            "x{2 * i + 1}, x{2 * i};",
+            "x{2 * i}, x{2 * i + 1};",
+            CODES["triton"],
+            PTX,
         ),
         (
             "triton: rotation of values that were not rounded",
@@ -1196,8 +1399,8 @@ MUTATIONS = [
         "pallas_qk/_triton/forward.py",
         (
             "triton cache: a slot without room writes slot 0",
-            "values, both(mask, over_tile[0]))",
-            "values, mask)",
+            "cast, both(mask, over_tile[0]))",
+            "cast, mask)",
             cache_by("triton"),
         ),
         (
@@ -1205,6 +1408,18 @@ MUTATIONS = [
             '"c": jnp.int32(place.first > 0)',
             '"c": jnp.int32(0)',
             cache_by("triton", "-cache_axes=bhs(cd)"),
+        ),
+        (
+            "triton codes: the first head's scale for all",
+            "if not scale.per_head:",
+            "if True:",
+            CODES_OF_HEADS["triton"],
+        ),
+        (
+            "triton codes: v divided by the scale of k",
+            "scales = getattr(inputs, scale.array)",
+            "scales = inputs.k_scale",
+            CODES_OF_HEADS["triton"],
         ),
         (
             "triton: row 0 instead of NaN",
@@ -1377,6 +1592,30 @@ MUTATIONS = [
             "wide = any(array",
             "wide = all(array",
             tests_of("kv_cache", "test_one_argument_of_64_bits_gives_64_bits"),
+        ),
+        (
+            "read: v by the scale of k",
+            'values(parts[1], "v_scale")',
+            'values(parts[1], "k_scale")',
+            tests_of("fp8_cache", "test_a_cache_that_is_read"),
+        ),
+        (
+            "read: axes in the order of memory",
+            'order = [names.index(name) for name in "lbshd" if name in names]',
+            "order = list(range(len(names)))",
+            tests_of("fp8_cache", "test_a_cache_that_is_read"),
+        ),
+        (
+            "read: codes without their scale",
+            "x = x.astype(jnp.float32) * jnp.broadcast_to(last, x.shape)",
+            "x = x.astype(jnp.float32)",
+            tests_of("fp8_cache", "test_a_cache_that_is_read"),
+        ),
+        (
+            "read: half of an odd axis of k and v",
+            "_cache_checks.check_caches(k_cache, v_cache, cache_axes, num_kv_heads, head_dim)",
+            "pass",
+            tests_of("fp8_cache", "test_what_can_not_be_read"),
         ),
         (
             "slots: explicit axes by the places alone",

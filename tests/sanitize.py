@@ -50,6 +50,21 @@ CACHED_CASES = (
     CachedCase(Case(7, 3, 1, head_dim=64, rotary_dim=6), "c h s b d", kv_dtype="float32", slots_dtype="uint8"),
     CachedCase(Case(5, 2, 1, head_dim=128, rotary_dim=64, dtype="float32"), "b s (c h) d", kv_dtype="float16"),
     *(CachedCase(Case(6, 4, 2), "l b s h d", layer=layer) for layer in (0, 2, -1, 3, 2**31 - 1)),
+    # In 8 bits: one scale and one of each head, vectors of every width, codes alone in their store.
+    CachedCase(Case(37, 5, 2, packed=True), kv_dtype="float8_e4m3fn", block_size=16),
+    CachedCase(
+        Case(9, 3, 1, head_dim=80, rotary_dim=40, dtype="float16"), "b h s (c d)", "float8_e5m2", return_kv=True
+    ),
+    CachedCase(
+        Case(7, 3, 2, head_dim=65, rotary_dim=2, gate=None), "h b s d", "float8_e4m3fn", scale_per_head=(True, True)
+    ),
+    CachedCase(
+        Case(5, 2, 3, head_dim=64, rotary_dim=6, dtype="float32"),
+        "l b s (h c) d",
+        "float8_e4m3fn",
+        scale_per_head=(True, False),
+    ),
+    CachedCase(Case(300, 16, 2, gate="in_place"), "b s h d", "float8_e4m3fn", num_blocks=20, block_size=16),
     CachedCase(Case(1, 1, 1), num_blocks=1, block_size=1),
     CachedCase(Case(300, 16, 2, packed=True), num_blocks=20, block_size=16),
 )

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from tests import cached
+from tests import cached, fp8
 from tests.cached import CachedCase, Data
 from tests.cases import Case, Inputs
 from tests.definition import axes
 
 DTYPES = ("bfloat16", "float16", "float32")
+# Of rows on their way into a cache of 8 bits: a power of two, not one, what makes codes 0 or the largest, NaN of zeros.
+KV_SCALES = (1.0, 0.37, 1 / 3, 1e-3, 448.0, -2.0, 1e30, 0.0)
 POSITION_DTYPES = ("int32", "int64", "int8", "int16", "uint8", "uint16", "uint32", "uint64")
 
 
@@ -129,16 +131,21 @@ def cached_cases(draw, sizes: Sizes) -> CachedCase:
     num_blocks = max(1, int(min(places, sizes.most_elements // row_of_every_layer)) // block_size)
     if not no_slots(slots_dtype, num_blocks * block_size):
         case = dataclasses.replace(case, num_tokens=min(case.num_tokens, np.iinfo(slots_dtype).max + 1))
+    kv_dtype, scales = draw(st.sampled_from([None, None, *DTYPES, *2 * fp8.NAMES])), {}
+    if kv_dtype in fp8.NAMES:
+        per_head = draw(st.tuples(st.booleans(), st.booleans()))
+        scales = {"scale": draw(st.sampled_from(KV_SCALES)), "scale_per_head": per_head}
     return CachedCase(
         case,
         cache_axes,
-        kv_dtype=draw(st.sampled_from([None, None, *DTYPES])),
+        kv_dtype=kv_dtype,
         num_blocks=num_blocks,
         block_size=block_size,
         num_layers=num_layers,
         layer=draw(st.sampled_from([1, 0, 2, 3, -1, -3, 2**31 - 1, -(2**31)])) if "l" in cache_axes else 1,
         return_kv=draw(st.booleans()),
         slots_dtype=slots_dtype,
+        **scales,
     )
 
 
@@ -227,10 +234,13 @@ def _positions(case: Case, rng: np.random.Generator) -> np.ndarray:
 
 
 def make_data(call: CachedCase, seed: int = 0, *, special: bool = False) -> Data:
-    """As `make_inputs`, with a slot or none for each token. `special`: v has any bits where the cache has its dtype."""
+    """As `make_inputs`, with a slot or none for each token.
+
+    `special`: v has any bits where the cache has its dtype or holds codes.
+    """
     case, rng = call.case, np.random.default_rng([seed, 1])
     inputs, v = make_inputs(case, seed, special=special), cached.values(call, seed)
-    if special and call.cache_dtype == v.dtype:
+    if special and (call.cache_dtype == v.dtype or call.scales):
         v = rng.integers(0, 256, v.nbytes, np.uint8).view(v.dtype).reshape(v.shape)
     return Data(inputs, v, cached.caches(call, seed), _slots(call, rng))
 

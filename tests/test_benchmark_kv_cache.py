@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import sys
 
@@ -10,16 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import kv_cache, suites, verify
+from benchmarks import agreement, kv_cache, suites, verify
 from benchmarks.__main__ import main
 from benchmarks.agreement import written_agreement
 from benchmarks.floor import cached_bytes
 from benchmarks.operations import OPERATIONS
 from benchmarks.timing import Samples
 from pallas_qk._rows import Outputs
-from tests import cached, strategies
+from tests import cached, fp8, strategies, tolerances
 from tests.cached import AXES, CachedCase
 from tests.cases import Case, make_inputs
+from tests.compare import assert_same
 from tests.lowering import GPU_IMPLEMENTATIONS
 
 needs_triton = pytest.mark.skipif(
@@ -28,7 +30,8 @@ needs_triton = pytest.mark.skipif(
 )
 
 SMALL = Case(2, 2, 1, 32, 16, "float16")
-OPS = ["kv_cache", "kv_cache_gate_in_place"]
+OPS = suites.SUITES["kv_cache"].ops
+FP8 = "float8_e4m3fn"
 
 
 @pytest.fixture
@@ -68,18 +71,27 @@ def test_calls_that_write_a_cache_are_compared_and_write_it_in_place(by_distance
             del outputs
             after = calls[name].call()
             assert [x.unsafe_buffer_pointer() for x in (after.k_cache, after.v_cache)] == before
-            assert (after.gate is None) == (op == "kv_cache_gate_in_place") and after.k is after.v is None
+            assert (after.gate is None) == op.endswith("in_place") and after.k is after.v is None
+            assert {x.dtype.name for x in (after.k_cache, after.v_cache)} == {FP8 if "fp8" in op else "float16"}
         assert [len(calls[name].call()) for name in ("oracle",)] == [5]
     # Both caches, 48 places of 32 lanes each, beside q and the gate; those of k that are written count as k.
     assert calls["xla"].checked["elements"] == 2 * 20 * 2 * 32 + 20 * 32 + 2 * 48 * 32
     assert calls["xla"].checked["against"] == "oracle"
-    reference = "none: the reference" + ", with its copy of the gate" * (op != "kv_cache")
+    reference = "none: the reference" + ", with its copy of the gate" * op.endswith("in_place")
     assert calls["oracle"].checked == {"against": reference, "elements": 0, "differing": 0}
+    counted = {name for name, call in calls.items() if "codes of written rows are counted" in str(call.checked)}
+    assert counted == ({"xla_then_set", "xla_plain_then_set"} if "fp8" in op else set())
 
 
 @needs_triton
-@pytest.mark.parametrize("spoiled", ["q", "gate", "k_cache", "v_cache", "untouched"])
-def test_a_wrong_cache_gets_no_row(monkeypatch, by_distance, as_users_run_it, capsys, spoiled):
+@pytest.mark.parametrize(
+    "op, spoiled",
+    [
+        *itertools.product(["kv_cache"], ["q", "gate", "k_cache", "v_cache", "untouched"]),
+        *itertools.product(["kv_cache_fp8"], ["q", "v_cache", "untouched"]),
+    ],
+)
+def test_a_wrong_cache_gets_no_row(monkeypatch, by_distance, as_users_run_it, capsys, op, spoiled):
     case = dataclasses.replace(SMALL, num_tokens=5)
     slots = kv_cache.slots_of(kv_cache.form_of(case))
     free = next(slot for slot in range(16) if slot not in slots)
@@ -99,7 +111,7 @@ def test_a_wrong_cache_gets_no_row(monkeypatch, by_distance, as_users_run_it, ca
 
     monkeypatch.setattr(kv_cache, "fused", wrong)
     with jax.default_device(jax.devices("cpu")[0]):
-        calls, kept = OPERATIONS["kv_cache"].check(case, make_inputs(case), {"xla": None})
+        calls, kept = OPERATIONS[op].check(case, make_inputs(case), {"xla": None})
     assert not kept and list(calls) == ["xla_alone", "xla_then_set"]
     printed = capsys.readouterr().out
     assert f"{case.id}: xla " in printed and "BROKEN" in printed
@@ -206,27 +218,30 @@ def test_the_platform_of_a_writer_is_the_gpu(monkeypatch, writer, capability, ex
 @pytest.mark.parametrize("op", OPS)
 def test_a_writer_s_caches_are_compared_with_the_oracle_s(writer, as_users_run_it, capsys, op, spoiled):
     """A wrong one gets no row."""
+    import torch
+
     from benchmarks.providers import Writer
 
     case = dataclasses.replace(SMALL, num_tokens=5)
     slots = kv_cache.slots_of(kv_cache.form_of(case))
     at = {"a row": int(slots[2]), "untouched": next(slot for slot in range(16) if slot not in slots)}
 
-    def write(k, v, k_cache, v_cache, slots):
-        writer.build.write(k, v, k_cache, v_cache, slots)
+    def write(k, v, k_cache, v_cache, slots, *scales):
+        writer.build.write(k, v, k_cache, v_cache, slots, *scales)
         if spoiled:
-            v_cache[0, at[spoiled], 0, 3] += 1
+            v_cache.view(torch.uint8)[0, at[spoiled], 0, 3] += 1
 
     with jax.default_device(jax.devices("cpu")[0]):
         calls, kept = OPERATIONS[op].check(case, make_inputs(case), {"oracle": None, "vllm": Writer(write)})
-    assert kept == (spoiled is None) and list(calls) == ["oracle", "vllm"][: 1 + kept]
+    counted = "fp8" in op and spoiled == "a row"
+    assert kept == (counted or spoiled is None) and list(calls) == ["oracle", "vllm"][: 1 + kept]
     if kept:
         elements = (2 * 5 * 2 + 5 + 2 * 16) * 32  # q and gate, k, and both caches
         assert calls["vllm"].checked == {
             "against": "oracle",
-            "promise": "equal bits",
+            "promise": "equal bits" + "; codes of written rows are counted" * ("fp8" in op),
             "elements": elements,
-            "differing": 0,
+            "differing": int(counted),
         }
     else:
         assert "vllm 1 of" in capsys.readouterr().out
@@ -258,26 +273,42 @@ def test_codes_in_8_bits_are_counted_and_nothing_else_may_differ(changes, differ
     found = written_agreement(form, got, want, slots)
     assert (found.differing, found.kept) == (differing, kept)
     assert found.elements == (2 * 5 * 2 + 5) * 32 + 2 * form.capacity * 32
-    assert found.checked["promise"] == "equal bits but for codes of written rows, which are counted"
+    assert found.checked["promise"] == "equal bits; codes of written rows are counted"
 
 
 @needs_triton
 def test_a_writer_into_8_bits_takes_one_scale_of_each(writer):
     import torch
 
-    from benchmarks.providers import cached_oracle, torch_inputs
+    from benchmarks.providers import cached_oracle, to_jax, to_torch, torch_inputs
 
-    form = CachedCase(dataclasses.replace(SMALL, num_tokens=3), kv_dtype="float8_e4m3fn")
+    form = CachedCase(dataclasses.replace(SMALL, num_tokens=3), kv_dtype="float8_e4m3fn", scale_per_head=(False, False))
     with jax.default_device(jax.devices("cpu")[0]):
-        data = cached.data_of(form)
+        data, results = cached.data_of(form), []
         tensors, v, slots = torch_inputs(data.inputs), torch.from_numpy(data.v), torch.tensor([2, 11, 7])
-    scales, results = (torch.tensor([0.3]), torch.tensor(1.7)), []
-    for write in (None, writer.build.write):
-        caches = [torch.from_numpy(x.view(np.uint8)).clone().view(torch.float8_e4m3fn) for x in data.before]
-        *_, k_cache, v_cache = cached_oracle(form, tensors, v, caches, slots, scales, write)()
-        results.append([x.view(torch.uint8).numpy() for x in (k_cache, v_cache)])
-    np.testing.assert_array_equal(*results)
-    assert any((x != y.view(np.uint8)).any() for x, y in zip(results[0], data.before, strict=True))
+        for write in (None, writer.build.write):
+            caches = [to_torch(x).clone() for x in data.before]
+            *_, k_cache, v_cache = cached_oracle(form, tensors, v, caches, slots, write)()
+            results.append(to_jax([k_cache, v_cache]))
+    assert_same(*results)
+    for after, before in zip(results[0], data.before, strict=True):
+        changed = np.flatnonzero((np.asarray(after).view(np.uint8) != before.view(np.uint8)).any((2, 3)))
+        assert changed.tolist() == [2, 7, 11]
+
+
+@needs_triton
+def test_8_bits_are_exchanged_as_they_are():
+    import torch
+
+    from benchmarks.providers import from_torch, to_torch
+
+    codes = np.arange(256, dtype=np.uint8)
+    for name in fp8.NAMES:
+        with jax.default_device(jax.devices("cpu")[0]):
+            tensor = to_torch(codes.view(name))
+            assert tensor.dtype == getattr(torch, name) and tensor.view(torch.uint8).tolist() == codes.tolist()
+            array = from_torch(tensor)
+        assert array.dtype == name and np.asarray(array).view(np.uint8).tolist() == codes.tolist()
 
 
 @needs_triton
@@ -293,6 +324,15 @@ def test_a_writer_refuses_what_it_would_get_wrong(writer):
         writer.build.write(rows, rows, e4m3, e4m3, slots, one, torch.ones(2))
 
 
+@pytest.mark.parametrize("kv_dtype", fp8.NAMES)
+def test_a_user_s_codes(on_the_host, kv_dtype):
+    """They saturate. Divided by a power of two they are the definition's."""
+    x = np.random.default_rng(0).standard_normal((64, 32), np.float32).astype(np.float16) * np.float16(100)
+    for scale in np.array([0.25, 0.0625, 4.0], np.float32):
+        got = np.asarray(kv_cache.quantised(jnp.asarray(x), scale, jnp.dtype(kv_dtype))).view(np.uint8)
+        np.testing.assert_array_equal(got, fp8.codes(x, scale, kv_dtype))
+
+
 # --- the floor ----------------------------------------------------------------------------------------------------
 
 
@@ -303,6 +343,9 @@ def test_a_writer_refuses_what_it_would_get_wrong(writer):
         ("kv_cache", Case(16384), 2 * (16 + 16 + 2 + 2), 128),
         ("kv_cache_gate_in_place", Case(16384), 2 * (16 + 2 + 2), 128),
         ("kv_cache", Case(1, 32, 2), 2 * (32 + 32 + 2 + 2), 128),
+        # A row of an 8-bit cache is half as long.
+        ("kv_cache_fp8", Case(16384), 2 * (16 + 16) + 1.5 * (2 + 2), 128),
+        ("kv_cache_fp8_gate_in_place", Case(16384), 2 * 16 + 1.5 * (2 + 2), 128),
     ],
 )
 def test_bytes_of_the_suite_of_caches(op, case, rows, table):
@@ -314,6 +357,7 @@ def test_bytes_of_the_suite_of_caches(op, case, rows, table):
     [
         ({}, 2 + 2),
         ({"kv_dtype": "float32"}, 2 + 4),
+        ({"kv_dtype": "float8_e5m2"}, 2 + 1),
         ({"return_kv": True}, 2 + 2 + 2),
         ({"return_kv": True, "kv_dtype": "float32", "cache_axes": "b s h (c d)"}, 2 + 2 + 4),
         ({"cache_axes": "l b s (h c) d", "num_blocks": 50}, 2 + 2),
@@ -329,9 +373,10 @@ def test_a_row_of_a_cache_is_read_once_and_written_once_in_the_cache_s_dtype(pac
 
 @pytest.mark.parametrize("ending", ["", "_alone", "_then_set"])
 @pytest.mark.parametrize("gate", ["copied", "in_place"])
-def test_a_gate_left_in_place_is_no_result(ending, gate):
+@pytest.mark.parametrize("kv_dtype", [None, FP8])
+def test_a_gate_left_in_place_is_no_result(kv_dtype, gate, ending):
     """Its slice would be made."""
-    form = kv_cache.form_of(SMALL, gate)
+    form = kv_cache.form_of(SMALL, gate, kv_dtype)
     *arrays, before, slots = cached.arguments(form)
     call = kv_cache.builds_of(form, {"xla": None}, arrays, before, slots)[f"xla{ending}"]()
     assert (call().gate is None) == (gate == "in_place")
@@ -350,10 +395,21 @@ VERIFIED = suites.parity_cached_gpu()
 
 def test_verify_compares_every_layout_by_both_ways_in_and_slots_of_every_kind():
     assert {(call.cache_axes, call.case.packed) for call in VERIFIED} >= {(axes, p) for axes in AXES for p in (0, 1)}
+    codes = [call for call in VERIFIED if call.scales]
+    assert {call.kv_dtype for call in codes} == set(fp8.NAMES)
+    assert {call.cache_axes for call in codes if call.kv_dtype == "float8_e4m3fn"} >= set(AXES)
+    assert {(call.case.dtype, call.scale_per_head) for call in codes} >= {
+        (dtype, per_head)
+        for dtype in ("bfloat16", "float16")
+        for per_head in itertools.product((False, True), repeat=2)
+    }
+    assert max(call.case.num_tokens for call in codes) == 65536
     assert {call.slots_dtype for call in VERIFIED} == set(strategies.POSITION_DTYPES)
     assert {call.case.gate for call in VERIFIED} == {"copied", "in_place", None}
     assert {call.layer_is_inside for call in VERIFIED} == {call.return_kv for call in VERIFIED} == {True, False}
     for call in VERIFIED:
+        if call.scales and tolerances.max_differing_fraction(call.case):
+            assert call.return_kv  # which says where codes of k may differ
         slots = cached.slots_of(call)
         assert 0 <= slots[0] < call.capacity
         if call.case.num_tokens > 1:
@@ -362,7 +418,12 @@ def test_verify_compares_every_layout_by_both_ways_in_and_slots_of_every_kind():
 
 @needs_triton
 @pytest.mark.parametrize(
-    "call", [small(call) for call in (*VERIFIED[3:10:3], *VERIFIED[-14:-6], *VERIFIED[-5:-3])], ids=lambda x: x.id
+    "call",
+    [
+        *(small(call) for call in (*VERIFIED[3:10:3], *VERIFIED[-14:-6], *VERIFIED[-5:-3])),
+        *(small(call) for call in VERIFIED if call.scales and call.cache_axes in AXES[::5]),
+    ],
+    ids=lambda x: x.id,
 )
 def test_verify_compares_with_the_interpreted_oracle(on_the_host, call):
     """The slots' types and the layers of a GPU's run."""
@@ -376,10 +437,36 @@ def test_verify_compares_with_the_interpreted_oracle(on_the_host, call):
     assert result.elements == (rows + written * case.num_kv_heads) * case.head_dim
 
 
+@pytest.mark.parametrize(
+    ("changed", "k_is_there", "count", "kept"),
+    [
+        ([], True, 3, True),
+        ([1], True, 3, True),  # where k differs
+        ([1, 4], True, 3, False),
+        ([1, 4, 5], False, 3, True),
+        ([1, 4, 5, 6], False, 3, False),
+        ([1], True, 0, False),
+        ([1], False, 0, False),
+    ],
+)
+def test_a_code_of_k_differs_only_where_k_does(monkeypatch, changed, k_is_there, count, kept):
+    """Without k, as many do as elements of k may."""
+    monkeypatch.setattr(agreement, "promise", lambda *_: agreement.Promise(count, 1.0, 1.0))
+    rows = jnp.zeros((2, 4), jnp.float16)
+    codes = jnp.arange(8, dtype=jnp.uint8).reshape(2, 4)
+    got = codes.ravel().at[jnp.array(changed, int)].add(1).reshape(2, 4)
+    ks = (rows.at[0, 1].set(-0.0), rows) if k_is_there else None
+    found = agreement.agreement_of_codes("xla", SMALL, (got, codes), ks, platform="gpu")
+    assert (found.elements, found.differing, found.kept) == (8, len(changed), kept)
+    expected = "only where k does" if k_is_there else "at most 3 codes of k differ"
+    assert (expected in str(found.promise)) == (count > 0)
+
+
 @needs_triton
+@pytest.mark.parametrize("in_cache", [None, "float8_e4m3fn"])
 @pytest.mark.parametrize("spoil", ["q", "k", "v", "gate", "a row of k", "a row of v", "what no slot names"])
-def test_verify_fails_where_a_cache_is_wrong(monkeypatch, on_the_host, capsys, spoil):
-    call = CachedCase(Case(6, 2, 1, 64, 32, "float16"), "b s h d", return_kv=True)
+def test_verify_fails_where_a_cache_is_wrong(monkeypatch, on_the_host, capsys, spoil, in_cache):
+    call = CachedCase(Case(6, 2, 1, 64, 32, "float16"), "b s h d", in_cache, return_kv=True)
     slots = cached.slots_of(call)
     block, place = divmod(int(slots[0]), call.block_size)
     free = divmod(next(slot for slot in range(call.capacity) if slot not in slots), call.block_size)

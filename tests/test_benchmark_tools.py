@@ -232,6 +232,8 @@ def test_bytes_of_blocks():
         "block_packed_backward": (8 * 4 + 5 * 2) * row,
         "kv_cache": (4 * 4 + 4 * 2) * row + table_row,
         "kv_cache_gate_in_place": (2 * 4 + 4 * 2) * row + table_row,
+        "kv_cache_fp8": (4 * 4 + 3 * 2) * row + table_row,
+        "kv_cache_fp8_gate_in_place": (2 * 4 + 3 * 2) * row + table_row,
     }
     # With its gate copied the op moves two more rows of each query head.
     assert minimum_bytes(case) - found["gate_in_place"] == 2 * 4 * row

@@ -186,6 +186,26 @@ def test_scales_are_cut_with_the_heads_or_whole(mode):
         assert of_scales == ("data",) or not collectives(compiled.as_text())
 
 
+def test_a_scale_that_varies_alone():
+    """Every device has the same rows and a scale of its own: k's cache varies with it, and v's does not."""
+    leaves, scales = leaves_of(FP8), jnp.array([1.0, 0.5, 3.0, 0.1])
+
+    def written(k_scale, *leaves):
+        (q, k, v, *others, slots), kv_cache = leaves[:-2], leaves[-2:]
+        return cached.op(FP8, k_scale=k_scale)((q, k, v), *others, kv_cache, slots).kv_cache
+
+    def in_shard_map(k_scale, *leaves):
+        k_cache, v_cache = written(k_scale, *leaves)
+        assert [jax.typeof(x).manual_axis_type.varying for x in (k_cache, v_cache)] == [{"x"}, set()]
+        return k_cache, v_cache
+
+    specs = P("x"), *(P() for _ in leaves)
+    function = jax.shard_map(in_shard_map, mesh=mesh(x=4), in_specs=specs, out_specs=(P("x"), P()))
+    k_cache, v_cache = jax.jit(function)(scales, *leaves)
+    want = [jax.jit(written)(scale, *leaves) for scale in scales]
+    assert_same((k_cache, v_cache), (jnp.concatenate([k for k, _ in want]), want[0][1]))
+
+
 def assert_one_kernel_that_aliases(text: str, name: str, num_arrays: int) -> None:
     target = {"mosaic_gpu": "mosaic_gpu", "triton": "__gpu$xla.gpu.triton"}[
         name

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import re
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from pallas_qk import _implementations, _target
 from pallas_qk._mosaic_gpu.config import MosaicForward, mosaic_forward
 from pallas_qk._options import Spec, Target
 from pallas_qk._triton.config import triton_forward
+from tests import cached, fp8
+from tests.cached import CachedCase
 from tests.cases import SMALL_CASES, Case, make_inputs
 from tests.compare import assert_same
 from tests.forms import op
@@ -59,6 +62,27 @@ def test_no_tokens_need_no_kernel():
 def test_an_old_gpu_gets_xla():
     assert count_kernels(lowered(Case(16), ("cuda",), kind="Tesla V100-SXM2-16GB")) == {"mosaic_gpu": 0, "triton": 0}
     assert count_kernels(lowered(Case(16), ("cuda",), kind="NVIDIA A100-SXM4-80GB")) == {"mosaic_gpu": 0, "triton": 1}
+
+
+def test_a_cache_of_8_bits_needs_a_gpu_that_converts_to_them():
+    """Named, Triton is refused on an older one, where None takes plain XLA; a cache of 16 bits is written there."""
+    older, newer = "NVIDIA A100-SXM4-80GB", "NVIDIA L4"
+    case = CachedCase(Case(16))
+    found = {}
+    for kind, kv_dtype in itertools.product((older, newer), (None, *fp8.NAMES)):
+        call = dataclasses.replace(case, kv_dtype=kv_dtype)
+        arguments = jax.eval_shape(lambda call=call: cached.arguments(call))
+        found[kind, kv_dtype] = count_kernels(lowered_text(cached.op(call), *arguments, kind=kind))["triton"]
+        if found[kind, kv_dtype]:
+            assert count_kernels(lowered_text(cached.op(call, "triton"), *arguments, kind=kind))["triton"] == 1
+            continue
+        message = (
+            "implementation='triton' can't run this: it needs compute capability 8.9 or later for a cache of "
+            f"{kv_dtype}, got 8.0. Leave implementation out, or pass 'xla'."
+        )
+        with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
+            lowered_text(cached.op(call, "triton"), *arguments, kind=kind)
+    assert {which for which, count in found.items() if not count} == {(older, name) for name in fp8.NAMES}
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA B200", "NVIDIA GeForce RTX 5090", "NVIDIA GB10"])

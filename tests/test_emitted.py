@@ -13,6 +13,7 @@ from tests import emitted
 
 CALLS = {call.name: call for call in emitted.calls()}
 CACHED = [form for form in emitted.FORMS if form.cache]
+CODES = [form for form in CACHED if emitted.has_scales(form)]
 PLAIN = emitted.Call("NVIDIA H200", "triton", "forward", emitted.FORMS[0], emitted.SHAPES[0])
 
 
@@ -20,7 +21,8 @@ def test_calls_have_names_of_their_own_and_reach_every_form():
     assert len(CALLS) == len(list(emitted.calls()))
     for gpu, (_, implementations) in emitted.GPUS.items():
         found = {(c.implementation, c.direction, c.form) for c in CALLS.values() if c.where == gpu}
-        assert len(found) == len(implementations) * (2 * len(emitted.FORMS) - len(CACHED))
+        absent = len(CACHED) + (len(CODES) if gpu in emitted.WITHOUT_FP8 else 0)
+        assert len(found) == len(implementations) * (2 * len(emitted.FORMS) - absent)
     assert {c.form for c in CALLS.values() if c.where == "tpu"} == set(emitted.FORMS)
 
 
@@ -28,6 +30,22 @@ def test_a_form_whose_function_is_not_there_is_absent(monkeypatch):
     monkeypatch.delattr(pallas_qk, "fused_qkv_rmsnorm_rope_gate_cache")
     lacked = {form for form in CACHED if form.gate}
     assert {call.form for call in emitted.calls()} == set(emitted.FORMS) - lacked and 0 < len(lacked) < len(CACHED)
+
+
+def test_forms_of_8_bits_are_absent_where_the_function_has_no_scales(monkeypatch):
+    for name in ("fused_qkv_rmsnorm_rope_gate_cache", "fused_qkv_rmsnorm_rope_cache"):
+        monkeypatch.setattr(pallas_qk, name, lambda qkv, *others, layer=None: None)
+    assert {call.form for call in emitted.calls()} == set(emitted.FORMS) - set(CODES) and CODES
+
+
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
+def test_the_code_of_8_bits_divides_and_saturates(implementation):
+    """Each kind of scale and of code has kernels of its own."""
+    texts = [emitted.emitted(dataclasses.replace(PLAIN, implementation=implementation, form=form)) for form in CODES]
+    assert len({text for (text,) in texts}) == len(CODES)
+    for form, (text,) in zip(CODES, texts, strict=True):
+        assert "div.rn.f32" in text
+        assert f"cvt.rn.satfinite.{'e5m2' if 'e5m2' in form.cache.dtype else 'e4m3'}x2.f32" in text
 
 
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])

@@ -78,6 +78,24 @@ def test_every_number_and_every_scale(implementation, dtype, in_cache):
             np.testing.assert_array_equal(np.asarray(in_place).view(np.uint8).reshape(want.shape), want)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_quotients_that_are_ties(implementation):
+    """19 * 49 divided by 49 is a tie, which goes up to 20. By a product with 1 / 49 it would be less, and 18."""
+    ties = np.tile(np.arange(17, 32, 2), 8)
+    case = CachedCase(
+        Case(1, 1, 1, head_dim=64, rotary_dim=16, dtype="float16", max_position=40),
+        kv_dtype="float8_e4m3fn",
+        finite=True,
+        scale_per_head=(False, False),
+    )
+    function, data = kernel("forward", implementation, case.options, False), cached.data_of(case)
+    for divisor in (41, 47, 49, 55, 61):
+        x = (ties * divisor).astype(np.float16).reshape(1, -1)
+        inputs = cached.inputs_of(case, data=data._replace(v=x, slots=np.ones(1, np.int32)))
+        got = function(inputs._replace(v_scale=jnp.full(1, divisor, jnp.float32))).v_cache
+        np.testing.assert_array_equal(np.asarray(got)[0, 1, 0].astype(int), (ties + 1) // 4 * 4)
+
+
 def test_the_definition():
     """Codes of what every format's table says, and of what vLLM's writer stores for numbers past it."""
     for name, largest in (("float8_e4m3fn", 0x7E), ("float8_e5m2", 0x7B)):

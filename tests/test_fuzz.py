@@ -1,6 +1,7 @@
 """The fuzzer: that it runs, that what it prints can be run again, and that it sees what is wrong."""
 
 import dataclasses
+import itertools
 import queue
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_qk import _cache_axes
-from tests import cached, fuzz, strategies
+from tests import cached, fp8, fuzz, strategies
 from tests.cached import CachedCase
 from tests.cases import Case
 from tests.run import has_gpu
@@ -28,10 +29,11 @@ CACHED = CachedCase(
     slots_dtype="int64",
     layer=2,
 )
+CODES = dataclasses.replace(CACHED, kv_dtype="float8_e4m3fn", scale=1e-3, scale_per_head=(True, False))
 
 
 def test_a_reproducer_is_the_case():
-    for case in (CASE, Case(1), CACHED, CachedCase(CASE), *fuzz.draw(strategies.WIDE, 0, 20)):
+    for case in (CASE, Case(1), CACHED, CODES, CachedCase(CASE), *fuzz.draw(strategies.WIDE, 0, 20)):
         command = fuzz.reproducer(case, 7)
         program, text, rest = command.split("'")
         assert program == "python -m tests.fuzz " and rest == " --seed 7" and "\n" not in command
@@ -63,7 +65,10 @@ def test_drawn_calls_that_write_a_cache_are_bounded_and_reach_every_kind():
     assert {group for call in calls for group in _cache_axes.groups(call.cache_axes)} >= {"l", "c", "hc", "ch", "cd"}
     assert {call.layer_is_inside for call in calls} == {call.return_kv for call in calls} == {True, False}
     assert {call.slots_dtype for call in calls} == set(strategies.POSITION_DTYPES)
-    assert {call.kv_dtype for call in calls} == {None, *strategies.DTYPES}
+    assert {call.kv_dtype for call in calls} == {None, *strategies.DTYPES, *fp8.NAMES}
+    codes = [call for call in calls if call.kv_dtype in fp8.NAMES]
+    assert {call.scale for call in codes} == set(strategies.KV_SCALES)
+    assert {call.scale_per_head for call in codes} == set(itertools.product((False, True), repeat=2))
     assert {(call.case.gate, call.case.packed) for call in calls} == {
         (gate, packed) for gate in ("copied", "in_place", None) for packed in (False, True)
     }
@@ -133,10 +138,11 @@ def test_a_wrong_output_is_seen(monkeypatch, by_its_definition, output, message)
         fuzz.check_forward(case, 0, ("xla",))
 
 
+@pytest.mark.parametrize("call", [CACHED, CODES], ids=lambda call: call.id)
 @pytest.mark.parametrize("implementation", fuzz.IMPLEMENTATIONS)
-def test_a_call_that_writes_a_cache_is_compared(by_its_definition, implementation):
+def test_a_call_that_writes_a_cache_is_compared(by_its_definition, implementation, call):
     for seed in (0, 1):
-        assert fuzz.check(CACHED, seed, (implementation,)) > 2 * CACHED.num_layers * CACHED.capacity * 16
+        assert fuzz.check(call, seed, (implementation,)) > 2 * call.num_layers * call.capacity * 16
 
 
 def of_another_slot(slots, x, value):
@@ -253,12 +259,13 @@ def test_the_comparison_with_the_oracle(monkeypatch, packed):
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("axes", ["b s h d", "l c s h b d"])
-def test_the_comparison_with_the_oracle_s_writer(monkeypatch, axes):
-    """What a GPU's run does, with the interpreted oracle and v of any bits."""
+@pytest.mark.parametrize("call, dtype", [(CACHED, "float32"), (CODES, "float16")])
+def test_the_comparison_with_the_oracle_s_writer(monkeypatch, call, dtype, axes):
+    """What a GPU's run does, with the interpreted oracle and v of any bits; codes of a dtype that a CPU reads whole."""
     pytest.importorskip("torch")
     pytest.importorskip("triton")
     monkeypatch.setattr(fuzz, "has_gpu", lambda: True)
-    call = dataclasses.replace(CACHED, case=dataclasses.replace(CACHED.case, dtype="float32"), cache_axes=axes)
+    call = dataclasses.replace(call, case=dataclasses.replace(call.case, dtype=dtype), cache_axes=axes)
     assert fuzz.check(call, 3, ("xla",))
     assert fuzz.check(dataclasses.replace(call, layer=-1), 3, ("xla",))
     monkeypatch.setattr(cached, "outputs_of", spoiled_v(cached.outputs_of))

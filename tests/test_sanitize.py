@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests import cached, lowering, sanitize
+from tests import cached, fp8, lowering, sanitize
 from tests.cases import Case
 from tests.run import has_gpu
 from tests.sanitize import read_reports
@@ -57,3 +57,7 @@ def test_calls_that_write_a_cache_have_slots_and_layers_outside():
     assert len(below) > 5 and len(past) > 5
     assert {call.layer_is_inside for call in sanitize.CACHED_CASES} == {True, False}
     assert {call.case.gate for call in sanitize.CACHED_CASES} == {"copied", "in_place", None}
+    codes = [call for call in sanitize.CACHED_CASES if call.scales]
+    assert {call.kv_dtype for call in codes} == set(fp8.NAMES)
+    assert {call.case.dtype for call in codes} == {"bfloat16", "float16", "float32"}
+    assert len({call.scale_per_head for call in codes}) == 3
