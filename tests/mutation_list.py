@@ -1595,9 +1595,15 @@ MUTATIONS = [
         ),
         (
             "read: v by the scale of k",
-            'values(parts[1], "v_scale")',
-            'values(parts[1], "k_scale")',
+            "_multiplied(v, v_scale)",
+            "_multiplied(v, k_scale)",
             tests_of("fp8_cache", "test_a_cache_that_is_read"),
+        ),
+        (
+            "read: scales where they lie",
+            "if sharding.mesh.explicit_axes:  # where the two must agree",
+            "if False:",
+            tests_of("fp8_cache", "test_a_cache_that_is_read_stays_sharded"),
         ),
         (
             "read: axes in the order of memory",
@@ -1607,8 +1613,8 @@ MUTATIONS = [
         ),
         (
             "read: codes without their scale",
-            "x = x.astype(jnp.float32) * jnp.broadcast_to(last, x.shape)",
-            "x = x.astype(jnp.float32)",
+            "return x.astype(jnp.float32) * scale",
+            "return x.astype(jnp.float32)",
             tests_of("fp8_cache", "test_a_cache_that_is_read"),
         ),
         (
