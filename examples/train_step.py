@@ -82,16 +82,21 @@ def loss(parameters: dict[str, jax.Array], tokens: jax.Array, table: jax.Array) 
     return -jnp.mean(jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1))
 
 
+def adam(parameters, moments, gradients, step):
+    """Parameters and moments after the step, counted from 1; the moments before it are zeros."""
+    first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, moments[0], gradients)
+    second = jax.tree.map(lambda m, g: 0.99 * m + 0.01 * g * g, moments[1], gradients)
+    rate = 3e-3 * jnp.sqrt(1 - 0.99**step) / (1 - 0.9**step)
+    parameters = jax.tree.map(lambda p, m, v: p - rate * m / (jnp.sqrt(v) + 1e-8), parameters, first, second)
+    return parameters, (first, second)
+
+
 @jax.jit
 def train_step(parameters, moments, step, key, table):
     """One step of Adam on fresh random tokens."""
     tokens = jax.random.randint(key, (BATCH, LENGTH), 0, VOCABULARY)
     value, gradients = jax.value_and_grad(loss)(parameters, tokens, table)
-    first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, moments[0], gradients)
-    second = jax.tree.map(lambda m, g: 0.99 * m + 0.01 * g * g, moments[1], gradients)
-    rate = 3e-3 * jnp.sqrt(1 - 0.99**step) / (1 - 0.9**step)
-    parameters = jax.tree.map(lambda p, m, v: p - rate * m / (jnp.sqrt(v) + 1e-8), parameters, first, second)
-    return parameters, (first, second), value
+    return *adam(parameters, moments, gradients, step), value
 
 
 def train(num_steps: int) -> list[float]:
