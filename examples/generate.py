@@ -6,6 +6,9 @@ python -m examples.generate
 is shared. Qwen3.5 and Qwen3-Next have layers of linear attention between their gated ones. Those are left out here, so
 their checkpoints aren't read; examples/gated_attention.py reads a gated layer of one.
 
+In training each layer runs under `jax.checkpoint`. The op's forward runs again in the backward, but for policies that
+save all of its results, such as save_only_these_names("q", "k", "v", "gate"): docs/generate.md has a table.
+
 B batch, S tokens, L cache length, E hidden size, F width of the MLP, V vocabulary, Hq and Hkv query and kv heads,
 D head_dim, R rotary_dim.
 """
@@ -59,7 +62,7 @@ class Parameters(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Of one layer."""
+    """What one layer keeps of the tokens so far."""
 
     k: jax.Array  # (B, L, Hkv, D)
     v: jax.Array  # (B, L, Hkv, D)
@@ -85,14 +88,15 @@ def decoder(
     """Tokens (B, S) at places (B, S) of their sequences to (B, S, E), before the last norm, and the caches with them.
 
     Without `lengths` each token sees those up to its own in `tokens`. With them it sees the first `lengths` (B,) in the
-    caches. A token at place -1 is padding and is written nowhere.
+    caches. A token at place -1 is padding and is written nowhere. `policy` is that of `jax.checkpoint`, which rules
+    what is kept for the backward where there are no caches.
     """
     hidden = parameters.embedding[tokens]
     settings = {"places": places, "table": table, "config": config, "attention": attention}
     if caches is None:
-        train = jax.checkpoint(functools.partial(decoder_layer, **settings), policy=policy)
+        checkpointed = jax.checkpoint(functools.partial(decoder_layer, **settings), policy=policy)
         for layer in parameters.layers:
-            hidden, _ = train(layer, hidden)
+            hidden, _ = checkpointed(layer, hidden)
         return hidden, ()
     slots = kv_cache.slots_of_rows(places, caches[0].k.shape[1])
     written = []
@@ -104,7 +108,7 @@ def decoder(
 
 
 def decoder_layer(layer: Layer, hidden, cache=None, slots=None, lengths=None, *, places, table, config, attention):
-    """hidden (B, S, E) to the same shape, and the cache; the other arguments are those of `decoder`."""
+    """hidden (B, S, E) to (B, S, E), and the cache; the other arguments are those of `decoder`."""
     normed = rms_norm(hidden, layer.attention_norm, config)
     arrays = normed @ layer.qkv, layer.q_norm, layer.k_norm, table, places  # places are positions: this is text
     q, k, v, gate, cache = prepare(arrays, cache, slots, lengths, config)
@@ -143,7 +147,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, config: Config) -> jax.Array:
 
 
 def logits_of(parameters: Parameters, hidden: jax.Array, config: Config) -> jax.Array:
-    """Of what `decoder` gives; float32."""
+    """Logits in float32 from what `decoder` gives."""
     head = parameters.embedding.T if parameters.head is None else parameters.head
     return jnp.matmul(rms_norm(hidden, parameters.norm, config), head, preferred_element_type=jnp.float32)
 
@@ -302,7 +306,7 @@ def advance(
 
 
 def _with_next(state: State, logits: jax.Array, top_k: int, temperature, stop) -> State:
-    """With one more token of each active sequence, of logits (B, V)."""
+    """With one more token of each active sequence, from logits (B, V)."""
     best, candidates = jax.lax.top_k(logits, top_k)
     drawn = jax.random.categorical(jax.random.fold_in(state.key, state.step), best / temperature)
     token = jnp.take_along_axis(candidates, drawn[:, None], axis=1)[:, 0]
@@ -335,7 +339,7 @@ def _check(width: int, length: int, num_rows: int, top_k: int, key: jax.Array | 
 def loss(
     parameters: Parameters, tokens: jax.Array, table: jax.Array, config: Config, *, policy: Callable | None = None
 ) -> jax.Array:
-    """Of each next token but the second, which nothing in the first foretells."""
+    """The mean over all tokens but the first two, which nothing before them foretells."""
     log_probabilities = jax.nn.log_softmax(forward(parameters, tokens, table, config, policy=policy))
     return -jnp.mean(jnp.take_along_axis(log_probabilities[:, 1:-1], tokens[:, 2:, None], axis=-1))
 
@@ -401,7 +405,7 @@ def load(folder: pathlib.Path, *, max_position: int) -> tuple[Parameters, jax.Ar
     for name, value in needed.items():
         if (got := given.get(name, value)) != value:
             raise NotImplementedError(f"{name} must be {value!r}, got {got!r}. Pass a checkpoint of Qwen3.")
-    import safetensors
+    import safetensors  # late: training and generating do without it
 
     weights = {}
     for file in folder.glob("*.safetensors"):

@@ -224,7 +224,7 @@ def of_kind(dtype: str) -> dict:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
 def test_a_narrow_cache_stays_near(dtype):
-    """Within four roundings of its dtype: measured are 0.005, 0.087 and 0.248 of the largest logit, over 200 tokens."""
+    """Within four roundings of its dtype: measured are 0.005, 0.11 and 0.14 of the largest logit, over 200 tokens."""
     parameters, table, _ = model()
     want, got = wide_logits(), forced_logits(parameters, greedy().tokens, caches(**of_kind(dtype)), table)
     error = float(jnp.abs(got - want).max() / jnp.abs(want).max())
@@ -316,7 +316,7 @@ def multiply_and_sum(q, k, v, lengths):
 
 
 def moves_in_the_loop(attention) -> list[str]:
-    """What the loop does to arrays of a cache's size, beside writing rows into them."""
+    """What the loop does to arrays of a cache's size, but for writing rows into them."""
     parameters, table, config = model(num_layers=1)
     given = caches(num_layers=1)
     arguments = parameters, prompts(), jnp.array(PROMPTS, jnp.int32), given, table
@@ -346,25 +346,29 @@ def test_no_cache_is_moved_in_the_loop(on_the_host):
 # Training
 
 POLICIES = jax.checkpoint_policies
-REMAT = {  # the policy, and how often a layer's gradient runs the op's forward
-    "nothing": (None, 2),
-    "nothing saveable": (POLICIES.nothing_saveable, 2),
-    "products": (POLICIES.dots_saveable, 2),
-    "products without a batch": (POLICIES.dots_with_no_batch_dims_saveable, 2),
-    "q, k and gate": (POLICIES.save_only_these_names("q", "k", "gate"), 2),
-    "q, k, v and gate": (POLICIES.save_only_these_names("q", "k", "v", "gate"), 1),
-    "everything": (POLICIES.everything_saveable, 1),
+REMAT = {  # the policy, and how many forward calls of the op and products of matrices a layer's gradient runs again
+    "nothing": (None, 1, 6),
+    "nothing saveable": (POLICIES.nothing_saveable, 1, 6),
+    "products": (POLICIES.dots_saveable, 1, 0),
+    "products but attention's": (POLICIES.dots_with_no_batch_dims_saveable, 1, 2),
+    "q, k and gate": (POLICIES.save_only_these_names("q", "k", "gate"), 1, 6),
+    "q, k, v and gate": (POLICIES.save_only_these_names("q", "k", "v", "gate"), 0, 6),
 }
+
+
+def calls(policy) -> collections.Counter:
+    parameters, table, config = model()
+    gradient = jax.grad(functools.partial(example.loss, config=config, policy=policy))
+    return collections.Counter(primitives(gradient, parameters, jnp.zeros((2, 8), jnp.int32), table))
 
 
 @pytest.mark.parametrize("name", REMAT)
 def test_what_a_policy_runs_again(name):
-    policy, forwards = REMAT[name]
-    parameters, table, config = model()
-    gradient = jax.grad(functools.partial(example.loss, config=config, policy=policy))
-    names = primitives(gradient, parameters, greedy().tokens, table)
-    assert names.count("fused_qk_rmsnorm_rope_gate") == forwards * len(parameters.layers)
-    assert names.count("fused_qk_rmsnorm_rope_gate_backward") == len(parameters.layers)
+    policy, forwards, products = REMAT[name]
+    once, got = calls(POLICIES.everything_saveable), calls(policy)
+    assert once["fused_qk_rmsnorm_rope_gate"] == got["fused_qk_rmsnorm_rope_gate_backward"] == 2
+    assert got["fused_qk_rmsnorm_rope_gate"] == 2 * (1 + forwards)
+    assert got["dot_general"] == once["dot_general"] + 2 * products
 
 
 def test_it_learns_and_generates_what_it_has_learnt(capsys):
