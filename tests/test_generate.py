@@ -20,7 +20,7 @@ from tests.run import primitives, quick_jit
 
 SIZES = {"vocabulary": 48, "width": 64, "mlp_width": 96}
 PROMPTS, WIDTH, LENGTH = (5, 11, 1, 8), 11, 211
-NUM_NEW, STOP = LENGTH - WIDTH, 7
+NUM_NEW = LENGTH - WIDTH
 CONFIGS = {"gated": CONFIG, "ungated": CONFIG._replace(gated=False, norm_beta=0.0, rotary_dim=32)}
 
 
@@ -40,8 +40,11 @@ def model(kind: str = "gated", num_layers: int = 2):
 
 @functools.cache
 def prompts() -> jax.Array:
-    """Behind each prompt lie other tokens, which its answer would show if it read them."""
-    return jax.random.randint(jax.random.key(1), (len(PROMPTS), WIDTH), 0, SIZES["vocabulary"])
+    """Behind each prompt lie other tokens, which its answer would show if it read them.
+
+    With this key the likeliest token leads by 0.001 everywhere, which no order of float32 sums makes up for.
+    """
+    return jax.random.randint(jax.random.key(4), (len(PROMPTS), WIDTH), 0, SIZES["vocabulary"])
 
 
 def caches(kind: str = "gated", batch: int = len(PROMPTS), num_layers: int = 2, **options) -> tuple[example.Cache, ...]:
@@ -224,7 +227,7 @@ def of_kind(dtype: str) -> dict:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
 def test_a_narrow_cache_stays_near(dtype):
-    """Within four roundings of its dtype: measured are 0.005, 0.11 and 0.14 of the largest logit, over 200 tokens."""
+    """Within four roundings of its dtype: measured are 0.005, 0.09 and 0.14 of the largest logit, over 200 tokens."""
     parameters, table, _ = model()
     want, got = wide_logits(), forced_logits(parameters, greedy().tokens, caches(**of_kind(dtype)), table)
     error = float(jnp.abs(got - want).max() / jnp.abs(want).max())
@@ -253,7 +256,7 @@ def test_a_checkpoint_generates_what_transformers_does(tmp_path, tied):
     their_config = transformers.Qwen3Config(
         **sizes, **heads, tie_word_embeddings=tied, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
     )
-    torch.manual_seed(0)
+    torch.manual_seed(5)
     theirs = transformers.Qwen3ForCausalLM(their_config).eval()
     for name, weight in theirs.named_parameters():
         if "norm" in name:
@@ -263,19 +266,20 @@ def test_a_checkpoint_generates_what_transformers_does(tmp_path, tied):
 
     padded = [np.pad(row[:n], (WIDTH - n, 0)) for row, n in zip(np.asarray(prompts()), PROMPTS, strict=True)]
     seen = [[0] * (WIDTH - n) + [1] * n for n in PROMPTS]
-    options = {"do_sample": False, "max_new_tokens": 60, "pad_token_id": 0, "eos_token_id": STOP}
+    options = {"do_sample": False, "max_new_tokens": 60, "pad_token_id": 0}
     with torch.no_grad():
-        want = theirs.generate(torch.tensor(np.array(padded)), attention_mask=torch.tensor(seen), **options).numpy()
+        want = theirs.generate(torch.tensor(np.array(padded)), attention_mask=torch.tensor(seen), **options)
+    want = want[:, WIDTH:].tolist()
+    assert all(len(set(x)) > 6 for x in want)
 
     parameters, table, config = example.load(tmp_path, max_position=WIDTH + 60)
     assert config == example.Config(4, 2, 32, 32, 1e-6, gated=False, norm_beta=0.0)
     assert (parameters.head is None) == tied
-    given = example.empty_caches(parameters, config, batch=len(PROMPTS), length=WIDTH + 60)
     run = quick_jit(functools.partial(example.generate, config=config))
-    state = run(parameters, prompts(), jnp.array(PROMPTS, jnp.int32), given, table, stop=STOP)
-    for answer, row in zip(answers(state), want[:, WIDTH:].tolist(), strict=True):
-        assert answer == row[: row.index(STOP) + 1 if STOP in row else None]
-        assert len(set(answer)) > 1
+    for stop in (-1, want[0][9]):
+        given = example.empty_caches(parameters, config, batch=len(PROMPTS), length=WIDTH + 60)
+        state = run(parameters, prompts(), jnp.array(PROMPTS, jnp.int32), given, table, stop=stop)
+        assert answers(state) == [x[: x.index(stop) + 1] if stop in x else x for x in want]
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
