@@ -166,7 +166,7 @@ def test_blocks_in_shard_map(packed, kv_dtype):
     assert_same(got, jax.jit(functools.partial(step, case))(*others, of_all, k_cache, v_cache))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", OF_BOTH_KINDS)
 def test_scales_are_cut_with_the_heads_or_whole(mode):
     """However the scales of the heads lie: each device divides by those of its own heads."""
     scales = jnp.asarray(FP8.scales[0])
