@@ -10,7 +10,7 @@ from pallas_qk._rows import Outputs
 from tests import tolerances
 from tests.cached import CachedCase, arrays_of, by_slot, has_place, written
 from tests.cases import Case
-from tests.compare import Comparison, compare_bits, compare_outputs
+from tests.compare import Comparison, bits_of, compare_bits, compare_outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,7 @@ def agreement_of_codes(implementation: str, case: Case, codes, rows, *, platform
         return _agreement_of(
             compared, dataclasses.replace(promised, codes=text), kept=compared.differing <= promised.max_differing
         )
-    is_same = _bits(rows[0]) == _bits(rows[1])
+    is_same = bits_of(rows[0]) == bits_of(rows[1])
     of_same_rows = compare_bits("k_cache", *(jnp.where(is_same, x, 0) for x in codes))
     promised = dataclasses.replace(promised, codes="codes of k differ only where k does")
     return _agreement_of(compared, promised, kept=of_same_rows.differing == 0)
@@ -180,14 +180,10 @@ def _agreement_of(compared: Comparison, promised: Promise, *, kept: bool) -> Agr
     return Agreement(compared.elements, compared.differing, promised, 0.0, 0.0, kept, compared.first)
 
 
-def _bits(x: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-
-
 def _by_slot(cached: CachedCase, outputs: Outputs) -> list[jax.Array]:
     """The rows of k and of v in a cache; codes are bytes here, because XLA converts 8-bit floats that it moves."""
     arrays = map(jnp.asarray, arrays_of(outputs))
-    return by_slot(cached, [_bits(x) if x.dtype.itemsize == 1 else x for x in arrays])
+    return by_slot(cached, [bits_of(x) if x.dtype.itemsize == 1 else x for x in arrays])
 
 
 def written_agreement(cached: CachedCase, got: Outputs, want: Outputs, slots: np.ndarray) -> Agreement:

@@ -51,6 +51,20 @@ class KVCache(NamedTuple):
 # The layer
 
 
+def op_options(config: Config, positions: jax.Array) -> dict[str, Any]:
+    """What the op is told besides its arrays."""
+    return {
+        "eps": config.eps,
+        "num_q_heads": config.num_q_heads,
+        "num_kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rotary_dim": config.rotary_dim,
+        "mrope_section": config.mrope_section if positions.ndim == 3 else None,
+        "norm_beta": 1.0,
+        "copy_gate": False,
+    }
+
+
 def project(
     parameters: Parameters, hidden: jax.Array, positions: jax.Array, cos_sin_cache: jax.Array, config: Config
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -61,14 +75,7 @@ def project(
         parameters.k_norm,
         cos_sin_cache,
         positions,
-        config.eps,
-        num_q_heads=config.num_q_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        rotary_dim=config.rotary_dim,
-        mrope_section=config.mrope_section if positions.ndim == 3 else None,
-        norm_beta=1.0,
-        copy_gate=False,
+        **op_options(config, positions),
     )
     batch, length, _ = hidden.shape
     return *(x.reshape(batch, length, -1, config.head_dim) for x in (q, k, v)), gate
@@ -95,17 +102,10 @@ def project_into(
         positions,
         (cache.k, cache.v),
         kv_cache.slots_of_rows(places, cache.k.shape[1]),
-        config.eps,
-        num_q_heads=config.num_q_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        rotary_dim=config.rotary_dim,
-        mrope_section=config.mrope_section if positions.ndim == 3 else None,
-        norm_beta=1.0,
+        **op_options(config, positions),
         k_scale=cache.k_scale,
         v_scale=cache.v_scale,
         return_kv=return_kv,
-        copy_gate=False,
     )
     heads = {
         name: x.reshape(batch, length, -1, config.head_dim)

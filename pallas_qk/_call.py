@@ -63,9 +63,9 @@ def call(
         _mesh_checks.check_known_shardings_of_caches(options, inputs, num_kv_heads)
     num_tokens = math.prod(lead)
     open_size = None if isinstance(num_tokens, int) else num_tokens
-    spec = Spec(num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim, str(inputs.q.dtype), open_size)
-    if cache_axes:
-        spec = dataclasses.replace(spec, cache_dtype=str(inputs.k_cache.dtype))
+    cache_dtype = str(inputs.k_cache.dtype) if cache_axes else None
+    dims = num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim
+    spec = Spec(*dims, str(inputs.q.dtype), open_size, cache_dtype=cache_dtype)
     _implementations.check_supported(spec, implementation)
     given = {name: x for name in _INTEGERS if (x := getattr(inputs, name)) is not None}
     inputs = inputs._replace(**{name: _array_checks.canonical_integers(x) for name, x in given.items()})

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-NAMES = ("float8_e4m3fn", "float8_e5m2")
+PTX_PAIRS = {"float8_e4m3fn": "e4m3x2", "float8_e5m2": "e5m2x2"}  # what PTX calls two of each dtype
+NAMES = tuple(PTX_PAIRS)
 _NAN = 0x7F
 _MANTISSA, _BIAS = 23, 127  # of float32
 

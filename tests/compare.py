@@ -28,11 +28,15 @@ class Comparison:
 COMPARED_BY_NUMPY = 1 << 22
 
 
+def bits_of(x: jax.Array) -> jax.Array:
+    """Unsigned integers."""
+    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+
 @jax.jit
 def _count(a: jax.Array, b: jax.Array) -> jax.Array:
     # Two stages keep each int32 count far below its limit at 2^32 elements.
-    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[a.dtype.itemsize]
-    differs = lax.bitcast_convert_type(a, bits) != lax.bitcast_convert_type(b, bits)
+    differs = bits_of(a) != bits_of(b)
     return jnp.sum(differs, axis=tuple(range(1, differs.ndim)), dtype=jnp.int32)
 
 

@@ -11,6 +11,8 @@ from jax.experimental.mosaic.gpu import utils as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
 
+from pallas_qk._fp8 import PTX_PAIRS
+
 WARP, WARPGROUP = 32, 128  # threads
 ACCESS_BYTES = 16  # the widest load or store of a thread
 
@@ -204,7 +206,7 @@ def narrow(lanes: list[Value], dtype: jnp.dtype) -> list[Int]:
     if dtype == jnp.float32:
         return [bits_of(lane) for lane in lanes]
     if dtype.itemsize == 1:
-        return _codes(lanes, {"float8_e4m3fn": "e4m3x2", "float8_e5m2": "e5m2x2"}[dtype.name])
+        return _codes(lanes, PTX_PAIRS[dtype.name])
     name = {"bfloat16": "bf16", "float16": "f16"}[dtype.name]
     if len(lanes) == 1:
         return [Int(ptx(f"cvt.rn.{name}.f32 $0, $1;", "=h,f", i16, *lanes))]

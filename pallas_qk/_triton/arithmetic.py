@@ -89,7 +89,7 @@ def ptx_arithmetic(dtype, fuses_y2: bool = False) -> Arithmetic:
         return y if dtype == jnp.float32 else _ptx(f"{convert} $0, $2, $1;", "=r,r,r", dtype, y, pack=2)
 
     def codes(x, scale, float8):
-        name = {"float8_e4m3fn": "e4m3x2", "float8_e5m2": "e5m2x2"}[str(float8)]
+        name = _fp8.PTX_PAIRS[str(float8)]
         divide = " ".join(f"div.rn.f32 x{i}, ${1 + i}, ${5 + i};" for i in range(4))
         convert = " ".join(f"cvt.rn.satfinite.{name}.f32 c{i}, x{2 * i + 1}, x{2 * i};" for i in range(2))
         code = f"{{ .reg .f32 x<4>; .reg .b16 c<2>; {divide} {convert} mov.b32 $0, {{c0, c1}}; }}"
