@@ -69,6 +69,9 @@ def parser(implementations: Sequence[str]) -> argparse.ArgumentParser:
         "--context", type=positive, nargs="+", default=[1024], help="tokens of each sequence in the cache"
     )
     decode.add_argument("--forms", nargs="+", metavar="FORM", help="how caches are written and read; default: some")
+    decode.add_argument(
+        "--programs", nargs="+", metavar="PROGRAM", help="default: XLA's own, all in CUDA graphs, and no graphs"
+    )
     decode.add_argument("--steps", type=positive, default=200, help="timed steps of each program")
     profile = add("profile", "write a trace for XProf and Perfetto, and print what it holds", shapes)
     profile.add_argument("--repeats", type=positive, default=10)
@@ -162,8 +165,12 @@ def measure(options: argparse.Namespace) -> int:
             forms = options.forms or [x for x in decode.DEFAULT_FORMS if not on_cpu or "cudnn" not in x]
             if unknown := [form for form in forms if form not in decode.FORMS]:
                 raise ValueError(f"a form is one of {', '.join(decode.FORMS)}, got {', '.join(unknown)}.")
+            programs = options.programs or list(decode.PROGRAMS)
+            if unknown := [program for program in programs if program not in decode.PROGRAMS]:
+                raise ValueError(f"a program is one of {', '.join(decode.PROGRAMS)}, got {', '.join(unknown)}.")
             recorded = record.new_run(options.output, options.commit)
-            return decode.run(layers, forms, options.tokens or decode.TOKENS, names, options.steps, recorded)
+            tokens = options.tokens or decode.TOKENS
+            return decode.run(layers, forms, tokens, names, options.steps, recorded, programs)
         case "profile":
             from benchmarks import profile
 

@@ -33,6 +33,7 @@ import pallas_qk
 from benchmarks import record, table, xplane
 from benchmarks.progress import progress, say
 from benchmarks.providers import JAX_OPS
+from examples import gated_attention
 from pallas_qk import kv_cache
 from tests.cases import Case, cos_sin_table
 
@@ -50,7 +51,7 @@ PROFILED_STEPS = 10
 class Form(NamedTuple):
     """How a step writes its caches and reads them."""
 
-    write: str  # "set": by `.at[sequence, place].set`, after the op; "op": by the op
+    write: str  # "set": by `.at[sequence, place].set`, after the op; "op": by the op; "example": by the example's layer
     attention: Literal["xla", "cudnn"]  # the implementation of `jax.nn.dot_product_attention`
     cache_dtype: str | None = None  # None: the activations'
     num_layers: int = 1
@@ -64,13 +65,15 @@ FORMS = {
     "op-cudnn": Form("op", "cudnn"),
     "fp8-xla": Form("op", "xla", "float8_e4m3fn"),
     "fp8-cudnn": Form("op", "cudnn", "float8_e4m3fn"),
+    "example-xla": Form("example", "xla"),
+    "example-cudnn": Form("example", "cudnn"),
 }
 FORMS |= {
     f"{name}-{how}": FORMS[name]._replace(num_layers=4, scanned=how == "scanned")
     for name in ("op-xla", "op-cudnn")
     for how in ("unrolled", "scanned")
 }
-DEFAULT_FORMS = ("set-xla", "op-xla", "set-cudnn", "op-cudnn", "fp8-cudnn")
+DEFAULT_FORMS = ("set-xla", "op-xla", "set-cudnn", "op-cudnn", "example-cudnn", "fp8-cudnn")
 SCALE = 0.05  # of k and of v in a cache of 8 bits
 
 
@@ -177,6 +180,8 @@ def _through_layer(
         hidden32 = hidden.astype(jnp.float32)
         inv_rms = jax.lax.rsqrt(jnp.mean(hidden32 * hidden32, axis=-1, keepdims=True) + 1e-6)
         x = (hidden32 * inv_rms).astype(layer.dtype)
+    if form.write == "example":
+        return _through_example(layer, form, cos_sin_cache, positions, weights, hidden, x, caches)
     with jax.named_scope("projection"):
         qkv = x @ weights["qkv"]
     static: dict[str, Any] = case.static_arguments
@@ -216,6 +221,20 @@ def _through_layer(
     with jax.named_scope("gate_and_output"):
         gated = attended.reshape(gate.shape) * jax.nn.sigmoid(gate)
         return hidden + gated @ weights["out"], caches
+
+
+def _through_example(layer, form, cos_sin_cache, positions, weights, hidden, x, caches) -> tuple[jax.Array, Any]:
+    """`_through_layer` by the layer of examples/gated_attention.py, which chooses the implementation itself."""
+    sizes = layer.num_q_heads, layer.num_kv_heads, layer.head_dim, layer.rotary_dim
+    config = gated_attention.Config(*sizes, mrope_section=None, eps=1e-6)
+    parameters = gated_attention.Parameters(weights["qkv"], weights["q_norm"], weights["k_norm"], weights["out"])
+    k, v = caches
+    cache = gated_attention.KVCache(k, v, positions)
+    of_tokens = x[:, None], positions[:, None]
+    outputs, cache = gated_attention.decode(
+        parameters, *of_tokens, cos_sin_cache, config, cache, attention=form.attention
+    )
+    return hidden + outputs[:, 0], (cache.k, cache.v)
 
 
 # --- what was recorded --------------------------------------------------------------------------------------------
@@ -386,6 +405,7 @@ def run(
     implementations: Sequence[str],
     steps: int,
     recorded: record.Run,
+    programs: Sequence[str] = tuple(PROGRAMS),
 ) -> int:
     """Appends a row for each layer, form, number of sequences, implementation and program, and prints them; 0.
 
@@ -397,7 +417,7 @@ def run(
     work = list(itertools.product(layers, tokens, forms, implementations))
     for layer, num_tokens, form, name in progress(work, "decode", lambda item: f"T={item[1]} {item[2]} {item[3]}"):
         try:
-            found = timed(layer, form, num_tokens, name, steps)
+            found = timed(layer, form, num_tokens, name, steps, programs)
         except NotImplementedError as error:
             say(f"{layer.case(num_tokens).id}: {form}, {name} skipped: {error}")
             continue
@@ -446,15 +466,19 @@ def _rounded(numbers: Cost | Profiled) -> dict[str, float]:
 
 
 def timed(
-    layer: Layer, form: str, num_tokens: int, implementation: str, steps: int
+    layer: Layer, form: str, num_tokens: int, implementation: str, steps: int, programs: Sequence[str]
 ) -> list[tuple[Ready, Recorded | None]]:
-    """Each of PROGRAMS, timed, and what its command buffers hold."""
+    """Each of the `programs`, timed, and what its command buffers hold."""
     if FORMS[form].write == "op" and implementation not in pallas_qk.IMPLEMENTATIONS:
         raise NotImplementedError(f"an op that writes caches is of {pallas_qk.IMPLEMENTATIONS}, got {implementation!r}")
+    sizes = layer.num_q_heads, layer.num_kv_heads, layer.head_dim, layer.rotary_dim
+    chosen = pallas_qk.default_implementation(num_tokens, *sizes, layer.dtype).name
+    if FORMS[form].write == "example" and implementation != chosen:
+        raise NotImplementedError(f"the example takes {chosen!r} here, got {implementation!r}")
     found = []
-    for name, options in PROGRAMS.items():
+    for name in programs:
         parameters, state = initial(layer, FORMS[form], num_tokens)
-        options = {**options, "xla_enable_command_buffers_during_profiling": True}
+        options = {**PROGRAMS[name], "xla_enable_command_buffers_during_profiling": True}
         program, thunks = compiled(implementation, layer, FORMS[form], options, parameters, state)
         costs, state = cost(program, parameters, state, steps)
         ready = Ready(layer, form, num_tokens, implementation, name, program, parameters, state, costs)

@@ -1,6 +1,7 @@
 """What stands around the timed runs: peers, blocks, floors, compiling, several GPUs, profiles, decoding, pictures."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import re
@@ -511,15 +512,19 @@ def test_the_dump_after_the_passes_counts_and_none_is_said(tmp_path):
 LAYER = decode.Layer(2, 1, 64, 32, context=8, dtype="float32", width_per_q_head=16)
 
 
-@pytest.mark.parametrize("name, form", [("xla", "set-xla"), ("xla_plain", "set-xla"), ("xla", "op-xla")])
+@pytest.mark.parametrize(
+    "name, form", [("xla", "set-xla"), ("xla_plain", "set-xla"), ("xla", "op-xla"), ("xla", "example-xla")]
+)
 @jax.default_matmul_precision("highest")  # the products below too, which a GPU takes in TF32
 def test_a_decode_step_appends_to_the_cache_and_attends_to_what_lies_there(name, form, as_users_run_it):
     parameters, state = decode.initial(LAYER, decode.FORMS[form], 3)
     state = state._replace(positions=jnp.array([0, 3, 7], jnp.int32))
     ((keys, values),) = state.caches
 
+    step_of_form = jax.jit(functools.partial(decode.step, name, LAYER, decode.FORMS[form]))
+
     def step(values=values):
-        after = decode.step(name, LAYER, decode.FORMS[form], parameters, state._replace(caches=((keys, values),)))
+        after = step_of_form(parameters, state._replace(caches=((keys, values),)))
         return after, *after.caches[0]
 
     after, _, written = step()
@@ -547,12 +552,14 @@ def test_every_form_of_a_decode_step_computes_one_thing(as_users_run_it):
     def hidden(form: str):
         form = decode.FORMS[form]
         parameters, state = decode.initial(LAYER, form, 3)
+        step = jax.jit(functools.partial(decode.step, "xla", LAYER, form))
         for _ in range(2):
-            state = decode.step("xla", LAYER, form, parameters, state)
+            state = step(parameters, state)
         return state.hidden
 
     want = hidden("set-xla")
     np.testing.assert_array_equal(hidden("op-xla"), want)
+    np.testing.assert_allclose(hidden("example-xla"), want, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(hidden("op-xla-scanned"), hidden("op-xla-unrolled"), rtol=1e-4, atol=1e-4)
     off = np.abs(np.asarray(hidden("fp8-xla") - want)).max()
     assert 0 < off < 0.5
@@ -568,8 +575,12 @@ def test_the_bytes_that_attention_must_read():
 def test_decode_records_each_program_and_its_profile(recorded, capsys, as_users_run_it, monkeypatch):
     monkeypatch.setattr(decode, "WARMUP_STEPS", 1)
     with jax.default_device(jax.devices("cpu")[0]):
-        assert decode.run([LAYER], ["op-xla"], [2], ["xla", "triton", "xla_plain"], 2, recorded) == 0
-    rows = rows_of(recorded)
+        names = ["xla", "triton", "xla_plain"]
+        assert decode.run([LAYER], ["op-xla"], [2], names, 2, recorded) == 0
+        assert decode.run([LAYER], ["example-xla"], [2], names, 2, recorded, ["graph"]) == 0
+    *rows, example, profile = rows_of(recorded)
+    assert (example["form"], example["op"], example["program"]) == ("example-xla", "decode_step", "graph")
+    assert (example["implementation"], profile["op"]) == ("xla", "decode_step_profile")
     assert [(row["op"], row["program"]) for row in rows] == [
         (op, name) for op in ("decode_step", "decode_step_profile") for name in ("default", "graph", "kernels")
     ]
@@ -580,9 +591,11 @@ def test_decode_records_each_program_and_its_profile(recorded, capsys, as_users_
     assert {row["form"] for row in rows} == {"op-xla"} and {row["attended_bytes"] for row in rows} == {2 * 4 * 2 * 256}
 
 
-def test_a_form_of_another_name_is_refused(capsys):
+def test_names_that_decode_does_not_know_are_refused(capsys):
     assert main(["decode", "--forms", "op-flash"]) == 2
     assert "a form is one of set-xla, set-cudnn, " in capsys.readouterr().err
+    assert main(["decode", "--programs", "graphs"]) == 2
+    assert "a program is one of default, graph, kernels, got graphs" in capsys.readouterr().err
 
 
 # --- reading a record ---------------------------------------------------------------------------------------------
