@@ -2,6 +2,10 @@
 
 The code of x is that of the float8 nearest to float32(x) / scale, ties to even. What is larger than every finite float8
 gets the code of the largest, infinities too. A NaN has the code that GPUs give it, without its sign.
+
+The quotient is a product in float64, x * (1 / scale), rounded to float32. Such a product is within 2^-51 of the quotient,
+relatively. No quotient of two numbers of 24 bits is closer than 2^-49 to the middle between two float32, unless it is
+subnormal and its code 0. So the product rounds as the quotient does, and a row needs one division.
 """
 
 import jax
@@ -11,6 +15,13 @@ from jax import lax
 
 PTX_PAIRS = {"float8_e4m3fn": "e4m3x2", "float8_e5m2": "e5m2x2"}  # what PTX calls two of each dtype
 NAMES = tuple(PTX_PAIRS)
+# float64 p, from float32 $1: 1 / $1 within 2^-52, or the infinity, zero or NaN that it is. PTX's own division would be a
+# call. The approximation has 20 bits, and the error of the refined one is the third power of its own.
+PTX_RECIPROCAL = (
+    ".reg .f64 s, r, e, t, p; .reg .pred special; cvt.f64.f32 s, $1; rcp.approx.ftz.f64 r, s; neg.f64 s, s; "
+    "fma.rn.f64 e, s, r, 0d3FF0000000000000; fma.rn.f64 t, e, e, e; fma.rn.f64 p, r, t, r; "
+    "testp.notanumber.f64 special, e; selp.f64 p, r, p, special;"
+)
 _NAN = 0x7F
 _MANTISSA, _BIAS = 23, 127  # of float32
 
@@ -27,14 +38,14 @@ def codes(x: jax.Array, scale: jax.Array, dtype) -> jax.Array:
 def _quotient(x: jax.Array, scale: jax.Array) -> jax.Array:
     """The float32 nearest to x / scale.
 
-    On a GPU XLA divides float32 by `div.full.f32`, and anywhere it makes a product of a division by a scalar. Both are
-    exact enough in float64: no quotient of two numbers of 24 bits is closer than 2^-50 of itself to the middle between
-    two of them.
+    On a GPU XLA divides float32 by `div.full.f32`. A division in float64 that is rounded to float32 is narrowed to that
+    again (H200, JAX 0.11.2). The product isn't, for one of its operands isn't a float32.
     """
     with jax.enable_x64(True):
         wide, divisor = (lax.convert_element_type(a, np.float64) for a in (x, scale))
-        divisor = lax.broadcast_in_dim(divisor, x.shape, tuple(range(x.ndim - scale.ndim, x.ndim)))
-        return lax.convert_element_type(lax.div(wide, divisor), np.float32)
+        factor = lax.div(np.float64(1), divisor)
+        factor = lax.broadcast_in_dim(factor, x.shape, tuple(range(x.ndim - scale.ndim, x.ndim)))
+        return lax.convert_element_type(lax.mul(wide, factor), np.float32)
 
 
 def _nearest(x: jax.Array, dtype) -> jax.Array:

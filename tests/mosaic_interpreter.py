@@ -234,6 +234,11 @@ def _flushed(x):
     return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
 
 
+def _upper_half(x):
+    """Of float64, without the lower 32 bits."""
+    return (x.view(np.uint64) & np.uint64(0xFFFFFFFF00000000)).view(np.float64)
+
+
 def _rounded(x, dtype) -> np.ndarray:
     """Bits of float32 x in a 16-bit dtype, to nearest even."""
     return np.where(np.isnan(x), np.uint16(0x7FFF), x.astype(dtype).view(np.uint16))
@@ -276,10 +281,22 @@ _PTX = {
     "cvt.rn.f16x2.f32": _packed(np.float16),
     "cvt.rn.bf16.f32": lambda x: _rounded(x, ml_dtypes.bfloat16),
     "cvt.rn.f16.f32": lambda x: _rounded(x, np.float16),
-    "div.rn.f32": lambda a, b: _canonical((a.astype(np.float64) / b.astype(np.float64)).astype(np.float32)),
+    "rcp.approx.ftz.f64": lambda x: _upper_half(1 / _upper_half(x)),
+    "neg.f64": lambda x: -x,
+    "fma.rn.f64": lambda a, b, c: (a.astype(np.longdouble) * b + c).astype(np.float64),
+    "mul.rn.f64": lambda a, b: a * b,
+    "testp.notanumber.f64": np.isnan,
+    "selp.f64": lambda a, b, p: np.where(p, a, b),
+    "mov.f64": lambda x: x,
+    "cvt.f64.f32": lambda x: x.astype(np.float64),
+    "cvt.rn.f32.f64": lambda x: _canonical(x.astype(np.float32)),
     "cvt.rn.satfinite.e4m3x2.f32": _pair_of_codes("float8_e4m3fn"),
     "cvt.rn.satfinite.e5m2x2.f32": _pair_of_codes("float8_e5m2"),
 }
+
+
+def _literal(text: str) -> np.ndarray | np.uint32:
+    return np.uint64(int(text[2:], 16)).view(np.float64) if text.startswith("0d") else np.uint32(text)
 
 
 def _ptx(code: str, args: list[np.ndarray]) -> np.ndarray:
@@ -289,7 +306,7 @@ def _ptx(code: str, args: list[np.ndarray]) -> np.ndarray:
         if name in ("", ".reg"):
             continue
         target, *sources = (operand.strip("{}") for operand in re.split(r",\s*", operands.strip()))
-        values = (np.uint32(source) if source.isdecimal() else registers[source] for source in sources)
+        values = (registers[source] if source in registers else _literal(source) for source in sources)
         registers[target] = _PTX[name](*values)
     return registers["$0"]
 

@@ -412,6 +412,18 @@ MUTATIONS = [
             "lax.convert_element_type(a, np.float32)",
             tests_of("fp8_cache", "test_quotients_that_are_ties[xla]"),
         ),
+        (
+            "codes: 1 / scale as it is first approximated",
+            "fma.rn.f64 p, r, t, r;",
+            "mov.f64 p, r;",
+            tests_of("fp8_cache", "test_quotients_that_are_ties[mosaic_gpu]"),
+        ),
+        (
+            "codes: 1 / scale is NaN for scales that are 0 or infinite",
+            "selp.f64 p, r, p, special;",
+            "",
+            CODES["mosaic_gpu"],
+        ),
     ),
     *_in(
         "pallas_qk/_cache_checks.py",
@@ -906,18 +918,6 @@ MUTATIONS = [
             CODES["mosaic_gpu"],
         ),
         (
-            "mosaic codes: an approximate division",
-            'return ptx("div.rn.f32 $0',
-            'return ptx("div.full.f32 $0',
-            tests_of("emitted", "test_the_code_of_8_bits_divides_and_saturates[mosaic_gpu]"),
-        ),
-        (
-            "mosaic codes: the scale divided by the row",
-            'ptx("div.rn.f32 $0, $1, $2;"',
-            'ptx("div.rn.f32 $0, $2, $1;"',
-            CODES["mosaic_gpu"],
-        ),
-        (
             "mosaic: lanes of a word swapped on the way out",
             'x2.f32 $0, $2, $1;", "=r,f,f"',
             'x2.f32 $0, $1, $2;", "=r,f,f"',
@@ -973,8 +973,8 @@ MUTATIONS = [
         ),
         (
             "mosaic cache: v at k's place",
-            "return cls(start + place.first if place.first else start, slot.exists, scale)",
-            "return cls(start, slot.exists, scale)",
+            "return cls(start + place.first if place.first else start, slot.exists, factor)",
+            "return cls(start, slot.exists, factor)",
             cache_by("mosaic_gpu", "-cache_axes=bhs(cd)"),
         ),
         (
@@ -985,7 +985,7 @@ MUTATIONS = [
         ),
         (
             "mosaic codes: rows undivided",
-            "lanes = [quotient(lane, self.scale) for lane in lanes]",
+            "lanes = [quotient(lane, self.factor) for lane in lanes]",
             "pass",
             CODES["mosaic_gpu"],
         ),
@@ -1301,15 +1301,16 @@ MUTATIONS = [
             TREE_OF_TRITON,
         ),
         (
-            "triton codes: an approximate division",
-            'f"div.rn.f32 x{i}',
-            'f"div.full.f32 x{i}',
-            tests_of("emitted", "test_the_code_of_8_bits_divides_and_saturates[triton]"),
+            "triton codes: the words of 1 / scale swapped",
+            '("$0, other", "other, $0")',
+            '("other, $0", "$0, other")',
+            CODES["triton"],
+            PTX,
         ),
         (
-            "triton codes: the scale divided by the row",
-            "${1 + i}, ${5 + i};",
-            "${5 + i}, ${1 + i};",
+            "triton codes: a row's factor at other lanes",
+            "mov.b64 f, {{${5 + i}, ${9 + i}}};",
+            "mov.b64 f, {{${5 + i}, ${5 + i}}};",
             CODES["triton"],
             PTX,
         ),

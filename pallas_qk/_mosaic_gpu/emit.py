@@ -11,7 +11,7 @@ from jax.experimental.mosaic.gpu import utils as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
 
-from pallas_qk._fp8 import PTX_PAIRS
+from pallas_qk._fp8 import PTX_PAIRS, PTX_RECIPROCAL
 
 WARP, WARPGROUP = 32, 128  # threads
 ACCESS_BYTES = 16  # the widest load or store of a thread
@@ -226,9 +226,15 @@ def _codes(lanes: list[Value], name: str) -> list[Int]:
     return [Int(ptx(code, "=r,f,f,f,f", i32, *four)) for four in fours]
 
 
-def quotient(lane: Value, divisor: Value) -> Value:
-    """The float32 nearest to lane / divisor."""
-    return ptx("div.rn.f32 $0, $1, $2;", "=f,f,f", lane.type, lane, divisor)
+def reciprocal(divisor: Value) -> Value:
+    """1 / divisor in float64, for `quotient`."""
+    return ptx(f"{{ {PTX_RECIPROCAL} mov.f64 $0, p; }}", "=d,f", ir.F64Type.get(), divisor)
+
+
+def quotient(lane: Value, factor: Value) -> Value:
+    """The float32 nearest to lane / divisor, whose reciprocal the factor is."""
+    code = "{ .reg .f64 x; cvt.f64.f32 x, $1; mul.rn.f64 x, x, $2; cvt.rn.f32.f64 $0, x; }"
+    return ptx(code, "=f,f,d", lane.type, lane, factor)
 
 
 # Memory

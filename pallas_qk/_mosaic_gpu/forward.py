@@ -176,7 +176,7 @@ def _forward_thread(
                 Target.of(getattr(outputs, place.array), place, num_heads, row, slot, inputs) for place in kind.targets
             ]
 
-        targets = {name: targets_of(kind) for name, kind in normed.items()}
+        targets = {name: targets_of(kind) for name, kind in (normed | copied).items()}
         xs = {name: [widen(v.load(source(kind)), dtype) for v in vectors] for name, kind in normed.items()}
         copies = {name: [v.load(source(kind)) for v in wide_vectors] for name, kind in copied.items()}
         angles = [table.load(table_rows, rotation.frequency, layout.lanes) for rotation in rotations]
@@ -190,7 +190,7 @@ def _forward_thread(
 
         load_weights("first")
         for name, copy in copies.items():
-            for target in targets_of(copied[name]):
+            for target in targets[name]:
                 target.store(wide_vectors, copy, dtype)
         # Loaded after a store they might alias, the weights keep ptxas from moving that store, and the loads before it,
         # below the sum.

@@ -26,6 +26,7 @@ from pallas_qk._mosaic_gpu.emit import (
     narrow,
     ptx,
     quotient,
+    reciprocal,
     select,
     when,
     widen,
@@ -148,20 +149,20 @@ class Target(NamedTuple):
 
     start: Pointer
     exists: Int | None = None  # None: it always is
-    scale: Value | None = None  # what the row is divided by
+    factor: Value | None = None  # 1 / what the row is divided by
 
     @classmethod
     def of(cls, array: Pointer, place: Place, num_heads: int, row: Int, slot: Slot | None, inputs: Inputs) -> "Target":
         if place.slots is None:
             return cls(RowsIn(array, place, num_heads).row(row))
         assert slot is not None
-        offset, head, scale = slot.offset(place.slots), row % num_heads, None
+        offset, head, factor = slot.offset(place.slots), row % num_heads, None
         start = array + (offset + head.resized(64) * place.head)
         if place.scale is not None:
             scales = getattr(inputs, place.scale.array)
             (word,) = (scales + head.resized(64) if place.scale.per_head else scales).load(1)
-            scale = word.as_float()
-        return cls(start + place.first if place.first else start, slot.exists, scale)
+            factor = reciprocal(word.as_float())
+        return cls(start + place.first if place.first else start, slot.exists, factor)
 
     def store(self, vectors: list[Vector], words: list[list[Int]], dtype: jnp.dtype) -> None:
         """Each vector's words of `dtype`, cast to the array's."""
@@ -169,8 +170,8 @@ class Target(NamedTuple):
             for v, of_vector in zip(vectors, words, strict=True):
                 if dtype != self.start.dtype:
                     lanes = widen(of_vector, dtype)
-                    if self.scale is not None:
-                        lanes = [quotient(lane, self.scale) for lane in lanes]
+                    if self.factor is not None:
+                        lanes = [quotient(lane, self.factor) for lane in lanes]
                     of_vector = narrow(lanes, self.start.dtype)
                 v.store(self.start, of_vector)
 

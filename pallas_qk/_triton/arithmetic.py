@@ -89,11 +89,21 @@ def ptx_arithmetic(dtype, fuses_y2: bool = False) -> Arithmetic:
         return y if dtype == jnp.float32 else _ptx(f"{convert} $0, $2, $1;", "=r,r,r", dtype, y, pack=2)
 
     def codes(x, scale, float8):
+        # 1 / scale in float64, once for each row, as two words: JAX has 64 bits where its user does alone.
+        of_rows = jnp.broadcast_to(scale, (*x.shape[:-1], 1))
+        reciprocal = f"{{ .reg .b32 other; {_fp8.PTX_RECIPROCAL} mov.b64 {{words}}, p; }}"
+        words = (
+            _ptx(reciprocal.replace("words", pair), "=r,f", jnp.int32, of_rows) for pair in ("$0, other", "other, $0")
+        )
+        divide = " ".join(
+            f"mov.b64 f, {{${5 + i}, ${9 + i}}}; cvt.f64.f32 w, ${1 + i}; mul.rn.f64 w, w, f; cvt.rn.f32.f64 x{i}, w;"
+            for i in range(4)
+        )
         name = _fp8.PTX_PAIRS[str(float8)]
-        divide = " ".join(f"div.rn.f32 x{i}, ${1 + i}, ${5 + i};" for i in range(4))
         convert = " ".join(f"cvt.rn.satfinite.{name}.f32 c{i}, x{2 * i + 1}, x{2 * i};" for i in range(2))
-        code = f"{{ .reg .f32 x<4>; .reg .b16 c<2>; {divide} {convert} mov.b32 $0, {{c0, c1}}; }}"
-        return _ptx(code, "=r" + 8 * ",f", float8, x.astype(jnp.float32), jnp.broadcast_to(scale, x.shape), pack=4)
+        code = f"{{ .reg .f64 f, w; .reg .f32 x<4>; .reg .b16 c<2>; {divide} {convert} mov.b32 $0, {{c0, c1}}; }}"
+        args = x.astype(jnp.float32), *(jnp.broadcast_to(word, x.shape) for word in words)
+        return _ptx(code, "=r" + 4 * ",f" + 8 * ",r", float8, *args, pack=4)
 
     def select(mask, a, b):
         # 32 bits an instruction, and no predicate for each lane.
