@@ -3,8 +3,8 @@
 The code of x is that of the float8 nearest to float32(x) / scale, ties to even. What is larger than every finite float8
 gets the code of the largest, infinities too. A NaN has the code that GPUs give it, without its sign.
 
-The quotient is a product in float64, x * (1 / scale), rounded to float32. Such a product is within 2^-51 of the quotient,
-relatively. No quotient of two numbers of 24 bits is closer than 2^-49 to the middle between two float32, unless it is
+The quotient is a product in float64, x * (1 / scale), rounded to float32. Relatively such a product is within 2^-51 of
+the quotient. No quotient of two numbers of 24 bits is closer than 2^-49 to the middle between two float32, unless it is
 subnormal and its code 0. So the product rounds as the quotient does, and a row needs one division.
 """
 
@@ -15,8 +15,8 @@ from jax import lax
 
 PTX_PAIRS = {"float8_e4m3fn": "e4m3x2", "float8_e5m2": "e5m2x2"}  # what PTX calls two of each dtype
 NAMES = tuple(PTX_PAIRS)
-# float64 p, from float32 $1: 1 / $1 within 2^-52, or the infinity, zero or NaN that it is. PTX's own division would be a
-# call. The approximation has 20 bits, and the error of the refined one is the third power of its own.
+# float64 p, from float32 $1: 1 / $1 within 2^-52, or the infinity, zero or NaN that it is. PTX's own division would be
+# a call. The approximation has 20 bits, and the error of the refined one is the third power of its own.
 PTX_RECIPROCAL = (
     ".reg .f64 s, r, e, t, p; .reg .pred special; cvt.f64.f32 s, $1; rcp.approx.ftz.f64 r, s; neg.f64 s, s; "
     "fma.rn.f64 e, s, r, 0d3FF0000000000000; fma.rn.f64 t, e, e, e; fma.rn.f64 p, r, t, r; "
