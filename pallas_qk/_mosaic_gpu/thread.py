@@ -165,15 +165,21 @@ class Target(NamedTuple):
         return cls(start + place.first if place.first else start, slot.exists, factor)
 
     def store(self, vectors: list[Vector], words: list[list[Int]], dtype: jnp.dtype) -> None:
-        """Each vector's words of `dtype`, cast to the array's."""
+        """Each vector's words of `dtype`, cast to the array's.
+
+        Where nothing is stored they are cast too, which ptxas can then do while it waits for something else.
+        """
+        if dtype != self.start.dtype:
+            words = [self._cast(of_vector, dtype) for of_vector in words]
         with contextlib.nullcontext() if self.exists is None else when(self.exists):
             for v, of_vector in zip(vectors, words, strict=True):
-                if dtype != self.start.dtype:
-                    lanes = widen(of_vector, dtype)
-                    if self.factor is not None:
-                        lanes = [quotient(lane, self.factor) for lane in lanes]
-                    of_vector = narrow(lanes, self.start.dtype)
                 v.store(self.start, of_vector)
+
+    def _cast(self, words: list[Int], dtype: jnp.dtype) -> list[Int]:
+        lanes = widen(words, dtype)
+        if self.factor is not None:
+            lanes = [quotient(lane, self.factor) for lane in lanes]
+        return narrow(lanes, self.start.dtype)
 
 
 def _limit(value: Int, size: int) -> int:
