@@ -284,10 +284,11 @@ _PTX = {
     "rcp.approx.ftz.f64": lambda x: _upper_half(1 / _upper_half(x)),
     "neg.f64": lambda x: -x,
     "fma.rn.f64": lambda a, b, c: (a.astype(np.longdouble) * b + c).astype(np.float64),
-    "mul.rn.f64": lambda a, b: a * b,
-    "testp.notanumber.f64": np.isnan,
-    "selp.f64": lambda a, b, p: np.where(p, a, b),
-    "mov.f64": lambda x: x,
+    "neg.f32": lambda x: -x,
+    "rcp.approx.f32": lambda x: _canonical(1 / x),
+    "mul.rn.f32": lambda a, b: _canonical(a * b),
+    "min.NaN.xorsign.abs.f32": lambda a, b: _canonical(np.copysign(np.minimum(np.abs(a), np.abs(b)), a) * np.sign(b)),
+    "mov.f32": lambda x: x,
     "cvt.f64.f32": lambda x: x.astype(np.float64),
     "cvt.rn.f32.f64": lambda x: _canonical(x.astype(np.float32)),
     "cvt.rn.satfinite.e4m3x2.f32": _pair_of_codes("float8_e4m3fn"),
@@ -296,7 +297,10 @@ _PTX = {
 
 
 def _literal(text: str) -> np.ndarray | np.uint32:
-    return np.uint64(int(text[2:], 16)).view(np.float64) if text.startswith("0d") else np.uint32(text)
+    """PTX writes a float as 0f or 0d and its bits."""
+    if text.startswith("0d"):
+        return np.uint64(int(text[2:], 16)).view(np.float64)
+    return np.uint32(int(text[2:], 16)).view(np.float32) if text.startswith("0f") else np.uint32(text)
 
 
 def _ptx(code: str, args: list[np.ndarray]) -> np.ndarray:

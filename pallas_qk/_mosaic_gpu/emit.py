@@ -11,7 +11,7 @@ from jax.experimental.mosaic.gpu import utils as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
 
-from pallas_qk._fp8 import PTX_PAIRS, PTX_RECIPROCAL
+from pallas_qk._fp8 import PTX_MINUS_RECIPROCAL, PTX_PAIRS, Divisor, ptx_quotient
 
 WARP, WARPGROUP = 32, 128  # threads
 ACCESS_BYTES = 16  # the widest load or store of a thread
@@ -226,15 +226,23 @@ def _codes(lanes: list[Value], name: str) -> list[Int]:
     return [Int(ptx(code, "=r,f,f,f,f", i32, *four)) for four in fours]
 
 
-def reciprocal(divisor: Value) -> Value:
-    """1 / divisor in float64, for `quotient`."""
-    return ptx(f"{{ {PTX_RECIPROCAL} mov.f64 $0, p; }}", "=d,f", ir.F64Type.get(), divisor)
+def divisor_of(scale: Int) -> Divisor:
+    """From the bits of a float32 scale."""
+    magnitude, minus_sign = scale & 0x7FFFFFFF, (scale ^ -(1 << 31)) & -(1 << 31)
+    power = (constant(254) - (magnitude >> 23).minimum(253)) << 23  # 2^(127 - exponent), normal whatever the exponent
+    is_special = (magnitude - 1).is_at_least(0x7F7FFFFF, signed=False)  # of zero that is the largest integer
+    kind = f32(0.0).type
+    minus_reciprocal = ptx("{ .reg .f32 s; neg.f32 s, $1; rcp.approx.f32 $0, s; }", "=f,f", kind, scale.as_float())
+    divisor = ptx("mul.rn.f32 $0, $1, $2;", "=f,f,f", kind, magnitude.as_float(), power.as_float())
+    minus_power = (power | minus_sign).as_float()
+    minus_factor, divisor = select(is_special, [minus_reciprocal, f32(1.0)], [minus_power, divisor])
+    return Divisor(minus_factor, divisor, ptx(PTX_MINUS_RECIPROCAL, "=f,f", kind, divisor))
 
 
-def quotient(lane: Value, factor: Value) -> Value:
-    """The float32 nearest to lane / divisor, whose reciprocal the factor is."""
-    code = "{ .reg .f64 x; cvt.f64.f32 x, $1; mul.rn.f64 x, x, $2; cvt.rn.f32.f64 $0, x; }"
-    return ptx(code, "=f,f,d", lane.type, lane, factor)
+def quotient(lane: Value, by: Divisor) -> Value:
+    """The float32 nearest to lane / scale, where its code isn't 0 or the largest."""
+    code = ptx_quotient("$1", Divisor("$2", "$3", "$4"), "$0")
+    return ptx(f"{{ .reg .f32 n, q, e; {code} }}", "=f,f,f,f,f", lane.type, lane, *by)
 
 
 # Memory

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 from jaxlib.mlir.dialects import math as mlir_math
 
+from pallas_qk._fp8 import Divisor
 from pallas_qk._mosaic_gpu.emit import (
     ACCESS_BYTES,
     Int,
@@ -20,13 +21,13 @@ from pallas_qk._mosaic_gpu.emit import (
     Value,
     butterfly,
     constant,
+    divisor_of,
     f32,
     is_signed,
     nan_like,
     narrow,
     ptx,
     quotient,
-    reciprocal,
     select,
     when,
     widen,
@@ -149,20 +150,20 @@ class Target(NamedTuple):
 
     start: Pointer
     exists: Int | None = None  # None: it always is
-    factor: Value | None = None  # 1 / what the row is divided by
+    divisor: Divisor | None = None  # of the row
 
     @classmethod
     def of(cls, array: Pointer, place: Place, num_heads: int, row: Int, slot: Slot | None, inputs: Inputs) -> "Target":
         if place.slots is None:
             return cls(RowsIn(array, place, num_heads).row(row))
         assert slot is not None
-        offset, head, factor = slot.offset(place.slots), row % num_heads, None
+        offset, head, divisor = slot.offset(place.slots), row % num_heads, None
         start = array + (offset + head.resized(64) * place.head)
         if place.scale is not None:
             scales = getattr(inputs, place.scale.array)
             (word,) = (scales + head.resized(64) if place.scale.per_head else scales).load(1)
-            factor = reciprocal(word.as_float())
-        return cls(start + place.first if place.first else start, slot.exists, factor)
+            divisor = divisor_of(word)
+        return cls(start + place.first if place.first else start, slot.exists, divisor)
 
     def store(self, vectors: list[Vector], words: list[list[Int]], dtype: jnp.dtype) -> None:
         """Each vector's words of `dtype`, cast to the array's.
@@ -177,8 +178,8 @@ class Target(NamedTuple):
 
     def _cast(self, words: list[Int], dtype: jnp.dtype) -> list[Int]:
         lanes = widen(words, dtype)
-        if self.factor is not None:
-            lanes = [quotient(lane, self.factor) for lane in lanes]
+        if self.divisor is not None:
+            lanes = [quotient(lane, self.divisor) for lane in lanes]
         return narrow(lanes, self.start.dtype)
 
 

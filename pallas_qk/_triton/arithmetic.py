@@ -89,21 +89,16 @@ def ptx_arithmetic(dtype, fuses_y2: bool = False) -> Arithmetic:
         return y if dtype == jnp.float32 else _ptx(f"{convert} $0, $2, $1;", "=r,r,r", dtype, y, pack=2)
 
     def codes(x, scale, float8):
-        # 1 / scale in float64, once for each row, as two words: JAX has 64 bits where its user does alone.
-        of_rows = jnp.broadcast_to(scale, (*x.shape[:-1], 1))
-        reciprocal = f"{{ .reg .b32 other; {_fp8.PTX_RECIPROCAL} mov.b64 {{words}}, p; }}"
-        words = (
-            _ptx(reciprocal.replace("words", pair), "=r,f", jnp.int32, of_rows) for pair in ("$0, other", "other, $0")
-        )
+        by = _divisor_of(jnp.broadcast_to(scale, (*x.shape[:-1], 1)))
+        args = x.astype(jnp.float32), *(jnp.broadcast_to(of_row, x.shape) for of_row in by)
         divide = " ".join(
-            f"mov.b64 f, {{${5 + i}, ${9 + i}}}; cvt.f64.f32 w, ${1 + i}; mul.rn.f64 w, w, f; cvt.rn.f32.f64 x{i}, w;"
+            _fp8.ptx_quotient(f"${1 + i}", _fp8.Divisor(f"${5 + i}", f"${9 + i}", f"${13 + i}"), f"x{i}")
             for i in range(4)
         )
         name = _fp8.PTX_PAIRS[str(float8)]
         convert = " ".join(f"cvt.rn.satfinite.{name}.f32 c{i}, x{2 * i + 1}, x{2 * i};" for i in range(2))
-        code = f"{{ .reg .f64 f, w; .reg .f32 x<4>; .reg .b16 c<2>; {divide} {convert} mov.b32 $0, {{c0, c1}}; }}"
-        args = x.astype(jnp.float32), *(jnp.broadcast_to(word, x.shape) for word in words)
-        return _ptx(code, "=r" + 4 * ",f" + 8 * ",r", float8, *args, pack=4)
+        code = f"{{ .reg .f32 n, q, e, x<4>; .reg .b16 c<2>; {divide} {convert} mov.b32 $0, {{c0, c1}}; }}"
+        return _ptx(code, "=r" + 16 * ",f", float8, *args, pack=4)
 
     def select(mask, a, b):
         # 32 bits an instruction, and no predicate for each lane.
@@ -120,6 +115,19 @@ def ptx_arithmetic(dtype, fuses_y2: bool = False) -> Arithmetic:
         "float32": ("", ""),
     }[str(dtype)]
     return Arithmetic(effective_weight, mean_plus_eps, rotate, narrow, codes, fma, dot2, select)
+
+
+def _divisor_of(scale: jax.Array) -> _fp8.Divisor:
+    bits = lax.bitcast_convert_type(scale, jnp.int32)
+    magnitude, minus_sign = bits & 0x7FFFFFFF, ~bits & -(1 << 31)
+    power = (254 - jnp.minimum(magnitude >> 23, 253)) << 23  # 2^(127 - exponent), normal whatever the exponent
+    is_special = (magnitude == 0) | (magnitude >= 0x7F800000)
+    minus_reciprocal = _ptx("{ .reg .f32 s; neg.f32 s, $1; rcp.approx.f32 $0, s; }", "=f,f", jnp.float32, scale)
+    minus_power, power = (lax.bitcast_convert_type(x, jnp.float32) for x in (power | minus_sign, power))
+    divisor = _ptx("{ .reg .f32 s; abs.f32 s, $1; mul.rn.f32 $0, s, $2; }", "=f,f,f", jnp.float32, scale, power)
+    divisor = jnp.where(is_special, 1.0, divisor)
+    minus_factor = jnp.where(is_special, minus_reciprocal, minus_power)
+    return _fp8.Divisor(minus_factor, divisor, _ptx(_fp8.PTX_MINUS_RECIPROCAL, "=f,f", jnp.float32, divisor))
 
 
 def _ptx(code: str, constraints: str, dtype, *args: jax.Array, pack: int = 1) -> jax.Array:
