@@ -13,7 +13,10 @@ import pytest
 
 pytest.importorskip("tqdm", reason="the example's progress bars")
 
+import pallas_qk
+from benchmarks import decode
 from examples import generate as example
+from examples.gated_attention import default_attention
 from examples.generate import CONFIG
 from tests import gpu_program
 from tests.run import primitives, quick_jit
@@ -326,25 +329,89 @@ def moves_in_the_loop(attention) -> list[str]:
     arguments = parameters, prompts(), jnp.array(PROMPTS, jnp.int32), given, table
     compiled = example.generate.lower(*arguments, config, attention=attention).compile()
     assert compiled.memory_analysis().alias_size_in_bytes == sum(x.nbytes for x in jax.tree.leaves(given))
-    text = compiled.as_text()
-    computations = gpu_program.parse(text).computations
-    (body,) = re.findall(r" while\(.*body=%?([\w.\-]+)", text)
-    lines = re.search(rf"^%?{re.escape(body)} .*?^}}", text, re.MULTILINE | re.DOTALL)[0].splitlines()
-    found = []
-    for name, shape in re.findall(r"%?([\w.\-]+) = \w+\[([\d,]+)\]", "\n".join(lines)):
-        if math.prod(map(int, shape.split(","))) == given[0].k.size:
-            instruction = computations[body][name]
-            inner = [x.opcode for callee in instruction.callees for x in computations[callee].values()]
-            opcodes = {*inner, instruction.opcode} - {"parameter", "fusion", "bitcast", "constant"}
-            found.append(" ".join(sorted(opcodes)))
+    found = done_in_the_loop(compiled.as_text(), given[0].k.size)
     assert found.count("scatter") == 2
-    return sorted(x for x in found if x not in ("get-tuple-element", "scatter"))
+    return [x for x in found if x != "scatter"]
+
+
+def body_of_the_loop(text: str) -> str:
+    (body,) = re.findall(r" while\(.*body=%?([\w.\-]+)", text)
+    return re.search(rf"^%?{re.escape(body)} .*?^}}", text, re.MULTILINE | re.DOTALL)[0]
+
+
+def done_in_the_loop(text: str, size: int) -> list[str]:
+    """The operations whose one result has so many elements; of a fusion those inside it."""
+    lines, computations = body_of_the_loop(text), gpu_program.parse(text).computations
+    body = computations[re.match(r"%?([\w.\-]+)", lines)[1]]
+    found = []
+    for name, shape in re.findall(r"%?([\w.\-]+) = \w+\[([\d,]+)\]", lines):
+        if math.prod(map(int, shape.split(","))) == size:
+            inner = [x.opcode for callee in body[name].callees for x in computations[callee].values()]
+            opcodes = {*inner, body[name].opcode} - {"parameter", "fusion", "bitcast", "constant"}
+            found.append(" ".join(sorted(opcodes)))
+    return sorted(x for x in found if x != "get-tuple-element")
 
 
 def test_no_cache_is_moved_in_the_loop(on_the_host):
     """On a CPU JAX's own attention multiplies transposed copies of k and of v. Another shows that these are all."""
     assert moves_in_the_loop(multiply_and_sum) == []
     assert moves_in_the_loop("xla") == ["copy transpose"] * 2
+
+
+# On a GPU
+
+GPU_CONFIG = CONFIG._replace(num_q_heads=16, num_kv_heads=2, head_dim=256, rotary_dim=64)
+GPU_LENGTH = 1024
+
+
+@functools.cache
+def gpu_arguments():
+    """Four layers in bfloat16, and prompts of 32 sequences."""
+    parameters = example.initial_parameters(0, GPU_CONFIG, vocabulary=512, width=256, mlp_width=512, num_layers=4)
+    parameters = jax.tree.map(lambda x: x.astype(jnp.bfloat16), parameters)
+    lengths = jnp.asarray(np.random.default_rng(0).integers(1, WIDTH + 1, 32), jnp.int32)
+    table = example.cos_sin_table(GPU_CONFIG, GPU_LENGTH).astype(jnp.bfloat16)
+    return parameters, jax.random.randint(jax.random.key(0), (32, WIDTH), 0, 512), lengths, table
+
+
+def gpu_caches(**options) -> tuple[example.Cache, ...]:
+    return example.empty_caches(gpu_arguments()[0], GPU_CONFIG, batch=32, length=GPU_LENGTH, **options)
+
+
+@pytest.mark.gpu
+def test_a_token_of_four_layers_is_one_cuda_graph_that_moves_no_cache(gpu, tmp_path):
+    """A kernel of ours and one of attention for each layer, and nothing of a cache's size beside them."""
+    parameters, some, lengths, table = gpu_arguments()
+    choice = pallas_qk.default_implementation(32, 16, 2, 256, 64, "bfloat16").name
+    if choice == "xla" or default_attention("bfloat16") == "xla":
+        pytest.skip(f"needs a GPU of capability 9.0 or later, got one that takes {choice!r}")
+    state = example.start(parameters, some, lengths, gpu_caches(), table, GPU_CONFIG)
+    lowered = example.advance.lower(parameters, state, table, GPU_CONFIG, until=100)
+    compiled = lowered.compile(compiler_options={"xla_dump_to": str(tmp_path)})
+    text = compiled.as_text()
+    assert done_in_the_loop(text, state.caches[0].k.size) == []
+    held = sum(x.nbytes for x in jax.tree.leaves(state))
+    assert compiled.memory_analysis().temp_size_in_bytes < held / 8
+    calls = re.findall(r"custom-call\(.*", body_of_the_loop(text))
+    assert sum(f"pallas_qk_{choice}_forward" in call for call in calls) == 4
+    assert sum("cudnn" in call for call in calls) == 4
+    recorded = decode.recorded_in(str(tmp_path), choice)
+    assert recorded.graphs == 1 and recorded.thunks - recorded.in_graphs <= 3, recorded  # the loop and its condition
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_it_generates_on_a_gpu_with_a_cache_of(gpu, dtype):
+    parameters, some, lengths, table = gpu_arguments()
+    scales = None
+    if "float8" in dtype:
+        scales = example.scales_of(
+            example.start(parameters, some, lengths, gpu_caches(), table, GPU_CONFIG).caches, dtype
+        )
+    state = example.generate(parameters, some, lengths, gpu_caches(dtype=dtype, scales=scales), table, GPU_CONFIG)
+    assert int(state.step) == GPU_LENGTH - WIDTH and state.caches[0].k.dtype == dtype
+    np.testing.assert_array_equal(state.lengths, lengths + GPU_LENGTH - WIDTH)
+    assert np.unique(np.asarray(state.tokens)).size > 100  # random weights don't repeat a few tokens
 
 
 # Training
