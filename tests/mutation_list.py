@@ -979,26 +979,26 @@ MUTATIONS = [
         ),
         (
             "mosaic cache: v at k's place",
-            "return cls(start + place.first if place.first else start, slot.exists, divisor)",
-            "return cls(start, slot.exists, divisor)",
+            "return cls(start + place.first if place.first else start, slot.exists, scale, divisor)",
+            "return cls(start, slot.exists, scale, divisor)",
             cache_by("mosaic_gpu", "-cache_axes=bhs(cd)"),
         ),
         (
             "mosaic cache: rows of another dtype keep their bits",
-            "if dtype != self.start.dtype:",
-            "if False:",
+            "if dtype == self.start.dtype:",
+            "if True:",
             cache_by("mosaic_gpu", "-kv_dtype=float32", "float16"),
         ),
         (
             "mosaic codes: rows undivided",
-            "lanes = [quotient(lane, self.divisor) for lane in lanes]",
+            "lanes = [[quotient(lane, divisor) for lane in of_vector] for of_vector in lanes]",
             "pass",
             CODES["mosaic_gpu"],
         ),
         (
             "mosaic codes: the first head's scale for all",
-            "(scales + head.resized(64) if place.scale.per_head else scales)",
-            "scales",
+            "scale = scale + head.resized(64) if place.scale.per_head else scale",
+            "pass",
             CODES_OF_HEADS["mosaic_gpu"],
         ),
         (
@@ -1117,6 +1117,12 @@ MUTATIONS = [
             "after_sum = num_rows >= 65536 and r < d",
             "after_sum = num_rows >= 65536",
             tests_of("choice", "test_rule_of_the_mosaic_gpu_kernel"),
+        ),
+        (
+            "mosaic: codes cast first wherever a cache is written",
+            "cast_first = not by_slot or num_rows < 16384",
+            "cast_first = True",
+            tests_of("choice", "test_rows_for_another_dtype_are_cast_first_but_where_memory_binds"),
         ),
         (
             "mosaic backward: more programs than the GPU holds at once",

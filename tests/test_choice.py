@@ -276,6 +276,14 @@ def test_few_rows_by_slot_are_loaded_before_the_slot_counts(num_tokens, gate_cop
     assert mosaic_forward(many, gate_copied=gate_copied, by_slot=True) == of_many != config
 
 
+def test_rows_for_another_dtype_are_cast_first_but_where_memory_binds():
+    def config(num_tokens: int, **how) -> MosaicForward:
+        return mosaic_forward(Spec(num_tokens, 16, 2, 256, 64, "bfloat16"), by_slot=True, **how)
+
+    assert [config(n).cast_first for n in (1, 256, 1023, 1024, 16384)] == [True, True, True, False, False]
+    assert config(16384, gate_copied=False).cast_first
+
+
 def test_disable_jit_runs_the_same_op():
     case = Case(3, 2, 1)
     inputs = make_inputs(case)

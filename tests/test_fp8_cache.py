@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_qk import kv_cache
+from pallas_qk._mosaic_gpu.config import MosaicForward
 from tests import cached, fp8
 from tests.cached import CachedCase
 from tests.cases import Case
@@ -94,6 +95,16 @@ def test_quotients_that_are_ties(implementation):
         inputs = cached.inputs_of(case, data=data._replace(v=x, slots=np.ones(1, np.int32)))
         got = function(inputs._replace(v_scale=jnp.full(1, divisor, jnp.float32))).v_cache
         np.testing.assert_array_equal(np.asarray(got)[0, 1, 0].astype(int), (ties + 1) // 4 * 4)
+
+
+@pytest.mark.parametrize("cast_first", [True, False])
+def test_the_kernel_casts_before_a_step_or_within_it(cast_first):
+    """Codes of both kinds of rows, by the scales of their heads."""
+    case = CachedCase(CASE, kv_dtype="float8_e4m3fn", return_kv=True, scale_per_head=(True, True), finite=True)
+    inputs = cached.inputs_of(case, data=cached.data_of(case))
+    want = kernel("forward", "mosaic_gpu", case.options, False)(inputs)
+    config = MosaicForward("halves", 4, "after_gate", cast_first=cast_first)
+    assert_same(kernel("forward", "mosaic_gpu", case.options, False, config=config)(inputs), want)
 
 
 def test_the_definition():

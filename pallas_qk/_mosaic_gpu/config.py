@@ -16,12 +16,15 @@ class MosaicForward:
     with x; "after_gate", once the gate (or v) is stored; "after_sum", once the squares are summed. With nothing to
     copy, "after_gate" means "first" and takes 31 registers (sm_90a, D = 256, "halves").
     `k_first` says that programs of k rows come before all others instead of evenly among them.
+    `cast_first` says that rows for a cache of another dtype are cast whether or not their token has a slot, by scales
+    that are loaded early: ptxas then casts v while it waits for the sum of k. It takes registers.
     """
 
     layout: str  # "chunks", "halves" or "row"
     rows_per_warp: int
     weights: str = "first"
     k_first: bool = False
+    cast_first: bool = True
 
 
 def mosaic_forward(spec: Spec, *, gate_copied: bool = True, by_slot: bool = False) -> MosaicForward:
@@ -52,6 +55,9 @@ def mosaic_forward(spec: Spec, *, gate_copied: bool = True, by_slot: bool = Fals
     wait, so everything is loaded before it (1.22 us where the op without a cache takes 1.22 and weights after v 1.40 at
     T = 16; with the gate in place 1.12 against 1.20 for k rows among the others at T = 1, where the op without a cache
     takes 1.07). Chunks lose their lead with it (1.52 against 1.66 us at T = 64). Not timed: T = 128.
+
+    Codes of 8 bits: cast first but for halves where memory binds (1.28 us where the op with a cache of 16 bits takes
+    1.12 at T = 1, 2.56 where it takes 2.46 at 256; 147.5 where it takes 145.0 at 16384).
     """
     d, r, num_rows = spec.head_dim, spec.rotary_dim, spec.num_tokens * spec.num_q_heads
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(d)))
@@ -63,7 +69,8 @@ def mosaic_forward(spec: Spec, *, gate_copied: bool = True, by_slot: bool = Fals
         return MosaicForward("chunks", min(32, 2 * rows_per_warp), weights="after_gate", k_first=k_first)
     after_sum = num_rows >= 65536 and r < d
     weights = "first" if num_rows < 64 else "after_sum" if after_sum else "after_gate"
-    return MosaicForward(layout, rows_per_warp, weights=weights, k_first=k_first)
+    cast_first = not by_slot or num_rows < 16384
+    return MosaicForward(layout, rows_per_warp, weights=weights, k_first=k_first, cast_first=cast_first)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -173,7 +173,10 @@ def _forward_thread(
 
         def targets_of(kind: Rows) -> list[Target]:
             return [
-                Target.of(getattr(outputs, place.array), place, num_heads, row, slot, inputs) for place in kind.targets
+                Target.of(
+                    getattr(outputs, place.array), place, num_heads, row, slot, inputs, cast_first=config.cast_first
+                )
+                for place in kind.targets
             ]
 
         targets = {name: targets_of(kind) for name, kind in (normed | copied).items()}
@@ -191,7 +194,7 @@ def _forward_thread(
         load_weights("first")
         for name, copy in copies.items():
             for target in targets[name]:
-                target.store(wide_vectors, copy, dtype)
+                target.store(wide_vectors, copy, dtype, cast_first=config.cast_first)
         # Loaded after a store they might alias, the weights keep ptxas from moving that store, and the loads before it,
         # below the sum.
         load_weights("after_gate")
@@ -216,7 +219,7 @@ def _forward_thread(
                         words[index] = select(rotation.where, narrow(lanes, dtype), words[index])
             own = len(layout.bases)  # what follows are partners that were only loaded
             for target in targets[name]:
-                target.store(vectors[:own], words[:own], dtype)
+                target.store(vectors[:own], words[:own], dtype, cast_first=config.cast_first)
 
     q_programs, k_programs = programs
     if config.k_first:

@@ -150,37 +150,50 @@ class Target(NamedTuple):
 
     start: Pointer
     exists: Int | None = None  # None: it always is
-    divisor: Divisor | None = None  # of the row
+    scale: Pointer | None = None  # of codes of 8 bits
+    divisor: Divisor | None = None  # the scale's, where it is loaded early
 
     @classmethod
-    def of(cls, array: Pointer, place: Place, num_heads: int, row: Int, slot: Slot | None, inputs: Inputs) -> "Target":
+    def of(
+        cls,
+        array: Pointer,
+        place: Place,
+        num_heads: int,
+        row: Int,
+        slot: Slot | None,
+        inputs: Inputs,
+        *,
+        cast_first: bool,
+    ) -> "Target":
         if place.slots is None:
             return cls(RowsIn(array, place, num_heads).row(row))
         assert slot is not None
-        offset, head, divisor = slot.offset(place.slots), row % num_heads, None
+        offset, head, scale, divisor = slot.offset(place.slots), row % num_heads, None, None
         start = array + (offset + head.resized(64) * place.head)
         if place.scale is not None:
-            scales = getattr(inputs, place.scale.array)
-            (word,) = (scales + head.resized(64) if place.scale.per_head else scales).load(1)
-            divisor = divisor_of(word)
-        return cls(start + place.first if place.first else start, slot.exists, divisor)
+            scale = getattr(inputs, place.scale.array)
+            scale = scale + head.resized(64) if place.scale.per_head else scale
+            divisor = divisor_of(*scale.load(1)) if cast_first else None
+        return cls(start + place.first if place.first else start, slot.exists, scale, divisor)
 
-    def store(self, vectors: list[Vector], words: list[list[Int]], dtype: jnp.dtype) -> None:
-        """Each vector's words of `dtype`, cast to the array's.
-
-        Where nothing is stored they are cast too, which ptxas can then do while it waits for something else.
-        """
-        if dtype != self.start.dtype:
-            words = [self._cast(of_vector, dtype) for of_vector in words]
+    def store(self, vectors: list[Vector], words: list[list[Int]], dtype: jnp.dtype, *, cast_first: bool) -> None:
+        """Each vector's words of `dtype`, cast to the array's. See `MosaicForward.cast_first`."""
+        if cast_first:
+            words = self._cast(words, dtype)
         with contextlib.nullcontext() if self.exists is None else when(self.exists):
+            if not cast_first:
+                words = self._cast(words, dtype)
             for v, of_vector in zip(vectors, words, strict=True):
                 v.store(self.start, of_vector)
 
-    def _cast(self, words: list[Int], dtype: jnp.dtype) -> list[Int]:
-        lanes = widen(words, dtype)
-        if self.divisor is not None:
-            lanes = [quotient(lane, self.divisor) for lane in lanes]
-        return narrow(lanes, self.start.dtype)
+    def _cast(self, words: list[list[Int]], dtype: jnp.dtype) -> list[list[Int]]:
+        if dtype == self.start.dtype:
+            return words
+        lanes = [widen(of_vector, dtype) for of_vector in words]
+        if self.scale is not None:
+            divisor = self.divisor or divisor_of(*self.scale.load(1))
+            lanes = [[quotient(lane, divisor) for lane in of_vector] for of_vector in lanes]
+        return [narrow(of_vector, self.start.dtype) for of_vector in lanes]
 
 
 def _limit(value: Int, size: int) -> int:
