@@ -29,12 +29,14 @@ def fused_qk_rmsnorm_rope_gate(
     *,
     copy_gate: bool = True,
     mrope_layout: str = "interleaved",
+    rotation: str = "halves",
+    round_norm: bool = True,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalises and rotates q and k per head and splits off the gate, in one pass over memory.
 
     Per head, x is a row of D elements, w its weight and p its token's position. RMSNorm in float32, rounded to x's
-    dtype, then the NeoX rotation of the first R elements::
+    dtype, then the rotation of the first R elements, NeoX's unless `rotation` says otherwise::
 
         y = round(x * rsqrt(mean(x²) + eps) * (w + norm_beta))
         out[:R/2]  = y[:R/2] * cos[p] - y[R/2:R] * sin[p]
@@ -69,6 +71,10 @@ def fused_qk_rmsnorm_rope_gate(
       mrope_layout: "interleaved": frequency j reads row a (1 or 2) where j % 3 == a and j < 3 * mrope_section[a], and
         row 0 elsewhere (Qwen3-VL, Qwen3.5). "sectioned": the first mrope_section[0] frequencies read row 0, the next
         mrope_section[1] row 1, the others row 2 (Qwen2-VL).
+      rotation: "halves": frequency j rotates elements j and j + R/2 (NeoX). "pairs": it rotates elements 2j and 2j + 1
+        (GPT-J). The table is [cos | sin] for both.
+      round_norm: if False, y stays in float32 until it is rotated, and every element is rounded once. float32
+        activations take it and nothing changes.
       implementation: None takes the first that runs (see `default_implementation`). "mosaic_gpu": the Pallas kernel on
         the Mosaic GPU backend, NVIDIA GPUs from Hopper on. "triton": the Pallas kernel on the Triton backend, NVIDIA
         GPUs from Ampere on. "xla": plain XLA, any platform. A name never falls back.
@@ -141,6 +147,8 @@ def fused_qk_rmsnorm_rope_gate(
         mrope_section,
         norm_beta,
         mrope_layout,
+        rotation,
+        round_norm,
         implementation,
     )
     return outputs.q, outputs.k, outputs.gate
@@ -162,6 +170,8 @@ def fused_qk_rmsnorm_rope(
     norm_beta: float = 0.0,
     *,
     mrope_layout: str = "interleaved",
+    rotation: str = "halves",
+    round_norm: bool = True,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`fused_qk_rmsnorm_rope_gate` for q without gates, as in Qwen3, Gemma 3 and other models that normalise q and k.
@@ -193,6 +203,8 @@ def fused_qk_rmsnorm_rope(
         mrope_section,
         norm_beta,
         mrope_layout,
+        rotation,
+        round_norm,
         implementation,
     )
     return outputs.q, outputs.k
@@ -214,6 +226,8 @@ def fused_qkv_rmsnorm_rope_gate(
     *,
     copy_gate: bool = True,
     mrope_layout: str = "interleaved",
+    rotation: str = "halves",
+    round_norm: bool = True,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """`fused_qk_rmsnorm_rope_gate` for q, gate, k and v from one projection, which it takes apart without a copy.
@@ -251,6 +265,8 @@ def fused_qkv_rmsnorm_rope_gate(
         mrope_section,
         norm_beta,
         mrope_layout,
+        rotation,
+        round_norm,
         implementation,
     )
     return outputs.q, outputs.k, outputs.v, outputs.gate
@@ -271,6 +287,8 @@ def fused_qkv_rmsnorm_rope(
     norm_beta: float = 0.0,
     *,
     mrope_layout: str = "interleaved",
+    rotation: str = "halves",
+    round_norm: bool = True,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`fused_qkv_rmsnorm_rope_gate` for q without gates, as Qwen3 and Gemma 3 have it.
@@ -303,6 +321,8 @@ def fused_qkv_rmsnorm_rope(
         mrope_section,
         norm_beta,
         mrope_layout,
+        rotation,
+        round_norm,
         implementation,
     )
     return outputs.q, outputs.k, outputs.v
@@ -317,6 +337,7 @@ def default_implementation(
     dtype,
     *,
     cache_dtype=None,
+    rotation: str = "halves",
     platform: str | None = None,
 ) -> Choice:
     """The implementation that `implementation=None` resolves to for these shapes, in each of the functions.
@@ -329,6 +350,7 @@ def default_implementation(
       rotary_dim: elements of a head that are rotated.
       dtype: of the activations.
       cache_dtype: of the KV cache that the call writes; None where it writes none.
+      rotation: as the functions take it.
       platform: "cpu", "cuda", "rocm" or "tpu"; None means the default device's.
 
     Returns:
@@ -353,4 +375,6 @@ def default_implementation(
         cache_dtype = _checks.check_dtype("cache_dtype", cache_dtype, _fp8.NAMES)
     _checks.check_platform(platform)
     sizes = num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim
-    return _implementations.choose(Spec(*sizes, dtype, cache_dtype=cache_dtype), platform)
+    return _implementations.choose(
+        Spec(*sizes, dtype, cache_dtype=cache_dtype, rotation=_checks.check_rotation(rotation)), platform
+    )

@@ -44,6 +44,8 @@ def fused_qkv_rmsnorm_rope_gate_cache(
     return_kv: bool = False,
     copy_gate: bool = True,
     mrope_layout: str = "interleaved",
+    rotation: str = "halves",
+    round_norm: bool = True,
     implementation: str | None = None,
 ) -> CacheOutputs:
     """Does what `fused_qkv_rmsnorm_rope_gate` does, and writes k and v into a KV cache in the same launch.
@@ -131,6 +133,8 @@ def fused_qkv_rmsnorm_rope_gate_cache(
         mrope_section,
         norm_beta,
         mrope_layout,
+        rotation,
+        round_norm,
         implementation,
     )
 
@@ -157,6 +161,8 @@ def fused_qkv_rmsnorm_rope_cache(
     v_scale: jax.Array | float | None = None,
     return_kv: bool = False,
     mrope_layout: str = "interleaved",
+    rotation: str = "halves",
+    round_norm: bool = True,
     implementation: str | None = None,
 ) -> CacheOutputs:
     """`fused_qkv_rmsnorm_rope_gate_cache` for q without gates, as Qwen3 and Gemma 3 have it.
@@ -195,6 +201,8 @@ def fused_qkv_rmsnorm_rope_cache(
         mrope_section,
         norm_beta,
         mrope_layout,
+        rotation,
+        round_norm,
         implementation,
     )
 

@@ -24,6 +24,8 @@ def call(
     mrope_section: Sequence[int] | None,
     norm_beta: float,
     mrope_layout: str,
+    rotation: str,
+    round_norm: bool,
     implementation: str | None,
     *,
     cache_axes: str = "",
@@ -39,6 +41,8 @@ def call(
         norm_beta=_checks.check_norm_beta(norm_beta),
         mrope_section=_checks.check_mrope_section(mrope_section, rotary_dim),
         mrope_layout=_checks.check_mrope_layout(mrope_layout),
+        rotation=_checks.check_rotation(rotation),
+        round_norm=_checks.check_round_norm(round_norm),
         gate=gate,
         packed=(num_q_heads, num_kv_heads) if function.packed else None,
         cache_axes=cache_axes,
@@ -47,6 +51,8 @@ def call(
     _checks.check_implementation(implementation, IMPLEMENTATIONS)
     array_sizes = _array_checks.sizes_of(options, num_q_heads, num_kv_heads, head_dim)
     split = _array_checks.check_arrays(function, inputs, array_sizes)
+    if str(inputs.q.dtype) == "float32":
+        options = dataclasses.replace(options, round_norm=True)  # which float32 is
     lead = inputs.q.shape[: -2 if split else -1]
     if cache_axes:
         _cache_checks.check_caches(inputs.k_cache, inputs.v_cache, cache_axes, num_kv_heads, head_dim)
@@ -65,7 +71,7 @@ def call(
     open_size = None if isinstance(num_tokens, int) else num_tokens
     cache_dtype = str(inputs.k_cache.dtype) if cache_axes else None
     dims = num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim
-    spec = Spec(*dims, str(inputs.q.dtype), open_size, cache_dtype=cache_dtype)
+    spec = Spec(*dims, str(inputs.q.dtype), open_size, cache_dtype=cache_dtype, rotation=options.rotation)
     _implementations.check_supported(spec, implementation)
     given = {name: x for name in _INTEGERS if (x := getattr(inputs, name)) is not None}
     inputs = inputs._replace(**{name: _array_checks.canonical_integers(x) for name, x in given.items()})

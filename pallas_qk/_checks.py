@@ -2,6 +2,7 @@
 
 import numbers
 import operator
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 DTYPES = ("float16", "bfloat16", "float32")  # of activations, weights and tables, each for itself
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 MROPE_LAYOUTS = ("interleaved", "sectioned")
+ROTATIONS = ("halves", "pairs")
 _LARGEST = float(np.finfo(np.float32).max)  # the op computes in float32
 
 
@@ -119,6 +121,24 @@ def check_mrope_layout(mrope_layout: str) -> str:
             "Pass 'interleaved' for Qwen3-VL and Qwen3.5, 'sectioned' for Qwen2-VL and Qwen2.5-VL."
         )
     return mrope_layout
+
+
+def check_rotation(rotation: str) -> Literal["halves", "pairs"]:
+    if not _is_one_of(ROTATIONS, rotation):
+        raise ValueError(
+            f"rotation must be {' or '.join(map(repr, ROTATIONS))}, got {rotation!r}. "
+            "Pass 'halves' for elements j and j + rotary_dim // 2 (NeoX), 'pairs' for 2j and 2j + 1 (GPT-J)."
+        )
+    return cast(Literal["halves", "pairs"], rotation)
+
+
+def check_round_norm(round_norm: bool) -> bool:
+    if not isinstance(round_norm, bool):
+        raise TypeError(
+            f"round_norm must be a bool known when tracing, got {describe(round_norm)}. "
+            "Pass False to keep float32 between norm and rotation."
+        )
+    return round_norm
 
 
 def check_copy_gate(copy_gate: bool) -> bool:

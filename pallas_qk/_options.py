@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,6 +14,8 @@ class Options:
     norm_beta: float = 0.0
     mrope_section: tuple[int, int, int] | None = None
     mrope_layout: str = "interleaved"  # or "sectioned"
+    rotation: Literal["halves", "pairs"] = "halves"  # see `_rows.Rows`
+    round_norm: bool = True  # to the activations' dtype, before the rotation
     gate: str | None = "copied"  # by the kernel; "in_place": left in q, for XLA to slice; None: q has no gates
     packed: tuple[int, int] | None = None  # (num_q_heads, num_kv_heads) where q, k and v are one array
     cache_axes: str = ""  # of the KV cache that k and v are written into; empty: there is none
@@ -36,6 +38,7 @@ class Spec:
     open_size: Any = None  # a size that an export leaves open
     cache_shape: tuple[int, ...] | None = None  # of the array that holds k
     cache_dtype: str | None = None
+    rotation: Literal["halves", "pairs"] = "halves"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,5 +91,9 @@ def rotation_fuses_y2(options: Options, dtype) -> bool:
     So the compiler of the serving kernel decides (Triton 3.6 and 3.9). It shows with a float32 table: in 216 of 35.7 M
     elements with mRoPE, and in every seventh rotated element of float32 activations, whatever the table's dtype. With a
     single frequency the compiler knows that the first row of positions is read.
+
+    No serving kernel has other rotations, or none that rounds once: the oracle says there what is fused.
     """
+    if options.rotation != "halves" or not options.round_norm:
+        return False
     return (options.mrope_section is not None and options.rotary_dim > 2) or str(dtype) == "float32"

@@ -104,15 +104,22 @@ def norm_and_rope(
     mean_square = tree_sum(x32 * x32) / head_dim
     weight = _over_rows(effective_weight(weight, options.norm_beta), x)
     y = x32 * lax.rsqrt(mean_square + options.eps)[..., None] * weight
-    return _rotate(round_trip(y, x.dtype), rotation, cos, sin).astype(x.dtype)
+    if options.round_norm:
+        y = round_trip(y, x.dtype)
+    return _rotate(y, rotation, cos, sin).astype(x.dtype)
 
 
 def _rotate(y: jax.Array, rotation: str | None, cos: jax.Array, sin: jax.Array) -> jax.Array:
     if rotation is None:
         return y
     half = cos.shape[-1]
-    y1, y2, rest = y[..., :half], y[..., half : 2 * half], y[..., 2 * half :]
     cos, sin = cos[..., None, :], sin[..., None, :]
+    if rotation == "pairs":
+        pairs = y[..., : 2 * half].reshape(*y.shape[:-1], half, 2)
+        y1, y2 = pairs[..., 0], pairs[..., 1]
+        rotated = jnp.stack([y1 * cos - y2 * sin, y1 * sin + y2 * cos], axis=-1)
+        return jnp.concatenate([rotated.reshape(*y.shape[:-1], 2 * half), y[..., 2 * half :]], axis=-1)
+    y1, y2, rest = y[..., :half], y[..., half : 2 * half], y[..., 2 * half :]
     return jnp.concatenate([y1 * cos - y2 * sin, y1 * sin + y2 * cos, rest], axis=-1)
 
 

@@ -46,7 +46,8 @@ class Rows(NamedTuple):
     # Empty: XLA reads the rows where they lie. Mosaic GPU alone stores by the numbers in them.
     targets: tuple[Place, ...]
     weight: str | None = None  # of the norm, a field of Inputs; None: the rows are copied as they are
-    rotation: Literal["halves"] | None = None  # elements j and j + R/2 are a pair; None: not rotated
+    # Frequency j < R/2 rotates elements j and j + R/2, or of pairs 2j and 2j + 1; None: the rows are not rotated.
+    rotation: Literal["halves", "pairs"] | None = None
 
 
 class Inputs(NamedTuple):
@@ -101,7 +102,7 @@ def rows_of(
     options: Options, num_q_heads: int, num_kv_heads: int, head_dim: int, cache_shape: Sequence[int] | None = None
 ) -> dict[str, Rows]:
     """Each kind of rows, by its field in Outputs."""
-    d, kv_width = head_dim, num_kv_heads * head_dim
+    d, kv_width, rotation = head_dim, num_kv_heads * head_dim, options.rotation
     q_head = d if options.gate is None else 2 * d
     q_width = num_q_heads * q_head
     if options.packed is None:
@@ -115,8 +116,8 @@ def rows_of(
             Place("q", d, token, first=q_width + kv_width),
         )
     rows = {
-        "q": Rows("q", q, (Place("q", d, num_q_heads * d),), "q_weight", "halves"),
-        "k": Rows("k", k, (Place("k", d, kv_width),) if options.return_kv else (), "k_weight", "halves"),
+        "q": Rows("q", q, (Place("q", d, num_q_heads * d),), "q_weight", rotation),
+        "k": Rows("k", k, (Place("k", d, kv_width),) if options.return_kv else (), "k_weight", rotation),
     }
     if v is not None:
         rows["v"] = Rows("k", v, (Place("v", d, kv_width),) if options.return_kv else ())
@@ -203,6 +204,7 @@ def spec_of(inputs: Inputs, options: Options) -> Spec:
         open_size=next(still_open, None),
         cache_shape=None if inputs.k_cache is None else inputs.k_cache.shape,
         cache_dtype=None if inputs.k_cache is None else str(inputs.k_cache.dtype),
+        rotation=options.rotation,
     )
 
 

@@ -36,6 +36,8 @@ class Case:
     packed: bool = False  # q, k and v in one array
     gathered: bool = False  # a row of the table for each token instead of positions
     mrope_layout: str = "interleaved"
+    rotation: str = "halves"  # or "pairs"
+    round_norm: bool = True
 
     @property
     def id(self) -> str:
@@ -51,7 +53,7 @@ class Case:
 
     @property
     def static_arguments(self) -> dict[str, object]:
-        """The arguments of the op that are not arrays, by name."""
+        """The arguments of the op that are not arrays, by name; options where they aren't the default."""
         return {
             "eps": self.eps,
             "num_q_heads": self.num_q_heads,
@@ -60,6 +62,10 @@ class Case:
             "rotary_dim": self.rotary_dim,
             "mrope_section": self.mrope_section,
             "norm_beta": self.norm_beta,
+        } | {
+            field.name: value
+            for field in dataclasses.fields(self)
+            if field.name in ("rotation", "round_norm") and (value := getattr(self, field.name)) != field.default
         }
 
     @property
@@ -191,6 +197,15 @@ SMALL_CASES = (
     Case(6, scale=1e4),
     Case(6, scale=1e-20, dtype="float32"),
     Case(6, weight_scale=1e-5, dtype="float16"),
+    Case(5, 3, 2, rotation="pairs"),
+    Case(7, 3, 1, head_dim=80, rotary_dim=40, dtype="float16", rotation="pairs"),
+    Case(6, 5, 2, head_dim=96, rotary_dim=6, norm_beta=1.0, rotation="pairs"),
+    Case(4, 2, 1, head_dim=128, rotary_dim=128, dtype="float32", cache_dtype="float16", rotation="pairs"),
+    Case(3, 4, 2, mrope_section=(11, 11, 10), cache_dtype="float32", rotation="pairs"),
+    Case(9, 3, 2, round_norm=False),
+    Case(4, 2, 1, head_dim=80, rotary_dim=80, dtype="float16", round_norm=False),
+    Case(3, 2, 1, head_dim=64, rotary_dim=32, dtype="float32", round_norm=False),
+    Case(5, 4, 2, head_dim=128, rotary_dim=64, mrope_section=(16, 8, 8), round_norm=False, rotation="pairs"),
 )
 
 # Each kind of vector that a thread of the Mosaic GPU kernels may hold, and sections that end inside one.

@@ -39,6 +39,14 @@ def axes(case: Case) -> list[int]:
     return [mrope_axis(frequency, case.mrope_section, case.mrope_layout) for frequency in range(half)]
 
 
+def lanes_in_halves(case: Case) -> np.ndarray:
+    """The lane that each place holds where partners are put R/2 apart."""
+    rotated = np.arange(case.rotary_dim)
+    if case.rotation == "pairs":
+        rotated = rotated.reshape(-1, 2).T.ravel()
+    return np.concatenate([rotated, np.arange(case.rotary_dim, case.head_dim)])
+
+
 def define(case: Case, inputs: Inputs) -> Defined:
     """Positions must lie inside the table."""
     q_gate, k, q_weight, k_weight, cache, positions = (np.asarray(x).astype(np.float64) for x in inputs)
@@ -59,7 +67,9 @@ def define(case: Case, inputs: Inputs) -> Defined:
 
 def _norm_and_rope(case: Case, x, weight, cos, sin):
     half, rotary_dim = case.rotary_dim // 2, case.rotary_dim
+    lanes = lanes_in_halves(case)
     y = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + case.eps) * (weight + case.norm_beta)
+    y = y[..., lanes]
     y1, y2 = y[..., :half], y[..., half:rotary_dim]
     out = np.concatenate([y1 * cos - y2 * sin, y1 * sin + y2 * cos, y[..., rotary_dim:]], axis=-1)
     # y is rounded to the activations' dtype (relative error u), then out is; the float32 arithmetic in between adds
@@ -69,10 +79,11 @@ def _norm_and_rope(case: Case, x, weight, cos, sin):
     size2 = abs(y1 * sin) + abs(y2 * cos)
     size = np.concatenate([size1, size2, abs(y[..., rotary_dim:])], axis=-1)
     roundoff = ROUNDOFF[case.dtype]
-    round_trip = roundoff if case.dtype != "float32" else 0.0
+    round_trip = roundoff if case.dtype != "float32" and case.round_norm else 0.0
     # rsqrt's float32 argument keeps eps only to its own roundoff, which is part of the 16.
     before_out = (1 + roundoff) * (round_trip + 16 * ROUNDOFF["float32"]) * size
-    return out, before_out + roundoff * abs(out) + 3 * SMALLEST[case.dtype]
+    bound, places = before_out + roundoff * abs(out) + 3 * SMALLEST[case.dtype], np.argsort(lanes)
+    return out[..., places], bound[..., places]
 
 
 def assert_defined(got, case: Case, inputs: Inputs) -> None:

@@ -25,7 +25,10 @@ def float64_op(case: Case, positions):
             rms = jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + case.eps)
             y = x / rms * (weight + case.norm_beta)[None, None]
             y1, y2, rest = y[..., :half], y[..., half : 2 * half], y[..., 2 * half :]
-            out = jnp.concatenate([y1 * cos - y2 * sin, y1 * sin + y2 * cos, rest], axis=-1)
+            if case.rotation == "pairs":
+                y1, y2 = y[..., 0 : 2 * half : 2], y[..., 1 : 2 * half : 2]
+            rotated = jnp.stack([y1 * cos - y2 * sin, y1 * sin + y2 * cos], -1 if case.rotation == "pairs" else -2)
+            out = jnp.concatenate([rotated.reshape(*y.shape[:-1], 2 * half), rest], axis=-1)
             return out.reshape(case.num_tokens, -1)
 
         q_gate = q_gate.reshape(case.num_tokens, case.num_q_heads, 2 * d)

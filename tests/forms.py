@@ -37,6 +37,8 @@ def options(case: Case) -> Options:
         norm_beta=case.norm_beta,
         mrope_section=case.mrope_section,
         mrope_layout=case.mrope_layout,
+        rotation=case.rotation,
+        round_norm=case.round_norm or case.dtype == "float32",
         gate=case.gate,
         packed=(case.num_q_heads, case.num_kv_heads) if case.packed else None,
     )

@@ -10,7 +10,7 @@ import numpy as np
 
 from tests.cases import Case, Inputs
 from tests.compare import assert_within
-from tests.definition import axes
+from tests.definition import axes, lanes_in_halves
 from tests.tolerances import ROUNDOFF, SMALLEST
 
 NAMES = ("q_gate", "k", "q_weight", "k_weight", "cos_sin_cache")
@@ -61,10 +61,13 @@ def define_gradients(case: Case, inputs: Inputs, cotangents, *, round_dweights: 
     cos, sin = cache[rows, np.arange(half)][:, None], cache[rows, half + np.arange(half)][:, None]
     inv_rms_error = (d + 3) / 2 + 4
     dtable, table_size = np.zeros_like(cache), np.zeros_like(cache)
+    lanes = lanes_in_halves(case)
+    places = np.argsort(lanes)
 
     def of_rows(x, weight, dout):
         """dx and its bound, dweight and its bound; the table's terms are added to its own."""
-        dout, weight = dout.reshape(x.shape), weight + case.norm_beta
+        # In halves: the norm doesn't ask where its lanes lie.
+        x, dout, weight = x[..., lanes], dout.reshape(x.shape)[..., lanes], weight[lanes] + case.norm_beta
         do1, do2, rest = dout[..., :half], dout[..., half : 2 * half], dout[..., 2 * half :]
         inv_rms = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + case.eps)
         dy = np.concatenate([do1 * cos + do2 * sin, do2 * cos - do1 * sin, rest], axis=-1) * inv_rms
@@ -83,7 +86,7 @@ def define_gradients(case: Case, inputs: Inputs, cotangents, *, round_dweights: 
         for place, a, b in ((0, terms[0], terms[1]), (half, terms[2], -terms[3])):
             np.add.at(dtable, (rows, place + np.arange(half)), np.sum(a + b, axis=1))
             np.add.at(table_size, (rows, place + np.arange(half)), np.sum(abs(a) + abs(b), axis=1))
-        return dx, dx_bound, dweight, dweight_bound
+        return dx[..., places], dx_bound[..., places], dweight[places], dweight_bound[places]
 
     # Products of two errors: under a hundredth.
     def rounded(exact, bound, dtype) -> Gradient:

@@ -14,4 +14,6 @@ def unsupported(spec: Spec, target: Target) -> str | None:
     if target.compute_capability < (9, 0):
         major, minor = target.compute_capability
         return f"it needs compute capability 9.0 or later (Mosaic GPU), got {major}.{minor}"
+    if spec.rotation == "pairs" and spec.head_dim % 2:
+        return f"it rotates pairs in heads of an even number of elements, got head_dim={spec.head_dim}"
     return too_many_rows(spec, margin=2**16)

@@ -12,6 +12,7 @@ No shared memory: a kernel that uses any of it, 256 bytes even, is launched with
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -51,6 +52,7 @@ from pallas_qk._mosaic_gpu.thread import (
     Vector,
     copied_vectors,
     effective_weights,
+    frequencies_of_pairs,
     inv_rms,
     mrope_reads,
     pieces,
@@ -94,7 +96,7 @@ def backward(
         spec=spec,
         options=options,
         config=config,
-        layout=_backward_layout(config, spec.head_dim, options.rotary_dim, dtype),
+        layout=_backward_layout(config, spec, dtype),
     )
     num_programs = pl.cdiv(config.q_warps + config.k_warps, _warps_per_program(config))
     of_warps, of_programs = (
@@ -120,11 +122,11 @@ def _warps_per_program(config: MosaicBackward) -> int:
     return config.num_warpgroups * WARPGROUP // WARP
 
 
-def _backward_layout(config: MosaicBackward, head_dim: int, rotary_dim: int, dtype: jnp.dtype) -> Layout:
+def _backward_layout(config: MosaicBackward, spec: Spec, dtype: jnp.dtype) -> Layout:
     """Each thread's vectors lie G*V lanes apart. V is the same in every configuration, and with it the sums' order."""
-    threads, lanes = mosaic_backward_group(head_dim, rotary_dim, dtype.itemsize, config.rows_per_warp)
+    threads, lanes = mosaic_backward_group(spec, dtype.itemsize, config.rows_per_warp)
     bits = tuple((lanes << i).bit_length() - 1 for i in range(threads.bit_length() - 1))
-    return Layout(threads, lanes, tuple(range(0, head_dim, threads * lanes)), bits, partners=False)
+    return Layout(threads, lanes, tuple(range(0, spec.head_dim, threads * lanes)), bits, partners=False)
 
 
 def _backward_thread(
@@ -149,7 +151,11 @@ def _backward_thread(
     column = member * layout.lanes
     vectors = [vector(column, base, layout.lanes, layout.reach, head_dim) for base in layout.bases]
     wide_vectors = copied_vectors(layout, member, head_dim, dtype)
-    rotations = _rotations(vectors, layout, lane_id, dtype, table)
+    rotations: Sequence[InverseRotation | InversePairs]
+    if options.rotation == "pairs":
+        rotations = _rotations_of_pairs(vectors, layout, dtype, table)
+    else:
+        rotations = _rotations(vectors, layout, lane_id, dtype, table)
     rows_per_step = WARP // layout.threads
     num_sums = len(vectors) * layout.lanes
 
@@ -185,7 +191,7 @@ def _backward_thread(
             ds = [_at(cotangent(name_of_normed), row, v).load(v.lanes) for v in vectors]
             copies = {name: [_at(cotangent(name), row, v).load(v.lanes) for v in wide_vectors] for name in copied}
             turns = rotations if kind.rotation is not None else []
-            angles = [table.load(table_rows, rotation.frequency, layout.lanes) for rotation in turns]
+            angles = [table.load(table_rows, rotation.frequency, rotation.frequencies) for rotation in turns]
             ahead = positions_of(row_of(tile + num_warps))  # the next row's table loads then wait for nothing
             for name, copy in copies.items():
                 place = copied[name].source
@@ -262,7 +268,8 @@ class InverseRotation(NamedTuple):
     """The inverse rotation of one of a thread's vectors, whose RoPE partner a thread of its group holds."""
 
     where: Int | None  # None: everywhere
-    frequency: Int
+    frequency: Int  # the first of the vector's
+    frequencies: int
     signs: Int  # bits to flip in a word of the partner: in the second half the signs
     sources: dict[int, Int]  # vectors that hold partners, and where they do
     holder: Int | None  # the thread of the warp that holds the partner; None: this one
@@ -277,13 +284,50 @@ class InverseRotation(NamedTuple):
         return [word ^ self.signs for word in words]
 
     def angles(self, table: Table, loaded) -> tuple[list[Value], list[Value]]:
-        """float32 cos and sin, merged by mRoPE."""
-        dtype = table.cache.dtype
-        (cos, sin), *others = loaded
-        # Merged before they are widened: 16 instructions per position where selecting lanes takes 50.
-        for masks, (other_cos, other_sin) in zip(self.masks, others, strict=True):
-            cos, sin = _merged(masks, other_cos, cos), _merged(masks, other_sin, sin)
-        return widen(cos, dtype), widen(sin, dtype)
+        """float32 cos and sin of each lane, merged by mRoPE."""
+        return _merged_angles(self.masks, table, loaded)
+
+
+class InversePairs(NamedTuple):
+    """The inverse rotation of one of a thread's vectors, in which neighbouring lanes are partners."""
+
+    where: Int | None  # None: everywhere
+    frequency: Int  # the first of the vector's
+    frequencies: int
+    own: int
+    is_16_bit: bool
+    masks: list[list[Int]]  # as those of `InverseRotation`
+
+    def partner(self, ds: list[list[Int]]) -> list[Int]:
+        """The partners' words, negated in the second lane of each pair."""
+        words = ds[self.own]
+        if self.is_16_bit:
+            return [((word << 16) | (word >> 16)) ^ (1 << 31) for word in words]
+        return [word for first, second in pieces(words, 2) for word in (second, first ^ (1 << 31))]
+
+    def angles(self, table: Table, loaded) -> tuple[list[Value], list[Value]]:
+        """float32 cos and sin of each lane, merged by mRoPE."""
+        cos, sin = _merged_angles(self.masks, table, loaded)
+        return [c for c in cos for _ in "12"], [s for s in sin for _ in "12"]
+
+
+def _merged_angles(masks_of_axes: list[list[Int]], table: Table, loaded) -> tuple[list[Value], list[Value]]:
+    dtype = table.cache.dtype
+    (cos, sin), *others = loaded
+    # Merged before they are widened: 16 instructions per position where selecting lanes takes 50.
+    for masks, (other_cos, other_sin) in zip(masks_of_axes, others, strict=True):
+        cos, sin = _merged(masks, other_cos, cos), _merged(masks, other_sin, sin)
+    return widen(cos, dtype), widen(sin, dtype)
+
+
+def _rotations_of_pairs(vectors: list[Vector], layout: Layout, dtype: jnp.dtype, table: Table) -> list[InversePairs]:
+    frequencies = layout.lanes // 2
+    return [
+        InversePairs(
+            where, frequency, frequencies, index, dtype.itemsize == 2, _mrope_masks(frequency, frequencies, table)
+        )
+        for index, (where, frequency) in enumerate(frequencies_of_pairs(vectors, layout, table.options.rotary_dim))
+    ]
 
 
 def _rotations(vectors: list[Vector], layout: Layout, lane_id: Int, dtype: jnp.dtype, table: Table):
@@ -308,7 +352,7 @@ def _rotations(vectors: list[Vector], layout: Layout, lane_id: Int, dtype: jnp.d
         if any((p - f) % reach for p, f in zip(partners, rotated, strict=True)):
             holder = (lane_id & WARP - layout.threads) + partner % reach // layout.lanes
         masks = _mrope_masks(frequency, layout.lanes, table)
-        rotations.append(InverseRotation(where, frequency, flipped, sources, holder, masks))
+        rotations.append(InverseRotation(where, frequency, layout.lanes, flipped, sources, holder, masks))
     return rotations
 
 

@@ -11,7 +11,8 @@ class MosaicForward:
     """Launch configuration of the forward kernel on Pallas Mosaic GPU.
 
     `layout` says which lanes of a row one thread holds. "chunks": the same few lanes of each of the D/C chunks of C
-    lanes. "halves": vectors in pairs R/2 lanes apart. "row": consecutive vectors, the partners loaded once more.
+    lanes. "halves": vectors in pairs R/2 lanes apart. "row": consecutive vectors, the partners loaded once more; those
+    of the rotation "pairs", which has no other layout, lie beside them.
     A row has 32/rows_per_warp threads, or fewer where it is too short. `weights` says when they are loaded: "first",
     with x; "after_gate", once the gate (or v) is stored; "after_sum", once the squares are summed. With nothing to
     copy, "after_gate" means "first" and takes 31 registers (sm_90a, D = 256, "halves").
@@ -61,11 +62,13 @@ def mosaic_forward(spec: Spec, *, gate_copied: bool = True, by_slot: bool = Fals
     """
     d, r, num_rows = spec.head_dim, spec.rotary_dim, spec.num_tokens * spec.num_q_heads
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(d)))
-    layout = "halves" if has_halves(d, r) else "row"
+    partners_apart = spec.rotation == "halves"
+    layout = "halves" if partners_apart and has_halves(d, r) else "row"
     if by_slot and num_rows <= 1024:
         return MosaicForward(layout, rows_per_warp, weights="first", k_first=True)
     k_first = 64 <= num_rows < 65536
-    if num_rows >= 512 and (num_rows < 16384 or not gate_copied) and d // chunk_lanes(d, r) <= 16:
+    chunks = partners_apart and d // chunk_lanes(d, r) <= 16
+    if chunks and num_rows >= 512 and (num_rows < 16384 or not gate_copied):
         return MosaicForward("chunks", min(32, 2 * rows_per_warp), weights="after_gate", k_first=k_first)
     after_sum = num_rows >= 65536 and r < d
     weights = "first" if num_rows < 64 else "after_sum" if after_sum else "after_gate"
@@ -88,9 +91,15 @@ class MosaicBackward:
     k_warps: int
 
 
-def mosaic_backward_group(head_dim: int, rotary_dim: int, itemsize: int, rows_per_warp: int) -> tuple[int, int]:
-    """Threads of a row and lanes of a vector, up to 16 bytes; RoPE partners are whole vectors."""
-    lanes = math.gcd(16 // itemsize, head_dim, rotary_dim // 2)
+def widest_vector(num_bytes: int, head_dim: int, rotary_dim: int, rotation: str, itemsize: int) -> int:
+    """The lanes of a vector of up to `num_bytes`. RoPE partners are whole vectors, or lie in one, of "pairs"."""
+    return math.gcd(num_bytes // itemsize, head_dim, rotary_dim if rotation == "pairs" else rotary_dim // 2)
+
+
+def mosaic_backward_group(spec: Spec, itemsize: int, rows_per_warp: int) -> tuple[int, int]:
+    """Threads of a row and lanes of a vector, up to 16 bytes."""
+    head_dim = spec.head_dim
+    lanes = widest_vector(16, head_dim, spec.rotary_dim, spec.rotation, itemsize)
     return min(32 // rows_per_warp, max(1, next_power_of_2(head_dim) // lanes)), lanes
 
 
@@ -108,7 +117,7 @@ def mosaic_backward(spec: Spec, num_sms: int, *, num_axes: int, cache_itemsize: 
     """
     itemsize = 4 if spec.dtype == "float32" else 2
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(spec.head_dim)))
-    threads, lanes = mosaic_backward_group(spec.head_dim, spec.rotary_dim, itemsize, rows_per_warp)
+    threads, lanes = mosaic_backward_group(spec, itemsize, rows_per_warp)
     vectors, rotated = (-(-size // (threads * lanes)) for size in (spec.head_dim, spec.rotary_dim))
     words, cache_words = (-(-lanes * size // 4) for size in (itemsize, cache_itemsize))
     # What a thread holds at once: sums and weights; x, dy and the gate's cotangent; cos and sin at each axis and the

@@ -9,7 +9,7 @@ every access, order of the sum, form of every rounding. Pallas's interpret mode 
 """
 
 import functools
-import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jaxlib.mlir.dialects import arith
 from jaxlib.mlir.dialects import math as mlir_math
 
-from pallas_qk._mosaic_gpu.config import MosaicForward, mosaic_forward
+from pallas_qk._mosaic_gpu.config import MosaicForward, mosaic_forward, widest_vector
 from pallas_qk._mosaic_gpu.emit import (
     ACCESS_BYTES,
     WARP,
@@ -43,6 +43,7 @@ from pallas_qk._mosaic_gpu.thread import (
     Vector,
     copied_vectors,
     effective_weights,
+    frequencies_of_pairs,
     inv_rms,
     spread_k,
     sum_of_squares,
@@ -77,7 +78,7 @@ def forward(inputs: Inputs, *, options: Options, config: MosaicForward | None = 
     if config is None:
         gate_copied, by_slot = bool(sharing(stored(rows), "q")[1]), inputs.slots is not None
         config = mosaic_forward(spec, gate_copied=gate_copied, by_slot=by_slot)
-    layout = _layout(config, spec.head_dim, options.rotary_dim, inputs.q.dtype)
+    layout = _layout(config, spec, inputs.q.dtype)
     rows_per_program = WARPGROUP // layout.threads
     q_programs = pl.cdiv(spec.num_tokens * spec.num_q_heads, rows_per_program)
     k_programs = pl.cdiv(spec.num_tokens * spec.num_kv_heads, rows_per_program)
@@ -95,10 +96,10 @@ def forward(inputs: Inputs, *, options: Options, config: MosaicForward | None = 
     return launch(FORWARD_NAME, thread, inputs, written, num_programs=q_programs + k_programs, num_warpgroups=1)
 
 
-def _layout(config: MosaicForward, head_dim: int, rotary_dim: int, dtype: jnp.dtype) -> Layout:
+def _layout(config: MosaicForward, spec: Spec, dtype: jnp.dtype) -> Layout:
+    head_dim, rotary_dim = spec.head_dim, spec.rotary_dim
     half, offsets = rotary_dim // 2, [0]
-    # Partners are whole vectors in every layout.
-    widest = math.gcd(ACCESS_BYTES // dtype.itemsize, head_dim, half)
+    widest = widest_vector(ACCESS_BYTES, head_dim, rotary_dim, spec.rotation, dtype.itemsize)
     # Tiles of `width` lanes at `offsets` of the row, shared out among the threads, a vector at a time.
     match config.layout:
         case "chunks":
@@ -144,7 +145,7 @@ def _forward_thread(
     table = Table(inputs.cos_sin_cache, inputs.positions, max_position, num_tokens, options)
     thread = thread_index()
     member = thread & layout.threads - 1
-    vectors, rotations = _vectors_and_rotations(layout, member, head_dim, options.rotary_dim)
+    vectors, rotations = _vectors_and_rotations(layout, member, head_dim, options)
     wide_vectors = copied_vectors(layout, member, head_dim, dtype)
 
     def treat(block: Int, heads: str, num_heads: int):
@@ -182,7 +183,7 @@ def _forward_thread(
         targets = {name: targets_of(kind) for name, kind in (normed | copied).items()}
         xs = {name: [widen(v.load(source(kind)), dtype) for v in vectors] for name, kind in normed.items()}
         copies = {name: [v.load(source(kind)) for v in wide_vectors] for name, kind in copied.items()}
-        angles = [table.load(table_rows, rotation.frequency, layout.lanes) for rotation in rotations]
+        angles = [table.load(table_rows, rotation.frequency, rotation.frequencies) for rotation in rotations]
         weights: dict[str, list[list[Int]]] = {}
 
         def load_weights(when_: str, after: Int | None = None):
@@ -211,7 +212,7 @@ def _forward_thread(
                 ws = effective_weights(weight_words, weight_of(inputs, kind).dtype, options.norm_beta)
                 y = [arith.mulf(arith.mulf(lane, r), w) for lane, w in zip(lanes, ws, strict=True)]
                 words.append(narrow(y, dtype))
-                ys.append(widen(words[-1], dtype))
+                ys.append(widen(words[-1], dtype) if options.round_norm else y)
             if kind.rotation is not None:
                 for rotation, loaded in zip(rotations, angles, strict=True):
                     cos, sin = table.angles(positions, loaded, rotation.frequency)
@@ -239,7 +240,8 @@ class Rotation(NamedTuple):
     other: int
     is_first: Int | None  # whether own is the pair's first and other was only loaded; None: both are the thread's
     where: Int | None  # None: everywhere
-    frequency: Int
+    frequency: Int  # the first of those of own
+    frequencies: int
 
     def apply(
         self, ys: list[list[Value]], cos: list[Value], sin: list[Value], fuses_y2: bool
@@ -253,18 +255,41 @@ class Rotation(NamedTuple):
         return {self.own: select(self.is_first, first, second)}
 
 
+class PairRotation(NamedTuple):
+    """A vector whose neighbouring lanes RoPE rotates into each other."""
+
+    own: int
+    where: Int | None  # None: everywhere
+    frequency: Int  # the first of the vector's
+    frequencies: int
+
+    def apply(
+        self, ys: list[list[Value]], cos: list[Value], sin: list[Value], fuses_y2: bool
+    ) -> dict[int, list[Value]]:
+        own = ys[self.own]
+        pairs = zip(*_rotate(own[::2], own[1::2], cos, sin, fuses_y2), strict=True)
+        return {self.own: [lane for pair in pairs for lane in pair]}
+
+
 def _vectors_and_rotations(
-    layout: Layout, member: Int, head_dim: int, rotary_dim: int
-) -> tuple[list[Vector], list[Rotation]]:
+    layout: Layout, member: Int, head_dim: int, options: Options
+) -> tuple[list[Vector], Sequence[Rotation | PairRotation]]:
     """A thread's vectors, those of the layout's bases first, and their rotations."""
-    half, rotations = rotary_dim // 2, []
+    rotary_dim, rotations = options.rotary_dim, []
+    half = rotary_dim // 2
     column = _scatter(member, layout.bits)
     vectors = [vector(column, base, layout.lanes, layout.reach, head_dim) for base in layout.bases]
+    if options.rotation == "pairs":
+        return vectors, [
+            PairRotation(index, where, frequency, layout.lanes // 2)
+            for index, (where, frequency) in enumerate(frequencies_of_pairs(vectors, layout, rotary_dim))
+        ]
     for index, base in enumerate(layout.bases):
         if layout.partners and base < half:
             where = None if layout.reach <= rotary_dim else column < rotary_dim
             frequency = (column if layout.reach <= half else column & half - 1) + base
-            rotations.append(Rotation(index, layout.bases.index(base + half), None, where, frequency))
+            partner_index = layout.bases.index(base + half)
+            rotations.append(Rotation(index, partner_index, None, where, frequency, layout.lanes))
         elif not layout.partners and base < rotary_dim:
             lane = vectors[index].column + base
             is_first = lane < half
@@ -272,7 +297,7 @@ def _vectors_and_rotations(
             # Lanes without a partner read themselves and frequency 0.
             (partner,) = select(where, select(is_first, [lane + half], [lane + -half]), [lane])
             (frequency,) = select(where, select(is_first, [lane], [lane + -half]), [constant(0)])
-            rotations.append(Rotation(index, len(vectors), is_first, where, frequency))
+            rotations.append(Rotation(index, len(vectors), is_first, where, frequency, layout.lanes))
             vectors.append(Vector(partner, 0, layout.lanes))
     return vectors, rotations
 

@@ -76,6 +76,16 @@ def vector(column: Int, base: int, lanes: int, reach: int, head_dim: int) -> Vec
     return Vector(column.minimum(head_dim - lanes - base), base, lanes, column < head_dim - base)
 
 
+def frequencies_of_pairs(vectors: list[Vector], layout: Layout, rotary_dim: int) -> Iterator[tuple[Int | None, Int]]:
+    """Where the rotation "pairs" rotates a vector (None: everywhere), and its first frequency, of those that it may."""
+    for v, base in zip(vectors, layout.bases, strict=True):
+        if base < rotary_dim:
+            lane = v.column + base
+            where = None if base + layout.reach <= rotary_dim else lane < rotary_dim
+            (frequency,) = select(where, [lane >> 1], [constant(0)])
+            yield where, frequency
+
+
 def copied_vectors(layout: Layout, member: Int, head_dim: int, dtype: jnp.dtype) -> list[Vector]:
     """Vectors as wide as an access can be, whatever the layout."""
     lanes = math.gcd(ACCESS_BYTES // dtype.itemsize, head_dim)

@@ -10,7 +10,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_qk import _fp8, _reference
 from pallas_qk._options import next_power_of_2, tree_order
-from pallas_qk._triton.tiles import iota
+from pallas_qk._triton.tiles import pair_of
 
 
 class Arithmetic(NamedTuple):
@@ -18,7 +18,7 @@ class Arithmetic(NamedTuple):
 
     effective_weight: Callable  # (weight, norm_beta) -> float32
     mean_plus_eps: Callable  # (sum (B, 1), D, eps) -> mean + eps
-    rotate: Callable  # (y1, y2, cos, sin) -> (o1, o2), after y1 and y2 are rounded to the activation dtype
+    rotate: Callable  # (y1, y2, cos, sin) -> (o1, o2), with `round_norm` of y1 and y2 rounded to the activation dtype
     narrow: Callable  # float32 -> activation dtype
     codes: Callable  # (activation dtype, float32 scale, float8 dtype) -> its codes of x / scale
     fma: Callable  # a * b + c
@@ -26,12 +26,13 @@ class Arithmetic(NamedTuple):
     select: Callable  # (mask, a, b) -> a where the mask is set, else b
 
 
-def plain_arithmetic(dtype) -> Arithmetic:
+def plain_arithmetic(dtype, *, round_norm: bool = True) -> Arithmetic:
     def dot2(a, b, c, d, *, negate: bool = False):
         return a * b - c * d if negate else a * b + c * d
 
     def rotate(y1, y2, cos, sin):
-        y1, y2 = _reference.round_trip(y1, dtype), _reference.round_trip(y2, dtype)
+        if round_norm:
+            y1, y2 = _reference.round_trip(y1, dtype), _reference.round_trip(y2, dtype)
         return dot2(y1, cos, y2, sin, negate=True), dot2(y1, sin, y2, cos)
 
     def codes(x, scale, float8):
@@ -49,7 +50,7 @@ def plain_arithmetic(dtype) -> Arithmetic:
     )
 
 
-def ptx_arithmetic(dtype, fuses_y2: bool = False) -> Arithmetic:
+def ptx_arithmetic(dtype, fuses_y2: bool = False, *, round_norm: bool = True) -> Arithmetic:
     """The instructions that Triton emits for the serving kernel, which Pallas's lowering does not fuse by itself."""
 
     def effective_weight(weight, norm_beta):
@@ -76,7 +77,8 @@ def ptx_arithmetic(dtype, fuses_y2: bool = False) -> Arithmetic:
         return _ptx(code, "=f,f,f,f,f", a.dtype, a, b, c, d)
 
     def rotate(y1, y2, cos, sin):
-        y1, y2 = round_trip(y1), round_trip(y2)
+        if round_norm:
+            y1, y2 = round_trip(y1), round_trip(y2)
         o2 = dot2(y2, cos, y1, sin) if fuses_y2 else dot2(y1, sin, y2, cos)
         return dot2(y1, cos, y2, sin, negate=True), o2
 
@@ -154,7 +156,7 @@ def sum_of_squares(xs: dict[int, jax.Array], bits: list[int], head_dim: int, fma
         order = order[1:]
         if 0 in bits:
             assert bits.pop() == 0
-            pairs: dict[int, tuple[jax.Array, jax.Array | None]] = {offset: _pair(x) for offset, x in xs.items()}
+            pairs: dict[int, tuple[jax.Array, jax.Array | None]] = {offset: pair_of(x) for offset, x in xs.items()}
         else:
             pairs = {offset: (x, xs.get(offset + 1)) for offset, x in xs.items() if not offset & 1}
         tiles = {offset: a * a if b is None else fma(a, a, b * b) for offset, (a, b) in pairs.items()}
@@ -171,16 +173,3 @@ def sum_of_squares(xs: dict[int, jax.Array], bits: list[int], head_dim: int, fma
                 if not offset & step
             }
     return tiles[0][:, None]
-
-
-def _pair(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The two places of a tile's last axis.
-
-    A thread holds both, and what selects and adds them is gone from the compiled code: integers, for -0.0 + 0.0 is 0.0.
-    """
-    words = lax.bitcast_convert_type(x, jnp.int32)
-    places = (jnp.where(iota(x.shape, x.ndim - 1) == place, words, 0) for place in (0, 1))
-    first, second = (
-        lax.bitcast_convert_type(jnp.sum(words, axis=-1, dtype=jnp.int32), jnp.float32) for words in places
-    )
-    return first, second

@@ -11,10 +11,11 @@ class TritonForward:
 
     `layout` says how a row of D lanes is cut into tiles. "chunks": D/C tiles of C lanes, RoPE partners at the same
     place of two chunks. "halves": two tiles of D/2 lanes, RoPE partners at the same place of the two. "row": one
-    tile of next_power_of_2(D) lanes, the partners loaded once more.
+    tile of next_power_of_2(D) lanes, the partners loaded once more. "pairs", for the rotation of this name: such a
+    tile, with partners side by side.
     """
 
-    layout: str  # "chunks", "halves" or "row"
+    layout: str  # "chunks", "halves", "row" or "pairs"
     rows_per_program: int = 4
     num_warps: int = 2
     num_stages: int = 1
@@ -32,6 +33,8 @@ def triton_forward(spec: Spec, *, gate_copied: bool = True) -> TritonForward:
     and the row layout elsewhere. Without a gate to copy chunks lead at T = 16384 too (16/2, the gate in place: 76.3
     against 80.7 us).
     """
+    if spec.rotation == "pairs":
+        return TritonForward("pairs")
     d, r = spec.head_dim, spec.rotary_dim
     halves = has_halves(d, r)
     chunks = d // chunk_lanes(d, r) <= 12
@@ -50,7 +53,7 @@ class TritonBackward:
     TritonForward.
     """
 
-    layout: str  # "halves" or "row"
+    layout: str  # "halves", "row" or "pairs"
     rows_per_step: int
     q_programs: int
     k_programs: int
@@ -70,7 +73,7 @@ def triton_backward(spec: Spec, num_sms: int, *, mrope: bool = False, wide: bool
     """
     d, r = spec.head_dim, spec.rotary_dim
     vector = 4 if spec.dtype == "float32" else 8  # lanes in 16 bytes
-    halves = has_halves(d, r) and r // 2 >= vector
+    halves = spec.rotation == "halves" and has_halves(d, r) and r // 2 >= vector
     lanes = next_power_of_2(d) // 2 if halves else next_power_of_2(d)
     rows = max(1, 16 * vector // lanes)
     # Registers (jax 0.11.2, sm_90): up to 96 where something is float32 or a row's tile is whole, 64 with mRoPE.
@@ -82,4 +85,5 @@ def triton_backward(spec: Spec, num_sms: int, *, mrope: bool = False, wide: bool
     steps = max(1, -(-(q_steps + k_steps) // resident))
     while (q_programs := -(-q_steps // steps)) + (k_programs := -(-k_steps // steps)) > resident:
         steps += 1
-    return TritonBackward("halves" if halves else "row", rows, q_programs, k_programs)
+    whole = "pairs" if spec.rotation == "pairs" else "row"
+    return TritonBackward("halves" if halves else whole, rows, q_programs, k_programs)

@@ -69,7 +69,11 @@ def forward(
         spec=spec,
         options=options,
         config=config,
-        arithmetic=plain_arithmetic(dtype) if interpret else ptx_arithmetic(dtype, rotation_fuses_y2(options, dtype)),
+        arithmetic=(
+            plain_arithmetic(dtype, round_norm=options.round_norm)
+            if interpret
+            else ptx_arithmetic(dtype, rotation_fuses_y2(options, dtype), round_norm=options.round_norm)
+        ),
     )
     inputs = inputs._replace(q=inputs.q.reshape(array_shape(rows, "q", spec)))
     caches = {name: _by_name(x, options, spec) for name in CACHES if (x := getattr(written, name)) is not None}

@@ -138,7 +138,37 @@ def _row(num_rows: int, head_dim: int, rotary_dim: int) -> Layout:
     return Layout([lane, partner], [lane < head_dim, rotated], [0], bits, [frequency], rotated, rotate)
 
 
-LAYOUTS = {"chunks": _chunks, "halves": _halves, "row": _row}
+def _pairs(num_rows: int, head_dim: int, rotary_dim: int) -> Layout:
+    """One tile of the whole row, for the rotation "pairs": a thread holds both lanes of a pair."""
+    half, lanes = rotary_dim // 2, next_power_of_2(head_dim)
+    lane, frequency = iota((num_rows, lanes), 1), iota((num_rows, lanes // 2), 1)
+
+    def rotate(ys, angles, arithmetic):
+        ((cos, sin),), (y,) = angles, ys
+        first, second = arithmetic.rotate(*pair_of(y.reshape(num_rows, lanes // 2, 2)), cos, sin)
+        shape = num_rows, lanes // 2, 2
+        first, second = (jnp.broadcast_to(x[:, :, None], shape) for x in (first, second))
+        rotated = jnp.where(iota(shape, 2) == 0, first, second).reshape(num_rows, lanes)
+        return [jnp.where(lane < rotary_dim, rotated, y)]
+
+    bits = list(range(lanes.bit_length() - 2, -1, -1))
+    return Layout([lane], [lane < head_dim], [0], bits, [frequency], frequency < half, rotate)
+
+
+LAYOUTS = {"chunks": _chunks, "halves": _halves, "row": _row, "pairs": _pairs}
+
+
+def pair_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The two places of a tile's last axis.
+
+    A thread holds both, and what selects and adds them is gone from the compiled code: integers, for -0.0 + 0.0 is 0.0.
+    """
+    words = lax.bitcast_convert_type(x, jnp.int32)
+    places = (jnp.where(iota(x.shape, x.ndim - 1) == place, words, 0) for place in (0, 1))
+    first, second = (
+        lax.bitcast_convert_type(jnp.sum(words, axis=-1, dtype=jnp.int32), jnp.float32) for words in places
+    )
+    return first, second
 
 
 def load(ref, index, mask=None, other=None):
