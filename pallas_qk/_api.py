@@ -17,13 +17,13 @@ def fused_qk_rmsnorm_rope_gate(
     k: jax.Array,
     q_weight: jax.Array,
     k_weight: jax.Array,
-    cos_sin_cache: jax.Array,
+    cos_sin_cache: jax.Array | None,
     positions: jax.Array | None,
     eps: float,
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
-    rotary_dim: int,
+    rotary_dim: int = 0,
     mrope_section: Sequence[int] | None = None,
     norm_beta: float = 0.0,
     *,
@@ -54,16 +54,18 @@ def fused_qk_rmsnorm_rope_gate(
       q_weight: (D,); float16, bfloat16 or float32, whatever `q_gate` has.
       k_weight: (D,); float16, bfloat16 or float32.
       cos_sin_cache: (max_pos, R), each row [cos | sin]; float16, bfloat16 or float32. Without positions (..., R), the
-        row of each token.
+        row of each token. None where nothing is rotated: the norm and the split alone, rounded once.
       positions: (...) or, exactly when `mrope_section` is given, (3, ...): rows of time, height and width positions.
         Any integer dtype, any order. A negative position marks padding: it reads row 0 of the table. A position past
-        the table gives NaN, see Numerics. None where `cos_sin_cache` has the row of each token. With one head,
-        (tokens, 1, 2*D) is ambiguous; the rank of positions, or of those rows, decides.
+        the table gives NaN, see Numerics. None where `cos_sin_cache` has the row of each token, or is None. With one
+        head, (tokens, 1, 2*D) is ambiguous; the rank of positions, or of those rows, decides. Without either the head
+        is an axis.
       eps: added to the mean of squares; a Python number.
       num_q_heads: query heads in `q_gate`.
       num_kv_heads: key heads in `k`.
       head_dim: elements of a head.
-      rotary_dim: elements of a head that are rotated, from the first; even and at most `head_dim`.
+      rotary_dim: elements of a head that are rotated, from the first; even and at most `head_dim`. 0, or left out,
+        exactly where `cos_sin_cache` is None.
       mrope_section: three counts that sum to R/2, of the frequencies that read each row of `positions`.
       norm_beta: added to both weights in float32, 1.0 for Gemma-style weights; a Python number.
       copy_gate: if False, the kernel doesn't copy the gate: gate_out is an XLA slice of `q_gate`, which fuses into its
@@ -159,13 +161,13 @@ def fused_qk_rmsnorm_rope(
     k: jax.Array,
     q_weight: jax.Array,
     k_weight: jax.Array,
-    cos_sin_cache: jax.Array,
+    cos_sin_cache: jax.Array | None,
     positions: jax.Array | None,
     eps: float,
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
-    rotary_dim: int,
+    rotary_dim: int = 0,
     mrope_section: Sequence[int] | None = None,
     norm_beta: float = 0.0,
     *,
@@ -214,13 +216,13 @@ def fused_qkv_rmsnorm_rope_gate(
     qkv: jax.Array,
     q_weight: jax.Array,
     k_weight: jax.Array,
-    cos_sin_cache: jax.Array,
+    cos_sin_cache: jax.Array | None,
     positions: jax.Array | None,
     eps: float,
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
-    rotary_dim: int,
+    rotary_dim: int = 0,
     mrope_section: Sequence[int] | None = None,
     norm_beta: float = 0.0,
     *,
@@ -276,13 +278,13 @@ def fused_qkv_rmsnorm_rope(
     qkv: jax.Array,
     q_weight: jax.Array,
     k_weight: jax.Array,
-    cos_sin_cache: jax.Array,
+    cos_sin_cache: jax.Array | None,
     positions: jax.Array | None,
     eps: float,
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
-    rotary_dim: int,
+    rotary_dim: int = 0,
     mrope_section: Sequence[int] | None = None,
     norm_beta: float = 0.0,
     *,
@@ -347,7 +349,7 @@ def default_implementation(
       num_q_heads: query heads.
       num_kv_heads: key heads.
       head_dim: elements of a head.
-      rotary_dim: elements of a head that are rotated.
+      rotary_dim: elements of a head that are rotated; 0 where nothing is.
       dtype: of the activations.
       cache_dtype: of the KV cache that the call writes; None where it writes none.
       rotation: as the functions take it.
@@ -367,14 +369,14 @@ def default_implementation(
       'xla'
     """
     num_q_heads, num_kv_heads, head_dim, rotary_dim = _checks.check_sizes(
-        num_q_heads, num_kv_heads, head_dim, rotary_dim
+        num_q_heads, num_kv_heads, head_dim, rotary_dim, rotated=not isinstance(rotary_dim, int) or rotary_dim != 0
     )
     num_tokens = _checks.check_num_tokens(num_tokens)
-    dtype = _checks.check_dtype("dtype", dtype)
+    dtype, by_name = _checks.check_dtype("dtype", dtype), _checks.check_rotation(rotation)
     if cache_dtype is not None:
         cache_dtype = _checks.check_dtype("cache_dtype", cache_dtype, _fp8.NAMES)
     _checks.check_platform(platform)
     sizes = num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim
     return _implementations.choose(
-        Spec(*sizes, dtype, cache_dtype=cache_dtype, rotation=_checks.check_rotation(rotation)), platform
+        Spec(*sizes, dtype, cache_dtype=cache_dtype, rotation=by_name if rotary_dim else None), platform
     )

@@ -132,7 +132,14 @@ def check_arrays(function: Function, inputs: Inputs, sizes: Sizes) -> bool:
     activations = tuple(arrays)
     for name in weights:
         arrays[name] = getattr(inputs, name)
-    arrays["cos_sin_cache"] = inputs.cos_sin_cache
+    if inputs.cos_sin_cache is not None:
+        arrays["cos_sin_cache"] = inputs.cos_sin_cache
+    elif mrope or inputs.positions is not None:
+        got = "mrope_section" if mrope else "positions"
+        raise ValueError(
+            f"positions and mrope_section must be left out where cos_sin_cache is None, got {got}. "
+            "Pass None for them where nothing is rotated, or pass the table."
+        )
     if inputs.positions is not None:
         arrays["positions"] = inputs.positions
     elif mrope:
@@ -149,7 +156,8 @@ def check_arrays(function: Function, inputs: Inputs, sizes: Sizes) -> bool:
             wanted, got = inputs.q.dtype, arrays[name].dtype
             raise TypeError(f"{name} must have the dtype of {first}, {wanted}, got {got}. Cast one to the other.")
     for name in (*weights, "cos_sin_cache"):
-        check_dtype_name(name, str(arrays[name].dtype))
+        if name in arrays:
+            check_dtype_name(name, str(arrays[name].dtype))
     if inputs.positions is not None:
         _check_positions_dtype(inputs.positions.dtype)
 
@@ -161,6 +169,8 @@ def check_arrays(function: Function, inputs: Inputs, sizes: Sizes) -> bool:
         check_shape(name, arrays[name], (*lead, *shape), f"the leading axes of {first}, then {hint}")
     for name in weights:
         check_shape(name, arrays[name], (head_dim,), "head_dim")
+    if inputs.cos_sin_cache is None:
+        return split
     leading = f"the leading axes of {first}"
     if inputs.positions is None:
         hint = f"{leading}, then rotary_dim; without positions the table has the row of each token"
@@ -197,7 +207,7 @@ def _check_first(function: Function, inputs: Inputs, source: Source, mrope: bool
     """The leading axes, and whether heads have an axis of their own.
 
     A single head fits both readings of (..., 1, width); the number of axes of the positions, or of a gathered table,
-    then tells the leading ones.
+    then tells the leading ones. Without either it is an axis of heads.
     """
     _, name, sizes, other, *_ = function
     q, flat = inputs.q, (source.token,)
@@ -207,7 +217,7 @@ def _check_first(function: Function, inputs: Inputs, source: Source, mrope: bool
     split = source.token // source.head, source.head
     _check_trailing(name, q, [flat, split], f"{sizes}; {other}")
     fits_split = q.shape[-2:] == split
-    if fits_split and q.shape[-1:] == flat:
+    if fits_split and q.shape[-1:] == flat and inputs.cos_sin_cache is not None:
         table = inputs.positions is None
         num_lead = inputs.cos_sin_cache.ndim - 1 if table else inputs.positions.ndim - mrope
         fits_split = num_lead == q.ndim - 2

@@ -34,14 +34,16 @@ def call(
     """What each public function returns, by name."""
     _mesh_checks.check_process()
     inputs = Inputs(*map(_array_checks.unboxed, inputs))
-    num_q_heads, num_kv_heads, head_dim, rotary_dim = _checks.check_sizes(*sizes)
+    rotated = inputs.cos_sin_cache is not None
+    num_q_heads, num_kv_heads, head_dim, rotary_dim = _checks.check_sizes(*sizes, rotated=rotated)
+    rotation_by_name = _checks.check_rotation(rotation)
     options = Options(
         rotary_dim=rotary_dim,
         eps=_checks.check_eps(eps),
         norm_beta=_checks.check_norm_beta(norm_beta),
         mrope_section=_checks.check_mrope_section(mrope_section, rotary_dim),
         mrope_layout=_checks.check_mrope_layout(mrope_layout),
-        rotation=_checks.check_rotation(rotation),
+        rotation=rotation_by_name if rotated else None,
         round_norm=_checks.check_round_norm(round_norm),
         gate=gate,
         packed=(num_q_heads, num_kv_heads) if function.packed else None,

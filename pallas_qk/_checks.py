@@ -15,15 +15,23 @@ ROTATIONS = ("halves", "pairs")
 _LARGEST = float(np.finfo(np.float32).max)  # the op computes in float32
 
 
-def check_sizes(num_q_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int) -> tuple[int, ...]:
-    """The four sizes as Python ints."""
+def check_sizes(
+    num_q_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int, *, rotated: bool = True
+) -> tuple[int, ...]:
+    """The four sizes as Python ints. Where nothing is `rotated`, rotary_dim is 0."""
     sizes = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     for name, value in (sizes | {"rotary_dim": rotary_dim}).items():
         check_static_integer(name, value)
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}. Pass the number that this device's arrays hold.")
-    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+    if not rotated:
+        if rotary_dim != 0:
+            raise ValueError(
+                f"rotary_dim must be 0 or left out where cos_sin_cache is None, got {rotary_dim}. "
+                "Leave it out where nothing is rotated, or pass the table."
+            )
+    elif rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise ValueError(
             "rotary_dim must be a positive even integer <= head_dim, "  # the original's words
             f"got rotary_dim={rotary_dim}, head_dim={head_dim}. "

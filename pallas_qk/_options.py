@@ -14,7 +14,7 @@ class Options:
     norm_beta: float = 0.0
     mrope_section: tuple[int, int, int] | None = None
     mrope_layout: str = "interleaved"  # or "sectioned"
-    rotation: Literal["halves", "pairs"] = "halves"  # see `_rows.Rows`
+    rotation: Literal["halves", "pairs"] | None = "halves"  # see `_rows.Rows`
     round_norm: bool = True  # to the activations' dtype, before the rotation
     gate: str | None = "copied"  # by the kernel; "in_place": left in q, for XLA to slice; None: q has no gates
     packed: tuple[int, int] | None = None  # (num_q_heads, num_kv_heads) where q, k and v are one array
@@ -38,7 +38,7 @@ class Spec:
     open_size: Any = None  # a size that an export leaves open
     cache_shape: tuple[int, ...] | None = None  # of the array that holds k
     cache_dtype: str | None = None
-    rotation: Literal["halves", "pairs"] = "halves"
+    rotation: Literal["halves", "pairs"] | None = "halves"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,8 +94,8 @@ def norm_and_rope(
     x: jax.Array,
     weight: jax.Array,
     rotation: str | None,
-    cos: jax.Array,
-    sin: jax.Array,
+    cos: jax.Array | None,
+    sin: jax.Array | None,
     options: Options,
 ) -> jax.Array:
     """RMSNorm of each row of x (T, H, D) and `Rows.rotation` of its first R lanes by cos and sin (T, R/2)."""
@@ -109,9 +109,10 @@ def norm_and_rope(
     return _rotate(y, rotation, cos, sin).astype(x.dtype)
 
 
-def _rotate(y: jax.Array, rotation: str | None, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def _rotate(y: jax.Array, rotation: str | None, cos: jax.Array | None, sin: jax.Array | None) -> jax.Array:
     if rotation is None:
         return y
+    assert cos is not None and sin is not None
     half = cos.shape[-1]
     cos, sin = cos[..., None, :], sin[..., None, :]
     if rotation == "pairs":
@@ -146,8 +147,8 @@ def norm_and_rope_backward(
     x: jax.Array,
     weight: jax.Array,
     rotation: str | None,
-    cos: jax.Array,
-    sin: jax.Array,
+    cos: jax.Array | None,
+    sin: jax.Array | None,
     dout: jax.Array,
     options: Options,
 ) -> tuple[jax.Array, jax.Array]:
@@ -160,9 +161,10 @@ def norm_and_rope_backward(
     500 us against 586 (D = R = 128, 32/8 heads). The price is range: with 1/rms outside, a row's sum of dy * w * x must
     itself stay within float32.
     """
-    rotary_dim = 2 * cos.shape[-1]
     x32, dy = x.astype(jnp.float32), dout.astype(jnp.float32)
     if rotation is not None:
+        assert cos is not None and sin is not None
+        rotary_dim = 2 * cos.shape[-1]
         rotated = lax.optimization_barrier(_rotate(dy[..., :rotary_dim], rotation, cos, -sin))
         dy = jnp.concatenate([rotated, dy[..., rotary_dim:]], axis=-1)
     inv_rms = _inv_rms(x32, options.eps)
@@ -230,13 +232,15 @@ def round_trip(y: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return y
 
 
-def _cos_and_sin(inputs: Inputs, options: Options, *, past: float | None) -> tuple[jax.Array, jax.Array]:
-    """float32 cos and sin (T, R/2) of each token's frequencies.
+def _cos_and_sin(inputs: Inputs, options: Options, *, past: float | None) -> tuple[jax.Array | None, jax.Array | None]:
+    """float32 cos and sin (T, R/2) of each token's frequencies; None where nothing is rotated.
 
     A position past the table reads `past`. None stands for the table's first row as a constant: so derivatives read it,
     which are finite then, and the table's gradient gets nothing from it.
     """
     half, positions = options.rotary_dim // 2, inputs.positions
+    if inputs.cos_sin_cache is None:
+        return None, None
     if positions is None:
         angles = inputs.cos_sin_cache.astype(jnp.float32)
         return angles[..., :half], angles[..., half:]

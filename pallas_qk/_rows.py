@@ -57,7 +57,7 @@ class Inputs(NamedTuple):
     k: Any  # (T, Hkv, D); None where it lies in a packed q
     q_weight: Any  # (D,)
     k_weight: Any  # (D,)
-    cos_sin_cache: Any  # (max_pos, R); without positions (T, R), the row of each token
+    cos_sin_cache: Any  # (max_pos, R); without positions (T, R), the row of each token; None where nothing is rotated
     positions: Any  # (1 or 3, T)
     v: Any = None  # (T, Hkv, D); None where it lies in a packed q, or a call has none
     k_cache: Any = None  # k's KV cache, which may hold v too

@@ -87,12 +87,12 @@ def backward(
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
     if config is None:
         num_axes = 1 if options.mrope_section is None else 3
-        cache_itemsize = inputs.cos_sin_cache.dtype.itemsize
+        cache_itemsize = 0 if inputs.cos_sin_cache is None else inputs.cos_sin_cache.dtype.itemsize
         config = mosaic_backward(spec, num_sms(), num_axes=num_axes, cache_itemsize=cache_itemsize)
     thread = functools.partial(
         _backward_thread,
         rows=rows_for(spec, options),
-        max_position=inputs.cos_sin_cache.shape[0],
+        max_position=0 if inputs.cos_sin_cache is None else inputs.cos_sin_cache.shape[0],
         spec=spec,
         options=options,
         config=config,

@@ -11,8 +11,8 @@ class MosaicForward:
     """Launch configuration of the forward kernel on Pallas Mosaic GPU.
 
     `layout` says which lanes of a row one thread holds. "chunks": the same few lanes of each of the D/C chunks of C
-    lanes. "halves": vectors in pairs R/2 lanes apart. "row": consecutive vectors, the partners loaded once more; those
-    of the rotation "pairs", which has no other layout, lie beside them.
+    lanes. "halves": vectors in pairs R/2 lanes apart. "row": consecutive vectors, the partners loaded once more. Rows
+    that are rotated by pairs, or not at all, have no other layout, and no partners elsewhere.
     A row has 32/rows_per_warp threads, or fewer where it is too short. `weights` says when they are loaded: "first",
     with x; "after_gate", once the gate (or v) is stored; "after_sum", once the squares are summed. With nothing to
     copy, "after_gate" means "first" and takes 31 registers (sm_90a, D = 256, "halves").
@@ -91,7 +91,7 @@ class MosaicBackward:
     k_warps: int
 
 
-def widest_vector(num_bytes: int, head_dim: int, rotary_dim: int, rotation: str, itemsize: int) -> int:
+def widest_vector(num_bytes: int, head_dim: int, rotary_dim: int, rotation: str | None, itemsize: int) -> int:
     """The lanes of a vector of up to `num_bytes`. RoPE partners are whole vectors, or lie in one, of "pairs"."""
     return math.gcd(num_bytes // itemsize, head_dim, rotary_dim if rotation == "pairs" else rotary_dim // 2)
 

@@ -215,14 +215,19 @@ def _limit(value: Int, size: int) -> int:
 class Table:
     """cos_sin_cache (max_position, R) as one thread reads it, for a token's one or three positions."""
 
-    cache: Pointer
+    cache: Pointer  # no method but `positions_of` is called where there is none
     positions: Pointer | None  # None: the row of a token is its own
     max_position: int
     num_tokens: int
     options: Options
 
     def positions_of(self, token: Int) -> list[Int]:
-        """A token's positions, one for each row of `positions`; without positions, the token itself."""
+        """A token's positions, one for each row of `positions`; without positions, the token itself.
+
+        None where nothing is rotated.
+        """
+        if self.options.rotation is None:
+            return []
         if self.positions is None:
             return [token]
         first = self.positions + token.resized(64)

@@ -52,7 +52,8 @@ def backward(
     if spec.num_tokens == 0:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
     if config is None:
-        wide = any(x.dtype == jnp.float32 for x in (inputs.q, inputs.q_weight, inputs.k_weight, inputs.cos_sin_cache))
+        read = inputs.q, inputs.q_weight, inputs.k_weight, inputs.cos_sin_cache
+        wide = any(x is not None and x.dtype == jnp.float32 for x in read)
         config = triton_backward(spec, num_sms(), mrope=options.mrope_section is not None, wide=wide)
     rows = rows_for(spec, options)
     kernel = functools.partial(
@@ -136,7 +137,9 @@ def _backward_kernel(
             return rows_of_program(program + step * programs, num_rows, num_tokens, num_heads, lanes)
 
         def load_positions(step):
-            """The positions of a step's tokens, one for each axis; without positions, the tokens."""
+            """The positions of a step's tokens, one for each axis; without positions, the tokens; of no table, none."""
+            if not layout.frequencies:
+                return []
             token = jnp.minimum(rows_at(step, 1)[0], num_tokens - 1)  # past the last row there is none
             if inputs.positions is None:
                 return [token]

@@ -12,10 +12,10 @@ class TritonForward:
     `layout` says how a row of D lanes is cut into tiles. "chunks": D/C tiles of C lanes, RoPE partners at the same
     place of two chunks. "halves": two tiles of D/2 lanes, RoPE partners at the same place of the two. "row": one
     tile of next_power_of_2(D) lanes, the partners loaded once more. "pairs", for the rotation of this name: such a
-    tile, with partners side by side.
+    tile, with partners side by side. "whole": such a tile of rows that are not rotated.
     """
 
-    layout: str  # "chunks", "halves", "row" or "pairs"
+    layout: str  # of `tiles.LAYOUTS`
     rows_per_program: int = 4
     num_warps: int = 2
     num_stages: int = 1
@@ -33,8 +33,8 @@ def triton_forward(spec: Spec, *, gate_copied: bool = True) -> TritonForward:
     and the row layout elsewhere. Without a gate to copy chunks lead at T = 16384 too (16/2, the gate in place: 76.3
     against 80.7 us).
     """
-    if spec.rotation == "pairs":
-        return TritonForward("pairs")
+    if spec.rotation != "halves":
+        return TritonForward(spec.rotation or "whole")
     d, r = spec.head_dim, spec.rotary_dim
     halves = has_halves(d, r)
     chunks = d // chunk_lanes(d, r) <= 12
@@ -53,7 +53,7 @@ class TritonBackward:
     TritonForward.
     """
 
-    layout: str  # "halves", "row" or "pairs"
+    layout: str  # of `tiles.LAYOUTS`, but for "chunks"
     rows_per_step: int
     q_programs: int
     k_programs: int
@@ -85,5 +85,5 @@ def triton_backward(spec: Spec, num_sms: int, *, mrope: bool = False, wide: bool
     steps = max(1, -(-(q_steps + k_steps) // resident))
     while (q_programs := -(-q_steps // steps)) + (k_programs := -(-k_steps // steps)) > resident:
         steps += 1
-    whole = "pairs" if spec.rotation == "pairs" else "row"
-    return TritonBackward("halves" if halves else whole, rows, q_programs, k_programs)
+    layout = ("halves" if halves else "row") if spec.rotation == "halves" else spec.rotation or "whole"
+    return TritonBackward(layout, rows, q_programs, k_programs)

@@ -180,10 +180,12 @@ def _forward_kernel(
                 in_tiles[name].append(both(in_rows, exists))
                 xs[name].append(load(source(kind).ref, source(kind).at(token, head, columns), in_tiles[name][-1]))
         token, _, in_rows = rows_at(1)
-        table_rows = _table_rows(inputs.positions, token, in_rows, inputs.cos_sin_cache.shape[0], options)
-        angles = [
-            _cos_and_sin(inputs.cos_sin_cache, table_rows, f, layout.rotated, options) for f in layout.frequencies
-        ]
+        angles = []
+        if layout.frequencies:
+            table_rows = _table_rows(inputs.positions, token, in_rows, inputs.cos_sin_cache.shape[0], options)
+            angles = [
+                _cos_and_sin(inputs.cos_sin_cache, table_rows, f, layout.rotated, options) for f in layout.frequencies
+            ]
         for name, copy in copies.items():
             token, head, _ = rows_at(wide)
             write(copied[name], token, head, wide_columns, copy, in_copied)

@@ -155,7 +155,16 @@ def _pairs(num_rows: int, head_dim: int, rotary_dim: int) -> Layout:
     return Layout([lane], [lane < head_dim], [0], bits, [frequency], frequency < half, rotate)
 
 
-LAYOUTS = {"chunks": _chunks, "halves": _halves, "row": _row, "pairs": _pairs}
+def _whole(num_rows: int, head_dim: int, rotary_dim: int) -> Layout:
+    """One tile of the whole row, which is not rotated."""
+    del rotary_dim
+    lanes = next_power_of_2(head_dim)
+    lane = iota((num_rows, lanes), 1)
+    bits = list(range(lanes.bit_length() - 2, -1, -1))
+    return Layout([lane], [lane < head_dim], [0], bits, [], None, lambda ys, *_: ys)
+
+
+LAYOUTS = {"chunks": _chunks, "halves": _halves, "row": _row, "pairs": _pairs, "whole": _whole}
 
 
 def pair_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
