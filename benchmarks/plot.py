@@ -1,7 +1,7 @@
-"""`plot`: time against tokens and share of the copy ceiling, from the rows of a record."""
+"""`plot`: time against tokens and share of the copy ceiling, or how fast a decode step reads caches, from a record."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import record
@@ -11,7 +11,7 @@ MINIMUM_POINTS = 3  # of a head count: fewer make no curve
 
 
 class Style(NamedTuple):
-    """How one implementation is drawn, the same in every picture."""
+    """How one implementation, or form of a decode step, is drawn in every picture."""
 
     label: str
     color: str
@@ -28,6 +28,14 @@ STYLES = {
     "oracle": Style("Triton kernel of the serving design", "#D55E00", "D"),
     "copy": Style("copy of the same bytes", "#555555", "", "--"),
 }
+FORMS = {
+    "set-xla": Style(".at[].set, attention by XLA", "#E69F00", "v"),
+    "fp8-cudnn": Style("op, float8_e4m3fn, attention by cuDNN", "#56B4E9", "^"),
+    "set-cudnn": Style(".at[].set, attention by cuDNN", "#D55E00", "D"),
+    "example-cudnn": Style("the example's layer, attention by cuDNN", "#009E73", "s"),
+    "op-cudnn": Style("op, attention by cuDNN", "#0072B2", "o", "--"),
+}
+STYLES |= FORMS
 # What the ends of names mean.
 VARIANTS = {
     "_in_place": ("gate in place", ":"),
@@ -52,47 +60,100 @@ def is_known(name: str) -> bool:
     return any(name.removesuffix(ending) in STYLES for ending in ("", *VARIANTS))
 
 
+class Kind(NamedTuple):
+    """How rows of one kind are drawn.
+
+    `pictures`, `lines` and `curves` are the fields whose values tell pictures, lines of panels and curves apart.
+    Pictures also differ by GPU, operation, dtype and dimensions.
+    """
+
+    pictures: Mapping[str, str]  # each field, and how the title says its value
+    lines: tuple[str, ...]
+    heading: str  # of a line of panels
+    curves: str
+    tokens: str  # the label of the horizontal axis
+    time: str  # the field that the left panel shows
+    rate: Callable[[Row], float]  # what the right panel shows
+    rate_label: str
+    most: float | None  # the upper end of the right panel
+
+
+OPERATIONS = Kind(
+    pictures={"cache": "{} L2"},
+    lines=("num_q_heads", "num_kv_heads"),
+    heading="{} query and {} key heads",
+    curves="implementation",
+    tokens="tokens",
+    time="p50_us",
+    rate=lambda row: row["fraction_of_copy"],
+    rate_label="fraction of the copy ceiling",
+    most=1.05,
+)
+STEPS = Kind(
+    pictures={"implementation": "{}", "program": "program {}"},
+    lines=("num_q_heads", "num_kv_heads", "context"),
+    heading="{} query and {} kv heads, caches of {:,} places",
+    curves="form",
+    tokens="sequences",
+    time="device_us",
+    rate=lambda row: row["attended_bytes"] / row["device_us"] / 1e3,
+    rate_label="GB/s of caches",
+    most=None,
+)
+
+
 class Picture(NamedTuple):
-    """The rows of one picture, by heads and implementation, in the order of their tokens."""
+    """The rows of one picture, by line of panels and curve, in the order of their tokens."""
 
     name: str
     title: str
-    curves: Mapping[tuple[int, int], Mapping[str, Sequence[Row]]]
+    curves: Mapping[tuple[int, ...], Mapping[str, Sequence[Row]]]
+    kind: Kind
 
 
 def pictures(rows: Sequence[Row], run: str | None = None) -> list[Picture]:
-    """One for each GPU, operation, dtype, head and rotary dimension and cache, of `run` or the latest run that fits."""
-    rows = [row for row in (record.of_run(rows, run) if run else rows) if "cache" in row and "p50_us" in row]
+    """One for each GPU, operation, dtype, head and rotary dimension and cache, of `run` or the latest run that fits.
+
+    Decode steps have one for each implementation and program, and its curves are forms.
+    """
+    rows = record.of_run(rows, run) if run else rows
+    steps = [row for row in rows if row["op"] == "decode_step_profile" and row.get("form") in FORMS]
+    return _pictures([row for row in rows if "cache" in row and "p50_us" in row], OPERATIONS) + _pictures(steps, STEPS)
+
+
+def _pictures(rows: Sequence[Row], kind: Kind) -> list[Picture]:
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["gpu"], row["op"], *record.config(row)), []).append(row)
+        settings = (row[field] for field in ("gpu", "op", "dtype", "head_dim", "rotary_dim", *kind.pictures))
+        groups.setdefault(tuple(settings), []).append(row)
     found = []
-    for (gpu, op, dtype, head_dim, rotary_dim, cache), group in groups.items():
-        by_run = {run: _curves(group, run) for run in {row["run"] for row in group}}
+    for (gpu, op, dtype, head_dim, rotary_dim, *others), group in groups.items():
+        op = op.removesuffix("_profile")
+        by_run = {run: _curves(group, run, kind) for run in {row["run"] for row in group}}
         latest = max((run for run, curves in by_run.items() if curves), default=None)
         if latest is None:
             continue
-        name = "-".join([record.gpu_slug(gpu), op, dtype, f"d{head_dim}", f"r{rotary_dim}", cache])
+        name = "-".join([record.gpu_slug(gpu), op, dtype, f"d{head_dim}", f"r{rotary_dim}", *others])
         versions = next(row["versions"] for row in group if row["run"] == latest)
+        said = ", ".join(text.format(value) for text, value in zip(kind.pictures.values(), others, strict=True))
         title = (
-            f"{gpu}: {op.replace('_', ' ')}, {dtype}, head_dim {head_dim}, rotary_dim {rotary_dim}, {cache} L2\n"
+            f"{gpu}: {op.replace('_', ' ')}, {dtype}, head_dim {head_dim}, rotary_dim {rotary_dim}, {said}\n"
             f"run {latest}, jax {versions['jax']}, triton {versions['triton']}, driver {versions['driver']}"
         )
-        found.append(Picture(name, title, by_run[latest]))
+        found.append(Picture(name, title, by_run[latest], kind))
     return found
 
 
-def _curves(rows: Sequence[Row], run: str) -> dict[tuple[int, int], dict[str, list[Row]]]:
-    """The rows of a run by heads and implementation; head counts with too few points are left out."""
-    curves: dict[tuple[int, int], dict[str, list[Row]]] = {}
-    timed = record.timed(row for row in rows if row["run"] == run)
-    for row in sorted(timed, key=lambda row: row["num_tokens"]):
-        heads = (row["num_q_heads"], row["num_kv_heads"])
-        curves.setdefault(heads, {}).setdefault(row["implementation"], []).append(row)
+def _curves(rows: Sequence[Row], run: str, kind: Kind) -> dict[tuple[int, ...], dict[str, list[Row]]]:
+    """The rows of a run by line and curve, the latest of one measured twice; lines with too few points are left out."""
+    points: dict[tuple[int, ...], dict[str, dict[int, Row]]] = {}
+    for row in (row for row in rows if row["run"] == run):
+        line = tuple(row[field] for field in kind.lines)
+        points.setdefault(line, {}).setdefault(row[kind.curves], {})[row["num_tokens"]] = row
     return {
-        heads: by_name
-        for heads, by_name in sorted(curves.items())
-        if max(len(points) for points in by_name.values()) >= MINIMUM_POINTS
+        line: {name: [by_tokens[tokens] for tokens in sorted(by_tokens)] for name, by_tokens in by_name.items()}
+        for line, by_name in sorted(points.items())
+        if max(map(len, by_name.values())) >= MINIMUM_POINTS
     }
 
 
@@ -110,12 +171,13 @@ def plot(rows: Sequence[Row], run: str | None, output: pathlib.Path) -> int:
 
 
 def draw(picture: Picture, output: pathlib.Path) -> list[pathlib.Path]:
-    """One line of two panels for each head count."""
+    """One line of two panels for each head count, or head count and length of caches."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
+    kind = picture.kind
     names = list(dict.fromkeys(name for by_name in picture.curves.values() for name in by_name))
     order = [*(name for name in STYLES if name in names), *(name for name in names if name not in STYLES)]
     others = [name for name in order if not is_known(name)]
@@ -125,7 +187,7 @@ def draw(picture: Picture, output: pathlib.Path) -> list[pathlib.Path]:
             len(picture.curves), 2, figsize=(12, height), squeeze=False, sharex=True, layout="constrained"
         )
         lines = {}
-        for (left, right), ((num_q_heads, num_kv_heads), by_name) in zip(axes, picture.curves.items(), strict=True):
+        for (left, right), (line, by_name) in zip(axes, picture.curves.items(), strict=True):
             for name in (name for name in order if name in by_name):
                 drawn = style(name, others)
                 tokens = [row["num_tokens"] for row in by_name[name]]
@@ -136,16 +198,17 @@ def draw(picture: Picture, output: pathlib.Path) -> list[pathlib.Path]:
                     "markersize": 5,
                     "linewidth": 1.6,
                 }
-                (lines[name],) = left.loglog(tokens, [row["p50_us"] for row in by_name[name]], **look)
-                right.semilogx(tokens, [row["fraction_of_copy"] for row in by_name[name]], **look)
-            heads = f"{num_q_heads} query and {num_kv_heads} key heads"
-            left.set(title=heads, ylabel="time (µs)")
+                (lines[name],) = left.loglog(tokens, [row[kind.time] for row in by_name[name]], **look)
+                right.semilogx(tokens, [kind.rate(row) for row in by_name[name]], **look)
+            heading = kind.heading.format(*line)
+            left.set(title=heading, ylabel="time (µs)")
             left.yaxis.set_major_formatter("{x:g}")
-            right.set(title=heads, ylabel="fraction of the copy ceiling", ylim=(0, 1.05))
+            left.yaxis.set_minor_formatter(ticker.LogFormatter())
+            right.set(title=heading, ylabel=kind.rate_label, ylim=(0, kind.most))
             for axis in (left, right):
                 _mark_tokens(axis, by_name)
         for axis in axes[-1]:
-            axis.set_xlabel("tokens")
+            axis.set_xlabel(kind.tokens)
         figure.suptitle(picture.title, fontsize=12)
         labels = [style(name, others).label for name in lines]
         figure.legend(lines.values(), labels, loc="outside lower center", ncols=3, frameon=False)

@@ -10,6 +10,7 @@ root_doc = "README"
 PAGES = [
     "docs/api",
     "docs/kv_cache",
+    "docs/serving",
     "docs/generate",
     "docs/porting",
     "benchmarks/README",

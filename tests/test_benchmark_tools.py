@@ -739,6 +739,47 @@ def test_plot_writes_png_and_svg_with_every_label_and_the_same_bytes_again(tmp_p
     assert svg == (folders[1] / f"{name}.svg").read_text()
 
 
+def step_row(form: str, sequences: int, device_us: float, **changed) -> dict[str, Any]:
+    row = timed_row("mosaic_gpu", sequences, 1.0) | {
+        "op": "decode_step_profile",
+        "program": "graph",
+        "context": 1024,
+        "form": form,
+        "attended_bytes": 10**6 * sequences,
+        "device_us": device_us,
+    }
+    return {name: value for name, value in row.items() if name not in ("cache", "p50_us")} | changed
+
+
+def test_a_picture_of_decode_steps_has_their_forms_by_length_of_the_caches():
+    rows = [step_row(form, t, 50.0 + t) for t in TOKENS for form in ("set-xla", "op-cudnn", "op-cudnn-scanned")]
+    rows += [step_row("op-cudnn", 16, 80.0), step_row("op-cudnn", 16, 90.0, context=8192)]  # the latter makes no curve
+    rows += [step_row("op-cudnn", t, 1.0, program="kernels", context=8192) for t in TOKENS]
+    rows += [{"run": "20260101T000000Z-abc", "op": "decode_step_profile"}]  # the first ones had no forms
+    graph, kernels = plot.pictures(rows)
+    assert [picture.name.removeprefix("h200-decode_step-bfloat16-d256-r64-") for picture in (graph, kernels)] == [
+        "mosaic_gpu-graph",
+        "mosaic_gpu-kernels",
+    ]
+    assert {line: list(curves) for line, curves in graph.curves.items()} == {(16, 2, 1024): ["set-xla", "op-cudnn"]}
+    assert [row["device_us"] for row in graph.curves[16, 2, 1024]["op-cudnn"]] == [51.0, 80.0, 306.0, 4146.0]
+    assert graph.kind.rate(step_row("op-cudnn", 64, 100.0)) == 640  # GB/s
+    assert list(kernels.curves) == [(16, 2, 8192)]
+
+
+@needs_matplotlib
+def test_plot_draws_decode_steps(tmp_path, capsys):
+    record_path = tmp_path / "h200.jsonl"
+    for row in [step_row(form, t, 50.0 + t) for t in TOKENS for form in plot.FORMS]:
+        record.append(record_path, row)
+    assert main(["plot", "--record", str(record_path), "--output", str(tmp_path)]) == 0
+    _, svg = capsys.readouterr().out.splitlines()
+    text = (tmp_path / svg).read_text()
+    for part in ("decode step, bfloat16", "caches of 1,024 places", "sequences", "time (µs)", "GB/s of caches"):
+        assert part in text
+    assert all(f">{drawn.label}<" in text for drawn in plot.FORMS.values())
+
+
 def test_plot_says_when_there_is_nothing_to_draw(tmp_path, capsys):
     path = tmp_path / "h200.jsonl"
     record.append(path, timed_row("triton", 1, 1.0))
@@ -750,8 +791,10 @@ def test_every_implementation_has_a_style_of_its_own():
     others = ["vllm", "sglang"]
     names = [*pallas_qk.IMPLEMENTATIONS, "xla_plain", "oracle", "copy", "triton_in_place", *others]
     names += ["triton_alone", "xla_plain_then_set", "mosaic_gpu_then_set"]
-    looks = {(plot.style(name, others).color, plot.style(name, others).line) for name in names}
-    assert len(looks) == len(names)
+    for together in (names, plot.FORMS):
+        looks = {(plot.style(name, others).color, plot.style(name, others).line) for name in together}
+        assert len(looks) == len(together)
+    assert set(plot.FORMS) <= set(decode.FORMS)
     assert [name for name in names if not plot.is_known(name)] == others
     assert plot.style("triton_then_set", others).label == "pallas-qk, Triton, then .at[slots].set"
 

@@ -26,8 +26,7 @@ def test_the_readmes_example_runs():
     assert ", ".join(map(str, shapes)) in code
 
 
-@pytest.mark.parametrize("page, num_blocks", [("kv_cache.md", 14), ("porting.md", 20)])
-def test_a_guides_code_runs(page, num_blocks):
+def run_guide(page: str, num_blocks: int) -> None:
     """Its blocks build on each other and hold their own assertions."""
     blocks = python_blocks(DOCS / page)
     assert len(blocks) == num_blocks
@@ -38,6 +37,16 @@ def test_a_guides_code_runs(page, num_blocks):
             exec(block, names)
     finally:
         jax.config.update("jax_default_matmul_precision", before)
+
+
+@pytest.mark.parametrize("page, num_blocks", [("kv_cache.md", 13), ("porting.md", 20)])
+def test_a_guides_code_runs(page, num_blocks):
+    run_guide(page, num_blocks)
+
+
+def test_the_serving_guides_code_runs(on_the_host):
+    """It counts the memory of programs for a CPU."""
+    run_guide("serving.md", 9)
 
 
 FUNCTIONS = (
