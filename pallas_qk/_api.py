@@ -15,8 +15,8 @@ from pallas_qk._rows import Inputs
 def fused_qk_rmsnorm_rope_gate(
     q_gate: jax.Array,
     k: jax.Array,
-    q_weight: jax.Array,
-    k_weight: jax.Array,
+    q_weight: jax.Array | None,
+    k_weight: jax.Array | None,
     cos_sin_cache: jax.Array | None,
     positions: jax.Array | None,
     eps: float,
@@ -51,8 +51,9 @@ def fused_qk_rmsnorm_rope_gate(
       q_gate: (..., Hq*2*D) or (..., Hq, 2*D), each head [q | gate]; float16, bfloat16 or float32. Leading
         axes may have size 0.
       k: (..., Hkv*D) or (..., Hkv, D), in the form of `q_gate`; its dtype.
-      q_weight: (D,); float16, bfloat16 or float32, whatever `q_gate` has.
-      k_weight: (D,); float16, bfloat16 or float32.
+      q_weight: (D,); float16, bfloat16 or float32, whatever `q_gate` has. None for a norm without weights, which reads
+        none.
+      k_weight: (D,); float16, bfloat16 or float32. None exactly where `q_weight` is.
       cos_sin_cache: (max_pos, R), each row [cos | sin]; float16, bfloat16 or float32. Without positions (..., R), the
         row of each token. None where nothing is rotated: the norm and the split alone, rounded once.
       positions: (...) or, exactly when `mrope_section` is given, (3, ...): rows of time, height and width positions.
@@ -159,8 +160,8 @@ def fused_qk_rmsnorm_rope_gate(
 def fused_qk_rmsnorm_rope(
     q: jax.Array,
     k: jax.Array,
-    q_weight: jax.Array,
-    k_weight: jax.Array,
+    q_weight: jax.Array | None,
+    k_weight: jax.Array | None,
     cos_sin_cache: jax.Array | None,
     positions: jax.Array | None,
     eps: float,
@@ -214,8 +215,8 @@ def fused_qk_rmsnorm_rope(
 
 def fused_qkv_rmsnorm_rope_gate(
     qkv: jax.Array,
-    q_weight: jax.Array,
-    k_weight: jax.Array,
+    q_weight: jax.Array | None,
+    k_weight: jax.Array | None,
     cos_sin_cache: jax.Array | None,
     positions: jax.Array | None,
     eps: float,
@@ -230,18 +231,21 @@ def fused_qkv_rmsnorm_rope_gate(
     mrope_layout: str = "interleaved",
     rotation: str = "halves",
     round_norm: bool = True,
+    v_norm: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """`fused_qk_rmsnorm_rope_gate` for q, gate, k and v from one projection, which it takes apart without a copy.
 
     Args:
       qkv: (..., Hq*2*D + 2*Hkv*D): [q | gate] of each query head, then k and then v of each key head.
+      v_norm: whether each head of v is normalised, without a weight and without norm_beta, as in Gemma 4.
 
     The other arguments, errors, numerics and derivatives are those of `fused_qk_rmsnorm_rope_gate`; the gradient of
     `qkv` is one array, written by the one backward kernel.
 
     Returns:
-      q_out (..., Hq*D), k_out (..., Hkv*D), v_out (..., Hkv*D), which is v as it is, and gate_out (..., Hq*D).
+      q_out (..., Hq*D), k_out (..., Hkv*D), v_out (..., Hkv*D), which is v as it is unless
+      `v_norm`, and gate_out (..., Hq*D).
 
     Sharding:
       Leading axes only: the parts of the packed axis don't end where its shards do. Where a sharding of that axis is
@@ -270,14 +274,15 @@ def fused_qkv_rmsnorm_rope_gate(
         rotation,
         round_norm,
         implementation,
+        v_norm=v_norm,
     )
     return outputs.q, outputs.k, outputs.v, outputs.gate
 
 
 def fused_qkv_rmsnorm_rope(
     qkv: jax.Array,
-    q_weight: jax.Array,
-    k_weight: jax.Array,
+    q_weight: jax.Array | None,
+    k_weight: jax.Array | None,
     cos_sin_cache: jax.Array | None,
     positions: jax.Array | None,
     eps: float,
@@ -291,6 +296,7 @@ def fused_qkv_rmsnorm_rope(
     mrope_layout: str = "interleaved",
     rotation: str = "halves",
     round_norm: bool = True,
+    v_norm: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`fused_qkv_rmsnorm_rope_gate` for q without gates, as Qwen3 and Gemma 3 have it.
@@ -298,11 +304,11 @@ def fused_qkv_rmsnorm_rope(
     Args:
       qkv: (..., Hq*D + 2*Hkv*D): q of each query head, then k and then v of each key head.
 
-    The other arguments, errors, numerics and derivatives are those of `fused_qk_rmsnorm_rope_gate`, sharding is that of
-    `fused_qkv_rmsnorm_rope_gate`.
+    The other arguments, errors, numerics and derivatives are those of `fused_qk_rmsnorm_rope_gate`. v_norm and sharding
+    are those of `fused_qkv_rmsnorm_rope_gate`.
 
     Returns:
-      q_out (..., Hq*D), k_out (..., Hkv*D) and v_out (..., Hkv*D), which is v as it is.
+      q_out (..., Hq*D), k_out (..., Hkv*D) and v_out (..., Hkv*D), which is v as it is unless `v_norm`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -326,6 +332,7 @@ def fused_qkv_rmsnorm_rope(
         rotation,
         round_norm,
         implementation,
+        v_norm=v_norm,
     )
     return outputs.q, outputs.k, outputs.v
 

@@ -23,8 +23,8 @@ class CacheOutputs(NamedTuple):
 
 def fused_qkv_rmsnorm_rope_gate_cache(
     qkv: jax.Array | tuple[jax.Array, jax.Array, jax.Array],
-    q_weight: jax.Array,
-    k_weight: jax.Array,
+    q_weight: jax.Array | None,
+    k_weight: jax.Array | None,
     cos_sin_cache: jax.Array | None,
     positions: jax.Array | None,
     kv_cache: tuple[jax.Array, jax.Array] | jax.Array,
@@ -46,6 +46,7 @@ def fused_qkv_rmsnorm_rope_gate_cache(
     mrope_layout: str = "interleaved",
     rotation: str = "halves",
     round_norm: bool = True,
+    v_norm: bool = False,
     implementation: str | None = None,
 ) -> CacheOutputs:
     """Does what `fused_qkv_rmsnorm_rope_gate` does, and writes k and v into a KV cache in the same launch.
@@ -74,12 +75,13 @@ def fused_qkv_rmsnorm_rope_gate_cache(
         multiplies them by: float32, (), (1,) or (Hkv,), or a number; each may be traced. They must be given for such a
         cache, and for no other. `pallas_qk.kv_cache.read` reads such a cache.
       return_kv: whether k and v are results too, in the dtype of `qkv`.
+      v_norm: whether each head of v is normalised, without a weight, before it is written or returned.
 
     The other arguments are those of `fused_qk_rmsnorm_rope_gate`.
 
     Returns:
       A `CacheOutputs` with q, gate and the cache, which holds the tokens' rows. With `return_kv` also k, normalised and
-      rotated, and v, unchanged. Places that no slot names keep their bits. Where two tokens name one slot, either may
+      rotated, and v, unchanged unless `v_norm`. Places that no slot names keep their bits. Where two tokens name one slot, either may
       stay: k, v and even single elements of them may come from different tokens.
 
     Raises:
@@ -136,13 +138,14 @@ def fused_qkv_rmsnorm_rope_gate_cache(
         rotation,
         round_norm,
         implementation,
+        v_norm=v_norm,
     )
 
 
 def fused_qkv_rmsnorm_rope_cache(
     qkv: jax.Array | tuple[jax.Array, jax.Array, jax.Array],
-    q_weight: jax.Array,
-    k_weight: jax.Array,
+    q_weight: jax.Array | None,
+    k_weight: jax.Array | None,
     cos_sin_cache: jax.Array | None,
     positions: jax.Array | None,
     kv_cache: tuple[jax.Array, jax.Array] | jax.Array,
@@ -163,6 +166,7 @@ def fused_qkv_rmsnorm_rope_cache(
     mrope_layout: str = "interleaved",
     rotation: str = "halves",
     round_norm: bool = True,
+    v_norm: bool = False,
     implementation: str | None = None,
 ) -> CacheOutputs:
     """`fused_qkv_rmsnorm_rope_gate_cache` for q without gates, as Qwen3 and Gemma 3 have it.
@@ -204,10 +208,11 @@ def fused_qkv_rmsnorm_rope_cache(
         rotation,
         round_norm,
         implementation,
+        v_norm=v_norm,
     )
 
 
-def _call(name: str, qkv, arrays: tuple, cache: tuple, gate: str | None, *values) -> CacheOutputs:
+def _call(name: str, qkv, arrays: tuple, cache: tuple, gate: str | None, *values, v_norm: bool) -> CacheOutputs:
     """`values` are the arguments of `call` that follow `gate`."""
     kv_cache, slot_mapping, cache_axes, layer, k_scale, v_scale, return_kv = cache
     cache_axes, return_kv = _cache_checks.check_cache_axes(cache_axes), _cache_checks.check_return_kv(return_kv)
@@ -217,6 +222,6 @@ def _call(name: str, qkv, arrays: tuple, cache: tuple, gate: str | None, *values
     function = cached(name, gated=gate is not None, packed=separate is None)
     held = {"k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale, "v_scale": v_scale}
     inputs = Inputs(q, k, *arrays)._replace(v=v, slots=slot_mapping, layer=layer, **held)
-    outputs = call(function, inputs, gate, *values, cache_axes=cache_axes, return_kv=return_kv)
+    outputs = call(function, inputs, gate, *values, v_norm=v_norm, cache_axes=cache_axes, return_kv=return_kv)
     written = outputs.k_cache if v_cache is None else (outputs.k_cache, outputs.v_cache)
     return CacheOutputs(outputs.q, outputs.gate, written, outputs.k, outputs.v)

@@ -12,7 +12,7 @@ from pallas_qk import _array_checks, _cache_checks, _checks, _implementations, _
 from pallas_qk._array_checks import Function
 from pallas_qk._implementations import IMPLEMENTATIONS
 from pallas_qk._options import Options, Spec
-from pallas_qk._rows import CACHES, Call, Inputs, Outputs
+from pallas_qk._rows import CACHES, Call, Inputs, Outputs, head_dim_of
 
 
 def call(
@@ -28,6 +28,7 @@ def call(
     round_norm: bool,
     implementation: str | None,
     *,
+    v_norm: bool = False,
     cache_axes: str = "",
     return_kv: bool = True,
 ) -> Outputs:
@@ -37,6 +38,7 @@ def call(
     rotated = inputs.cos_sin_cache is not None
     num_q_heads, num_kv_heads, head_dim, rotary_dim = _checks.check_sizes(*sizes, rotated=rotated)
     rotation_by_name = _checks.check_rotation(rotation)
+    _checks.check_weights(inputs.q_weight is not None, inputs.k_weight is not None, norm_beta)
     options = Options(
         rotary_dim=rotary_dim,
         eps=_checks.check_eps(eps),
@@ -45,6 +47,8 @@ def call(
         mrope_layout=_checks.check_mrope_layout(mrope_layout),
         rotation=rotation_by_name if rotated else None,
         round_norm=_checks.check_round_norm(round_norm),
+        head_dim=head_dim if inputs.q_weight is None else None,
+        v_norm=_checks.check_v_norm(v_norm),
         gate=gate,
         packed=(num_q_heads, num_kv_heads) if function.packed else None,
         cache_axes=cache_axes,
@@ -102,7 +106,7 @@ def _run(inputs: Inputs, *, name: str, call: Call, split: bool) -> Outputs:
             return _derivatives.forward(call, inputs)
         rows = {name: x for name in ("q", "k", "v") if (x := getattr(inputs, name)) is not None}
         outputs = _derivatives.forward(call, inputs._replace(**{name: _flat(x) for name, x in rows.items()}))
-        (head_dim,) = inputs.q_weight.shape
+        head_dim = head_dim_of(inputs, call.options)
         in_heads = {
             name: x.reshape(*x.shape[:-1], x.shape[-1] // head_dim, head_dim)
             for name, x in outputs._asdict().items()

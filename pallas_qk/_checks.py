@@ -149,6 +149,29 @@ def check_round_norm(round_norm: bool) -> bool:
     return round_norm
 
 
+def check_v_norm(v_norm: bool) -> bool:
+    if not isinstance(v_norm, bool):
+        raise TypeError(
+            f"v_norm must be a bool known when tracing, got {describe(v_norm)}. "
+            "Pass True for a v that is normalised without a weight."
+        )
+    return v_norm
+
+
+def check_weights(has_q_weight: bool, has_k_weight: bool, norm_beta: float) -> None:
+    """That both norms have weights, or neither."""
+    if has_q_weight != has_k_weight:
+        got = "q_weight" if has_q_weight else "k_weight"
+        raise ValueError(
+            f"q_weight and k_weight must both be given or both be None, got {got} alone. "
+            "Pass ones for a norm without a weight beside one that has one."
+        )
+    if not has_q_weight and norm_beta != 0:
+        raise ValueError(
+            f"norm_beta must be 0 without weights, got {norm_beta}. Leave it out: there is nothing to add it to."
+        )
+
+
 def check_copy_gate(copy_gate: bool) -> bool:
     if not isinstance(copy_gate, bool):
         raise TypeError(

@@ -129,7 +129,8 @@ def _backward_batch(axis, args, dims, *, call: Call, tree, body):
 
     names = jax.tree.leaves(axes(call.options, *jax.tree.unflatten(tree, args)))
     outputs = list(batch(bind, names, axis, args, dims))
-    if has_batched_leading_axes(names, dims):
+    inputs, _ = jax.tree.unflatten(tree, args)
+    if inputs.q_weight is not None and has_batched_leading_axes(names, dims):
         # The kernel sums over all tokens. Sums for each example are plain XLA, which drops them where nobody asks.
         def weights(*args):
             gradients = on_heads(_reference.backward, call.options, *jax.tree.unflatten(tree, args))

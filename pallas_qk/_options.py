@@ -16,6 +16,8 @@ class Options:
     mrope_layout: str = "interleaved"  # or "sectioned"
     rotation: Literal["halves", "pairs"] | None = "halves"  # see `_rows.Rows`
     round_norm: bool = True  # to the activations' dtype, before the rotation
+    head_dim: int | None = None  # where q and k have no weights; else their length says it
+    v_norm: bool = False  # whether v is normalised, without a weight
     gate: str | None = "copied"  # by the kernel; "in_place": left in q, for XLA to slice; None: q has no gates
     packed: tuple[int, int] | None = None  # (num_q_heads, num_kv_heads) where q, k and v are one array
     cache_axes: str = ""  # of the KV cache that k and v are written into; empty: there is none

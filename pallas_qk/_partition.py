@@ -26,8 +26,10 @@ from pallas_qk._rows import (
     Gradients,
     Inputs,
     Outputs,
+    as_gradients,
     axes,
     gradient_types,
+    head_dim_of,
     kinds_in_outputs,
     kinds_of,
     on_heads,
@@ -160,11 +162,13 @@ def partition(direction: str, call: Call, tree, mesh: Mesh, operands, results):
             if direction == "forward" or not any(sums):
                 return on_one_device(direction, call, tree, *leaves)
             exact = call._replace(options=dataclasses.replace(call.options, round_dweights=False))
-            *outputs, dq_weight, dk_weight = on_one_device(direction, exact, tree, *leaves)
+            gradients = as_gradients(call.options, on_one_device(direction, exact, tree, *leaves))
             types = gradient_types(jax.tree.unflatten(tree, leaves)[0], call.options)
-            for x, over, of_weight in zip((dq_weight, dk_weight), sums, types[2:], strict=True):
-                outputs.append((lax.psum(x, over) if over else x).astype(of_weight.dtype))
-            return outputs
+            summed = {}
+            for name, over in zip(("q_weight", "k_weight"), sums, strict=True):
+                if (x := getattr(gradients, name)) is not None:
+                    summed[name] = (lax.psum(x, over) if over else x).astype(getattr(types, name).dtype)
+            return jax.tree.leaves(gradients._replace(**summed))
 
     operand_axes, result_axes = _all_axes(direction, call.options, trees)
     return mesh, one_device, list(map(sharding, result_axes)), tuple(map(sharding, operand_axes))
@@ -172,7 +176,7 @@ def partition(direction: str, call: Call, tree, mesh: Mesh, operands, results):
 
 def _heads_over(options: Options, mesh: Mesh, inputs: Inputs, tokens: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """The mesh axes over which the heads of q and of k are sharded, none of which shards tokens."""
-    (head_dim,) = inputs.q_weight.shape
+    head_dim = head_dim_of(inputs, options)
     over: dict[str, tuple[str, ...]] = {"q": (), "k": ()}
     for array, source in sources_of(kinds_of(options)).items():
         if source.heads is not None:
@@ -191,7 +195,7 @@ def _heads_of_cache_over(options: Options, mesh: Mesh, inputs: Inputs) -> tuple[
     """The mesh axes over which the heads of the cache are sharded, and with them k and v. A cache is never gathered."""
     caches = [cache for cache in (inputs.k_cache, inputs.v_cache) if cache is not None]
     sharded = [_mesh_axes(mesh, cache) for cache in caches]
-    num_kv_heads = _cache_axes.sizes_of(options.cache_axes, caches[0].shape, inputs.q_weight.shape[0])["h"]
+    num_kv_heads = _cache_axes.sizes_of(options.cache_axes, caches[0].shape, head_dim_of(inputs, options))["h"]
     num_shards = [[_num_parts(mesh, axis) for axis in of_cache] for of_cache in sharded]
     _mesh_checks.check_cache(options, num_kv_heads, num_shards)
     heads = _cache_axes.axis_of_heads(options.cache_axes)

@@ -17,6 +17,7 @@ from pallas_qk._rows import (
     Rows,
     as_outputs,
     gradient_types,
+    head_dim_of,
     kinds_of,
     rows_of,
     sources_of,
@@ -35,7 +36,7 @@ def forward(inputs: Inputs, *, options: Options) -> Outputs:
     rows, kinds = parts(inputs, options), kinds_of(options)
     cos, sin = _cos_and_sin(inputs, options, past=jnp.nan)
     for name, kind in kinds.items():
-        if kind.weight is not None:
+        if kind.normed:
             rows[name] = norm_and_rope(rows[name], weight_of(inputs, kind), kind.rotation, cos, sin, options)
     outputs: dict[str, jax.Array] = {}
     in_cache: dict[str, list[tuple[jax.Array, jax.Array | None]]] = {}
@@ -53,7 +54,7 @@ def forward(inputs: Inputs, *, options: Options) -> Outputs:
 
 def parts(inputs: Inputs, options: Options) -> dict[str, jax.Array]:
     """Each kind of rows (T, heads, D), as they lie in the inputs."""
-    (head_dim,) = inputs.q_weight.shape
+    head_dim = head_dim_of(inputs, options)
     num_heads = dict(zip(("q", "k"), options.packed or (1, 1), strict=True))
     kinds = rows_of(options, num_heads["q"], num_heads["k"], head_dim)
     sections: dict[tuple[str, int], jax.Array] = {}  # by array and start: all the heads of what lies side by side
@@ -92,7 +93,7 @@ def _joined(rows: dict[str, jax.Array], options: Options) -> dict[str, jax.Array
 
 def norm_and_rope(
     x: jax.Array,
-    weight: jax.Array,
+    weight: jax.Array | None,
     rotation: str | None,
     cos: jax.Array | None,
     sin: jax.Array | None,
@@ -102,8 +103,9 @@ def norm_and_rope(
     head_dim = x.shape[-1]
     x32 = x.astype(jnp.float32)
     mean_square = tree_sum(x32 * x32) / head_dim
-    weight = _over_rows(effective_weight(weight, options.norm_beta), x)
-    y = x32 * lax.rsqrt(mean_square + options.eps)[..., None] * weight
+    y = x32 * lax.rsqrt(mean_square + options.eps)[..., None]
+    if weight is not None:
+        y = y * _over_rows(effective_weight(weight, options.norm_beta), x)
     if options.round_norm:
         y = round_trip(y, x.dtype)
     return _rotate(y, rotation, cos, sin).astype(x.dtype)
@@ -134,18 +136,20 @@ def backward(inputs: Inputs, cotangents: Outputs, *, options: Options) -> Gradie
     cos, sin = _cos_and_sin(inputs, options, past=None)
     gradients, dweights = {name: getattr(cotangents, name) for name in kinds}, {}
     for name, kind in kinds.items():
-        if kind.weight is not None:
-            gradients[name], dweights[kind.weight] = norm_and_rope_backward(
+        if kind.normed:
+            gradients[name], dweight = norm_and_rope_backward(
                 x[name], weight_of(inputs, kind), kind.rotation, cos, sin, gradients[name], options
             )
+            if kind.weight is not None:
+                dweights[kind.weight] = dweight
     types = gradient_types(inputs, options)
     dweights = {name: x.astype(getattr(types, name).dtype) for name, x in dweights.items()}
-    return Gradients(**{"k": None} | _joined(gradients, options) | dweights)
+    return Gradients(**dict.fromkeys(Gradients._fields) | _joined(gradients, options) | dweights)
 
 
 def norm_and_rope_backward(
     x: jax.Array,
-    weight: jax.Array,
+    weight: jax.Array | None,
     rotation: str | None,
     cos: jax.Array | None,
     sin: jax.Array | None,
@@ -170,7 +174,7 @@ def norm_and_rope_backward(
     inv_rms = _inv_rms(x32, options.eps)
     dweight = jnp.sum(dy * x32 * inv_rms, axis=tuple(range(x.ndim - 1)))
     # dx = (g - x * r^2/D * sum(g * x)) * r, where r = 1/rms and g = dy * w.
-    g = dy * _over_rows(weight.astype(jnp.float32) + options.norm_beta, x)
+    g = dy if weight is None else dy * _over_rows(weight.astype(jnp.float32) + options.norm_beta, x)
     dx = inv_rms * (g - x32 * (inv_rms * inv_rms * jnp.mean(g * x32, axis=-1)[..., None]))
     return dx.astype(x.dtype), dweight
 
@@ -179,13 +183,15 @@ def unrounded(inputs: Inputs, *, options: Options) -> Outputs:
     """The op on float32 arrays, without any rounding to 16 bits: the function whose derivatives are the op's."""
 
     def norm_and_rope(x, kind: Rows):
-        weight = _over_rows(weight_of(inputs, kind) + options.norm_beta, x)
-        return _rotate(x * _inv_rms(x, options.eps) * weight, kind.rotation, cos, sin)
+        y, weight = x * _inv_rms(x, options.eps), weight_of(inputs, kind)
+        if weight is not None:
+            y = y * _over_rows(weight + options.norm_beta, x)
+        return _rotate(y, kind.rotation, cos, sin)
 
     rows = parts(inputs, options)
     cos, sin = _cos_and_sin(inputs, options, past=None)
     for name, kind in kinds_of(options).items():
-        if kind.weight is not None:
+        if kind.normed:
             rows[name] = norm_and_rope(rows[name], kind)
     return as_outputs(options, list(rows.values()))
 

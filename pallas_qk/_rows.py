@@ -45,7 +45,8 @@ class Rows(NamedTuple):
     source: Place
     # Empty: XLA reads the rows where they lie. Mosaic GPU alone stores by the numbers in them.
     targets: tuple[Place, ...]
-    weight: str | None = None  # of the norm, a field of Inputs; None: the rows are copied as they are
+    normed: bool = False  # else the rows are copied as they are
+    weight: str | None = None  # of the norm, a field of Inputs; None: it has none
     # Frequency j < R/2 rotates elements j and j + R/2, or of pairs 2j and 2j + 1; None: the rows are not rotated.
     rotation: Literal["halves", "pairs"] | None = None
 
@@ -103,6 +104,7 @@ def rows_of(
 ) -> dict[str, Rows]:
     """Each kind of rows, by its field in Outputs."""
     d, kv_width, rotation = head_dim, num_kv_heads * head_dim, options.rotation
+    q_weight, k_weight = ("q_weight", "k_weight") if options.head_dim is None else (None, None)
     q_head = d if options.gate is None else 2 * d
     q_width = num_q_heads * q_head
     if options.packed is None:
@@ -116,11 +118,11 @@ def rows_of(
             Place("q", d, token, first=q_width + kv_width),
         )
     rows = {
-        "q": Rows("q", q, (Place("q", d, num_q_heads * d),), "q_weight", rotation),
-        "k": Rows("k", k, (Place("k", d, kv_width),) if options.return_kv else (), "k_weight", rotation),
+        "q": Rows("q", q, (Place("q", d, num_q_heads * d),), True, q_weight, rotation),
+        "k": Rows("k", k, (Place("k", d, kv_width),) if options.return_kv else (), True, k_weight, rotation),
     }
     if v is not None:
-        rows["v"] = Rows("k", v, (Place("v", d, kv_width),) if options.return_kv else ())
+        rows["v"] = Rows("k", v, (Place("v", d, kv_width),) if options.return_kv else (), options.v_norm)
     if options.gate is not None:
         targets = (Place("gate", d, num_q_heads * d),) if options.gate == "copied" else ()
         rows["gate"] = Rows("q", q._replace(first=d), targets)
@@ -150,8 +152,8 @@ def kinds_of(options: Options) -> dict[str, Rows]:
 def sharing(rows: Mapping[str, Rows], heads: str) -> tuple[dict[str, Rows], dict[str, Rows]]:
     """The kinds of rows that share an axis of heads: those that are normalised, and those that are not."""
     shared = {name: kind for name, kind in rows.items() if kind.heads == heads}
-    normed = {name: kind for name, kind in shared.items() if kind.weight is not None}
-    return normed, {name: kind for name, kind in shared.items() if kind.weight is None}
+    normed = {name: kind for name, kind in shared.items() if kind.normed}
+    return normed, {name: kind for name, kind in shared.items() if not kind.normed}
 
 
 def stored(rows: Mapping[str, Rows]) -> dict[str, Rows]:
@@ -160,9 +162,12 @@ def stored(rows: Mapping[str, Rows]) -> dict[str, Rows]:
 
 
 def weight_of(arrays: Inputs, kind: Rows) -> Any:
-    """The weight of rows that are normalised."""
-    assert kind.weight is not None
-    return getattr(arrays, kind.weight)
+    """The weight of rows that are normalised, if they have one."""
+    return None if kind.weight is None else getattr(arrays, kind.weight)
+
+
+def head_dim_of(inputs: Inputs, options: Options) -> int:
+    return inputs.q_weight.shape[0] if options.head_dim is None else options.head_dim
 
 
 # Arrays and what lies in them.
@@ -192,7 +197,7 @@ def sources_of(rows: Mapping[str, Rows]) -> dict[str, Source]:
 def spec_of(inputs: Inputs, options: Options) -> Spec:
     """The sizes of a call of one device's arrays."""
     num_q_heads, num_kv_heads = options.packed or (inputs.q.shape[1], inputs.k.shape[1])
-    head_dim = inputs.q_weight.shape[0]
+    head_dim = head_dim_of(inputs, options)
     still_open = (size for x in jax.tree.leaves(inputs) for size in x.shape if not isinstance(size, int))
     return Spec(
         inputs.q.shape[0],
@@ -241,7 +246,7 @@ def empty(outputs: Outputs) -> Outputs:
 def gradient_types(inputs: Inputs, options: Options) -> Gradients:
     """The types of what a kernel's backward writes."""
     types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), Gradients(*inputs[:4]))
-    if options.round_dweights:
+    if options.round_dweights or inputs.q_weight is None:
         return types
     weight = jax.ShapeDtypeStruct(inputs.q_weight.shape, jnp.float32)
     return types._replace(q_weight=weight, k_weight=weight)
@@ -249,8 +254,8 @@ def gradient_types(inputs: Inputs, options: Options) -> Gradients:
 
 def flat_output_types(inputs: Inputs, options: Options) -> Outputs:
     """The types of every kind of rows, those too that no kernel writes, of arrays flat in heads."""
-    (head_dim,), kinds = inputs.q_weight.shape, kinds_of(options)
-    num_heads = dict(zip(("q", "k"), options.packed or (None, None), strict=True))
+    head_dim, kinds = head_dim_of(inputs, options), kinds_of(options)
+    num_heads: dict[str, Any] = dict(zip(("q", "k"), options.packed or (None, None), strict=True))
     for array, source in sources_of(kinds).items():
         if source.heads is not None:
             num_heads[source.heads] = getattr(inputs, array).shape[-1] // (len(source.kinds) * head_dim)
@@ -276,9 +281,9 @@ def kinds_in_outputs(options: Options) -> dict[str, list[Rows]]:
 
 def as_gradients(options: Options, leaves: Sequence) -> Gradients:
     """The arrays that have rows, and the weights."""
-    *activations, q_weight, k_weight = leaves
-    arrays = {"k": None} | dict(zip(sources_of(kinds_of(options)), activations, strict=True))
-    return Gradients(**arrays, q_weight=q_weight, k_weight=k_weight)
+    kinds = kinds_of(options)
+    names = [*sources_of(kinds), *(kind.weight for kind in kinds.values() if kind.weight is not None)]
+    return Gradients(**dict.fromkeys(Gradients._fields) | dict(zip(names, leaves, strict=True)))
 
 
 # What results depend on.
@@ -293,7 +298,9 @@ def read_by_outputs(options: Options, *trees: Inputs) -> Outputs:
         for kind in kinds:
             found += getattr(x, kind.source.array)
             if kind.weight is not None:
-                found += getattr(x, kind.weight) + x.cos_sin_cache + x.positions
+                found += getattr(x, kind.weight)
+            if kind.rotation is not None:
+                found += x.cos_sin_cache + x.positions
             for place in kind.targets:
                 if place.array == array and place.scale is not None:
                     found += getattr(x, place.scale.array)
@@ -307,12 +314,13 @@ def read_by_gradients(options: Options, inputs: Inputs, cotangents: Outputs) -> 
     reads: dict[str, tuple] = dict.fromkeys(Gradients._fields, ())
     for name, kind in kinds_of(options).items():
         cotangent = getattr(cotangents, name)
-        if kind.weight is None:
+        if not kind.normed:
             reads[kind.source.array] += (cotangent,)
             continue
         read = cotangent, getattr(inputs, kind.source.array), inputs.cos_sin_cache, inputs.positions
-        reads[kind.weight] += read
-        reads[kind.source.array] += (*read, getattr(inputs, kind.weight))
+        if kind.weight is not None:
+            reads[kind.weight] += read
+        reads[kind.source.array] += (*read, weight_of(inputs, kind))
     return Gradients(**reads)
 
 
@@ -357,7 +365,7 @@ def split_axis(name: str) -> tuple[str, int]:
 def on_heads(function: Callable, options: Options, *operands, flatten: bool = False):
     """The results, flat in heads, of a function of arrays (*lead, heads, rows of D); with `flatten`, of (T, …)."""
     inputs = operands[0]
-    (head_dim,), lead = inputs.q_weight.shape, inputs.q.shape[:-1]
+    head_dim, lead = head_dim_of(inputs, options), inputs.q.shape[:-1]
     tokens = (math.prod(lead),) if flatten else lead
 
     def split(names: str, x):

@@ -103,16 +103,19 @@ def backward(
         jax.ShapeDtypeStruct((rows, spec.head_dim), jnp.float32)
         for rows in (config.q_warps + config.k_warps, num_programs)
     )
-    written_types = types if num_programs == 1 else types._replace(q_weight=of_programs, k_weight=of_programs)
+    has_weights = types.q_weight is not None
+    written_types = types
+    if has_weights and num_programs > 1:
+        written_types = types._replace(q_weight=of_programs, k_weight=of_programs)
     gradients, _ = launch(
         BACKWARD_NAME,
         thread,
         (inputs, cotangents),
-        (written_types, of_warps),
+        (written_types, of_warps if has_weights else None),
         num_programs=num_programs,
         num_warpgroups=config.num_warpgroups,
     )
-    if num_programs == 1:
+    if not has_weights or num_programs == 1:
         return gradients
     dq_weight, dk_weight = sum_rows([gradients.q_weight, gradients.k_weight], [types.q_weight, types.k_weight])
     return gradients._replace(q_weight=dq_weight, k_weight=dk_weight)
@@ -132,7 +135,7 @@ def _backward_layout(config: MosaicBackward, spec: Spec, dtype: jnp.dtype) -> La
 def _backward_thread(
     program: Int,
     read: tuple[Inputs, Outputs],
-    written: tuple[Gradients, Pointer],
+    written: tuple[Gradients, Pointer | None],
     *,
     rows: dict[str, Rows],
     max_position: int,
@@ -157,16 +160,21 @@ def _backward_thread(
     else:
         rotations = _rotations(vectors, layout, lane_id, dtype, table)
     rows_per_step = WARP // layout.threads
-    num_sums = len(vectors) * layout.lanes
+    num_sums = 0 if partials is None else len(vectors) * layout.lanes
 
     def walk(first: Int, num_warps: int, heads: str, num_heads: int):
         normed, copied = sharing(rows, heads)
-        ((name_of_normed, kind),) = normed.items()
-        weight, lead = weight_of(inputs, kind), kind.source
         num_rows = num_tokens * num_heads
         tiles = pl.cdiv(num_rows, rows_per_step)
+
+        def rows_in(arrays: Inputs | Gradients, kind: Rows) -> RowsIn:
+            return RowsIn(getattr(arrays, kind.source.array), kind.source, num_heads)
+
         # What the forward reads at a kind's source, its gradient is written to: source and target are exchanged.
-        source, target = (RowsIn(getattr(arrays, lead.array), lead, num_heads) for arrays in (inputs, gradients))
+        sources, targets = (
+            {name: rows_in(arrays, kind) for name, kind in normed.items()} for arrays in (inputs, gradients)
+        )
+        lead, target = next(iter(normed.values())).source, next(iter(targets.values()))
 
         def cotangent(name: str) -> RowsIn:
             return RowsIn(getattr(cotangents, name), Place(name, head_dim, num_heads * head_dim), num_heads)
@@ -177,7 +185,11 @@ def _backward_thread(
         def positions_of(row: Int) -> list[Int]:
             return table.positions_of(row.minimum(num_rows - 1) // num_heads)
 
-        weights = [w for v in vectors for w in effective_weights(v.load(weight), weight.dtype, options.norm_beta)]
+        weights = {
+            name: [w for v in vectors for w in effective_weights(v.load(weight), weight.dtype, options.norm_beta)]
+            for name, kind in normed.items()
+            if (weight := weight_of(inputs, kind)) is not None
+        }
 
         def step(tile: Int, carried: list[Value]) -> list[Value]:
             sums, ahead = carried[:num_sums], [Int(position) for position in carried[num_sums:]]
@@ -187,10 +199,10 @@ def _backward_thread(
                 row = row.minimum(num_rows - 1)
 
             table_rows = [table.row(position) for position in ahead]
-            xs = [_at(source, row, v).load(v.lanes) for v in vectors]
-            ds = [_at(cotangent(name_of_normed), row, v).load(v.lanes) for v in vectors]
+            xs_of = {name: [_at(source, row, v).load(v.lanes) for v in vectors] for name, source in sources.items()}
+            ds_of = {name: [_at(cotangent(name), row, v).load(v.lanes) for v in vectors] for name in normed}
             copies = {name: [_at(cotangent(name), row, v).load(v.lanes) for v in wide_vectors] for name in copied}
-            turns = rotations if kind.rotation is not None else []
+            turns = rotations if any(kind.rotation is not None for kind in normed.values()) else []
             angles = [table.load(table_rows, rotation.frequency, rotation.frequencies) for rotation in turns]
             ahead = positions_of(row_of(tile + num_warps))  # the next row's table loads then wait for nothing
             for name, copy in copies.items():
@@ -201,27 +213,31 @@ def _backward_thread(
                     (_at(target, row, v) + beside).store(words)
             _keep_above(row)
 
-            lanes = [lane for words in xs for lane in widen(words, dtype)]
-            dys = [widen(words, dtype) for words in ds]
-            for index, (rotation, loaded) in enumerate(zip(turns, angles, strict=True)):
-                cos, sin = rotation.angles(table, loaded)
-                partner = widen(rotation.partner(ds), dtype)
-                rotated = [
-                    mlir_math.fma(p, s, arith.mulf(d, c))
-                    for d, p, c, s in zip(dys[index], partner, cos, sin, strict=True)
-                ]
-                dys[index] = select(rotation.where, rotated, dys[index])
+            added = sums
+            for name, kind in normed.items():
+                ds, lanes = ds_of[name], [lane for words in xs_of[name] for lane in widen(words, dtype)]
+                dys = [widen(words, dtype) for words in ds]
+                for index, (rotation, loaded) in enumerate(zip(turns, angles, strict=True) if kind.rotation else ()):
+                    cos, sin = rotation.angles(table, loaded)
+                    partner = widen(rotation.partner(ds), dtype)
+                    rotated = [
+                        mlir_math.fma(p, s, arith.mulf(d, c))
+                        for d, p, c, s in zip(dys[index], partner, cos, sin, strict=True)
+                    ]
+                    dys[index] = select(rotation.where, rotated, dys[index])
 
-            r = inv_rms(_row_sum(lanes, lanes, vectors, layout), head_dim, options.eps)
-            scaled = [arith.mulf(d, r) for dy_lanes in dys for d in dy_lanes]
-            added = [mlir_math.fma(d, lane, s) for d, lane, s in zip(scaled, lanes, sums, strict=True)]
-            weighted = [arith.mulf(d, w) for d, w in zip(scaled, weights, strict=True)]
-            # dx = g - x * r^2/D * sum(g * x), where r = 1/rms and g = dy * r * w.
-            dot = arith.mulf(_row_sum(weighted, lanes, vectors, layout), r)
-            factor = arith.mulf(dot, arith.mulf(r, f32(-1 / head_dim)))
-            dxs = [mlir_math.fma(lane, factor, g) for lane, g in zip(lanes, weighted, strict=True)]
-            for v, piece in zip(vectors, pieces(dxs, layout.lanes), strict=True):
-                _at(target, row, v).store(narrow(piece, dtype))
+                r = inv_rms(_row_sum(lanes, lanes, vectors, layout), head_dim, options.eps)
+                scaled = [arith.mulf(d, r) for dy_lanes in dys for d in dy_lanes]
+                weighted = scaled
+                if name in weights:
+                    added = [mlir_math.fma(d, lane, s) for d, lane, s in zip(scaled, lanes, sums, strict=True)]
+                    weighted = [arith.mulf(d, w) for d, w in zip(scaled, weights[name], strict=True)]
+                # dx = g - x * r^2/D * sum(g * x), where r = 1/rms and g = dy * r * w.
+                dot = arith.mulf(_row_sum(weighted, lanes, vectors, layout), r)
+                factor = arith.mulf(dot, arith.mulf(r, f32(-1 / head_dim)))
+                dxs = [mlir_math.fma(lane, factor, g) for lane, g in zip(lanes, weighted, strict=True)]
+                for v, piece in zip(vectors, pieces(dxs, layout.lanes), strict=True):
+                    _at(targets[name], row, v).store(narrow(piece, dtype))
             return [*select(exists, added, sums), *(position.value for position in ahead)]
 
         zeros = [f32(0.0)] * num_sums
@@ -231,8 +247,9 @@ def _backward_thread(
         while distance < WARP:
             sums = [arith.addf(s, butterfly(s, distance)) for s in sums]
             distance *= 2
-        for v, piece in zip(vectors, pieces(sums, layout.lanes), strict=True):
-            v.store(partials.row(warp, head_dim), narrow(piece, partials.dtype))
+        if partials is not None:
+            for v, piece in zip(vectors, pieces(sums, layout.lanes), strict=True):
+                v.store(partials.row(warp, head_dim), narrow(piece, partials.dtype))
 
     q_warps, k_warps, warps_per_program = config.q_warps, config.k_warps, _warps_per_program(config)
     warp = program * warps_per_program + warp_index()
@@ -242,6 +259,8 @@ def _backward_thread(
     with when(is_k.equals(0) & (warp < q_warps + k_warps)):
         walk(warp - k_before.minimum(k_warps), q_warps, "q", spec.num_q_heads)
 
+    if partials is None:
+        return
     # What other warps of the program wrote to global memory is there after the barrier.
     llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "bar.sync 0;", "~{memory}", has_side_effects=True)
     warps = [program * warps_per_program + i for i in range(warps_per_program)]

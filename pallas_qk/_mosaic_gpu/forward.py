@@ -181,7 +181,11 @@ def _forward_thread(
             ]
 
         targets = {name: targets_of(kind) for name, kind in (normed | copied).items()}
-        xs = {name: [widen(v.load(source(kind)), dtype) for v in vectors] for name, kind in normed.items()}
+        own = len(layout.bases)  # the vectors behind are partners that are only loaded
+        xs = {
+            name: [widen(v.load(source(kind)), dtype) for v in (vectors if kind.rotation else vectors[:own])]
+            for name, kind in normed.items()
+        }
         copies = {name: [v.load(source(kind)) for v in wide_vectors] for name, kind in copied.items()}
         angles = [table.load(table_rows, rotation.frequency, rotation.frequencies) for rotation in rotations]
         weights: dict[str, list[list[Int]]] = {}
@@ -189,8 +193,9 @@ def _forward_thread(
         def load_weights(when_: str, after: Int | None = None):
             if config.weights == when_:
                 for name, kind in normed.items():
-                    weight = weight_of(inputs, kind)
-                    weights[name] = [v.load(weight if after is None else weight + after) for v in vectors]
+                    if (weight := weight_of(inputs, kind)) is not None:
+                        of_rows = zip(vectors, xs[name], strict=False)
+                        weights[name] = [v.load(weight if after is None else weight + after) for v, _ in of_rows]
 
         load_weights("first")
         for name, copy in copies.items():
@@ -208,9 +213,12 @@ def _forward_thread(
             r = inv_rms(total, head_dim, options.eps)
             words: list[list[Int]] = []
             ys: list[list[Value]] = []
-            for lanes, weight_words in zip(xs[name], weights[name], strict=True):
-                ws = effective_weights(weight_words, weight_of(inputs, kind).dtype, options.norm_beta)
-                y = [arith.mulf(arith.mulf(lane, r), w) for lane, w in zip(lanes, ws, strict=True)]
+            for index, lanes in enumerate(xs[name]):
+                if name in weights:
+                    ws = effective_weights(weights[name][index], weight_of(inputs, kind).dtype, options.norm_beta)
+                    y = [arith.mulf(arith.mulf(lane, r), w) for lane, w in zip(lanes, ws, strict=True)]
+                else:
+                    y = [arith.mulf(lane, r) for lane in lanes]
                 words.append(narrow(y, dtype))
                 ys.append(widen(words[-1], dtype) if options.round_norm else y)
             if kind.rotation is not None:
@@ -218,7 +226,6 @@ def _forward_thread(
                     cos, sin = table.angles(positions, loaded, rotation.frequency)
                     for index, lanes in rotation.apply(ys, cos, sin, rotation_fuses_y2(options, dtype)).items():
                         words[index] = select(rotation.where, narrow(lanes, dtype), words[index])
-            own = len(layout.bases)  # what follows are partners that were only loaded
             for target in targets[name]:
                 target.store(vectors[:own], words[:own], dtype, cast_first=config.cast_first)
 

@@ -68,18 +68,21 @@ def backward(
     q_in_heads = inputs.q.reshape(array_shape(rows, "q", spec))
     # One warp a program. What crosses warps goes through shared memory, and a kernel that uses any, 256 bytes even, is
     # launched with a carve-out that leaves 28 KB of L1 (H200, T = 16384, 16/2 heads: 196.9 against 182.6 us).
+    has_weights = inputs.q_weight is not None
     dq, dk, partials = pl.pallas_call(
         kernel,
         grid=(num_programs,),
         out_shape=(
             output(q_in_heads.shape, dtype),
             None if inputs.k is None else output(inputs.k.shape, dtype),
-            output((num_programs * partial_rows, spec.head_dim), jnp.float32),
+            output((num_programs * partial_rows, spec.head_dim), jnp.float32) if has_weights else None,
         ),
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name=BACKWARD_NAME,
     )(inputs._replace(q=q_in_heads), cotangents)
+    if not has_weights:
+        return Gradients(dq.reshape(inputs.q.shape), dk, None, None)
     dq_weight, dk_weight = sum_weights(partials, config.q_programs * partial_rows, types[2:], interpret)
     return Gradients(dq.reshape(inputs.q.shape), dk, dq_weight, dk_weight)
 
@@ -126,12 +129,14 @@ def _backward_kernel(
 
     def walk(program, programs, slot, heads: str, num_heads: int):
         normed, copied = sharing(rows, heads)
-        ((name_of_normed, kind),) = normed.items()
-        weight_ref, dout_ref = weight_of(inputs, kind), getattr(cotangents, name_of_normed)
         gradients = {"q": dq_ref, "k": dk_ref}
         # What the forward reads at a kind's source, its gradient is written to: source and target are exchanged.
-        source = rows_in(getattr(inputs, kind.source.array), rows, kind.source, spec)
-        target = rows_in(gradients[kind.source.array], rows, kind.source, spec)
+        sources = {
+            name: rows_in(getattr(inputs, kind.source.array), rows, kind.source, spec) for name, kind in normed.items()
+        }
+        targets = {
+            name: rows_in(gradients[kind.source.array], rows, kind.source, spec) for name, kind in normed.items()
+        }
 
         def rows_at(step, lanes):
             return rows_of_program(program + step * programs, num_rows, num_tokens, num_heads, lanes)
@@ -158,14 +163,20 @@ def _backward_kernel(
                 copies[name] = load(getattr(cotangents, name), wide_place, in_copied)
             token, head, in_rows = rows_at(step, columns[0].shape[1])
             in_tiles = [both(in_rows, e) for e in exists]
-            xs = [
-                load(source.ref, source.at(token, head, c), m, n)
-                for c, m, n in zip(columns, in_tiles, no_x, strict=True)
-            ]
-            douts = [
-                load(dout_ref, (token, head, c), both(in_rows, e))
-                for c, e in zip(layout.columns, layout.exists, strict=True)
-            ]
+            xs_of = {
+                name: [
+                    load(source.ref, source.at(token, head, c), m, n)
+                    for c, m, n in zip(columns, in_tiles, no_x, strict=True)
+                ]
+                for name, source in sources.items()
+            }
+            douts_of = {
+                name: [
+                    load(getattr(cotangents, name), (token, head, c), both(in_rows, e))
+                    for c, e in zip(layout.columns, layout.exists, strict=True)
+                ]
+                for name in normed
+            }
             angles = [
                 _cos_and_sin(inputs, positions, f, layout.rotated, options, arithmetic) for f in layout.frequencies
             ]
@@ -177,30 +188,40 @@ def _backward_kernel(
                 store(beside.ref, beside.at(*wide_place), copy, in_copied)
             # From L1. Loaded after a store that might alias them, they keep ptxas from sinking it, and with it the
             # loads before it, below the sums.
-            weights = [load(weight_ref, (c,), e).astype(jnp.float32) for c, e in zip(columns, exists, strict=True)]
+            weights_of = {
+                name: [load(weight, (c,), e).astype(jnp.float32) for c, e in zip(columns, exists, strict=True)]
+                for name, kind in normed.items()
+                if (weight := weight_of(inputs, kind)) is not None
+            }
             if options.norm_beta:
-                weights = [weight + options.norm_beta for weight in weights]
+                weights_of = {name: [w + options.norm_beta for w in ws] for name, ws in weights_of.items()}
 
-            xs = [x.astype(jnp.float32) for x in xs]
             angles = [(cos.astype(jnp.float32), sin.astype(jnp.float32)) for cos, sin in angles]
-            dys = [dout.astype(jnp.float32) for dout in douts]
-            dys = dys[: len(columns)] if kind.rotation is None else layout.rotate(dys, angles, arithmetic)
-            mean_plus_eps = arithmetic.mean_plus_eps(_row_sum(xs, xs, arithmetic), head_dim, options.eps)
-            inv_rms = lax.rsqrt(mean_plus_eps)
-            dys = [dy * inv_rms for dy in dys]
-            dweights = [arithmetic.fma(dy, x, dw) for dy, x, dw in zip(dys, xs, dweights, strict=True)]
-            gs = [dy * weight for dy, weight in zip(dys, weights, strict=True)]
-            # Not inv_rms * inv_rms, which is the first to leave the range of float32.
-            along_x = (_row_sum(gs, xs, arithmetic) * inv_rms) * (inv_rms * (-1.0 / head_dim))
-            dxs = [arithmetic.fma(x, along_x, g) for x, g in zip(xs, gs, strict=True)]
-            for c, mask, dx in zip(columns, in_tiles, dxs, strict=True):
-                store(target.ref, target.at(token, head, c), arithmetic.narrow(dx), mask)
+            for name, kind in normed.items():
+                xs = [x.astype(jnp.float32) for x in xs_of[name]]
+                dys = [dout.astype(jnp.float32) for dout in douts_of[name]]
+                dys = dys[: len(columns)] if kind.rotation is None else layout.rotate(dys, angles, arithmetic)
+                mean_plus_eps = arithmetic.mean_plus_eps(_row_sum(xs, xs, arithmetic), head_dim, options.eps)
+                inv_rms = lax.rsqrt(mean_plus_eps)
+                gs = dys = [dy * inv_rms for dy in dys]
+                if name in weights_of:
+                    dweights = [arithmetic.fma(dy, x, dw) for dy, x, dw in zip(dys, xs, dweights, strict=True)]
+                    gs = [dy * weight for dy, weight in zip(dys, weights_of[name], strict=True)]
+                # Not inv_rms * inv_rms, which is the first to leave the range of float32.
+                along_x = (_row_sum(gs, xs, arithmetic) * inv_rms) * (inv_rms * (-1.0 / head_dim))
+                dxs = [arithmetic.fma(x, along_x, g) for x, g in zip(xs, gs, strict=True)]
+                target = targets[name]
+                for c, mask, dx in zip(columns, in_tiles, dxs, strict=True):
+                    store(target.ref, target.at(token, head, c), arithmetic.narrow(dx), mask)
             return dweights, positions
 
         num_steps = pl.cdiv(num_tokens * num_heads, num_rows)
         own_steps = div(num_steps - program + (programs - 1), programs)
-        init = [jnp.zeros(c.shape, jnp.float32) for c in columns], load_positions(0)
+        sums = [] if partials_ref is None else [jnp.zeros(c.shape, jnp.float32) for c in columns]
+        init = sums, load_positions(0)
         dweights, _ = lax.fori_loop(0, own_steps, body, init)
+        if partials_ref is None:
+            return
         partial = LAYOUTS[config.layout](_partial_rows(config), head_dim, options.rotary_dim)
         for c, e, dweight in zip(partial.columns, partial.exists, dweights, strict=False):
             row = slot * _partial_rows(config) + iota(c.shape, 0)

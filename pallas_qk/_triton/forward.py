@@ -192,15 +192,16 @@ def _forward_kernel(
         # Weights come from L1. Loaded after a store that might alias them, they keep ptxas from sinking that store, and
         # with it the loads before it, below the reduction.
         weights = {
-            name: [load(weight_of(inputs, kind), (c,), e) for c, e in zip(layout.columns, layout.exists, strict=True)]
+            name: [load(weight, (c,), e) for c, e in zip(layout.columns, layout.exists, strict=True)]
             for name, kind in normed.items()
+            if (weight := weight_of(inputs, kind)) is not None
         }
         for name, kind in normed.items():
             x32 = [x.astype(jnp.float32) for x in xs[name]]
             total = sum_of_squares(dict(zip(layout.offsets, x32, strict=False)), layout.bits, head_dim, arithmetic.fma)
             inv_rms = lax.rsqrt(arithmetic.mean_plus_eps(total, head_dim, options.eps))
-            ws = [arithmetic.effective_weight(w, options.norm_beta) for w in weights[name]]
-            ys = [x * inv_rms * w for x, w in zip(x32, ws, strict=True)]
+            ws = [arithmetic.effective_weight(w, options.norm_beta) for w in weights.get(name, [])]
+            ys = [x * inv_rms * w for x, w in zip(x32, ws, strict=True)] if ws else [x * inv_rms for x in x32]
             if kind.rotation is not None:
                 ys = layout.rotate(ys, [_widened(*loaded) for loaded in angles], arithmetic)
             for columns, y, in_tile in zip(layout.columns, ys, in_tiles[name], strict=False):
