@@ -3,6 +3,7 @@
 Without a GPU Triton's interpreter runs the kernel. `test_tree` and `test_parity` hold the compiled kernel's bits.
 """
 
+import collections
 import re
 import subprocess
 import sys
@@ -13,8 +14,8 @@ import pytest
 from pallas_qk.dlpack import from_torch, to_torch
 from tests import tolerances
 from tests.cases import SMALL_CASES, Case, make_inputs
-from tests.compare import assert_same, compare_outputs
-from tests.definition import assert_defined, define, mrope_axis
+from tests.compare import assert_same, assert_within, compare_outputs
+from tests.definition import assert_defined, axes, define, mrope_axis
 
 pytest.importorskip("torch")
 pytest.importorskip("triton")
@@ -24,6 +25,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import interpreter
 
 from torch_ref import reference, triton_oracle
 
@@ -47,20 +49,22 @@ def torch_inputs(case, seed=0):
     return [to_torch(x) for x in make_inputs(case, seed)]
 
 
-def call(function, case, tensors):
-    return function(*tensors, **case.static_arguments)
+def call(function, case, tensors, **options):
+    return function(*tensors, **case.static_arguments, **options)
 
 
 def assert_same_bits(got, want):
     assert_same(*([from_torch(x) for x in outputs] for outputs in (got, want)))
 
 
-def assert_near(case, got, want, *, platform):
+def assert_near(case, got, want, *, platform, rotation="halves", round_norm=True):
     """`got` and `want` differ by what another order of the sum, another rsqrt and the final rounding explain."""
-    got, want = ([from_torch(x) for x in outputs] for outputs in (got, want))
+    got, want = ([from_torch(x) for x in in_halves(case, outputs, rotation)] for outputs in (got, want))
     bound = max_rest = tolerances.float32_bound(case, tree=False)
     if case.dtype != "float32":
         bound, max_rest = tolerances.max_pair_ulps(case, platform, round_trip=False), 1.0
+        if not round_norm:  # the final rounding alone, which the interpreter does as it likes to bfloat16
+            bound = 1.5 if (case.dtype, platform) == ("bfloat16", "cpu") else 1.0
     for name, a, b in zip(("q_out", "k_out"), got, want, strict=False):
         rotated, rest = tolerances.worst_distances(a, b, case.head_dim, case.rotary_dim)
         assert rotated <= bound and rest <= max_rest, (name, float(rotated), float(rest), bound)
@@ -68,6 +72,14 @@ def assert_near(case, got, want, *, platform):
         compared = compare_outputs(got, want)
         assert compared.differing <= tolerances.max_differing(case, compared.elements, "cpu"), str(compared)
     assert_same(got[2:], want[2:])  # the gate
+
+
+def in_halves(case, outputs, rotation):
+    """The lanes of q_out and k_out in the places that they have in halves, where `tolerances` looks for pairs."""
+    if rotation == "halves":
+        return outputs
+    order = [*range(0, case.rotary_dim, 2), *range(1, case.rotary_dim, 2), *range(case.rotary_dim, case.head_dim)]
+    return [*(x.unflatten(1, (-1, case.head_dim))[..., order].flatten(1) for x in outputs[:2]), outputs[2]]
 
 
 @pytest.mark.parametrize("case", [*SMALL_CASES, UNEVEN], ids=lambda case: case.id)
@@ -119,6 +131,180 @@ def test_compiled_oracle_equals_the_reference(gpu, case):
     got, want = (call(function, case, tensors) for function in FUNCTIONS.values())
     assert got[0].is_cuda
     assert_near(case, got, want, platform="gpu")
+
+
+def state(case, inputs, rotation, round_norm):
+    """q_out and k_out in float64, and the bound on the error of each: head by head and frequency by frequency.
+
+    The bound is `definition`'s; there is a round trip only where `round_norm` asks for one.
+    """
+    q_gate, k, q_weight, k_weight, table = (np.asarray(x).astype(np.float64) for x in list(inputs)[:5])
+    positions = np.broadcast_to(np.asarray(inputs.positions), (3, case.num_tokens))
+    half = case.rotary_dim // 2
+    roundoff = tolerances.ROUNDOFF[case.dtype]
+    before_out = (roundoff if round_norm and case.dtype != "float32" else 0.0) + 16 * tolerances.ROUNDOFF["float32"]
+    stated = []
+    q = q_gate.reshape(case.num_tokens, case.num_q_heads, 2, case.head_dim)[:, :, 0]
+    for x, weight in ((q, q_weight), (k.reshape(case.num_tokens, case.num_kv_heads, case.head_dim), k_weight)):
+        y = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + case.eps) * (weight + case.norm_beta)
+        out, size = y.copy(), abs(y)
+        for frequency, axis in enumerate(axes(case)):
+            one, other = (2 * frequency, 2 * frequency + 1) if rotation == "pairs" else (frequency, frequency + half)
+            row = table[positions[axis]]
+            cos, sin = row[:, frequency, None], row[:, half + frequency, None]
+            turned = (y[..., one] + 1j * y[..., other]) * (cos + 1j * sin)
+            out[..., one], out[..., other] = turned.real, turned.imag
+            size[..., one] = abs(y[..., one] * cos) + abs(y[..., other] * sin)
+            size[..., other] = abs(y[..., one] * sin) + abs(y[..., other] * cos)
+        bound = (1 + roundoff) * before_out * size + roundoff * abs(out) + 3 * tolerances.SMALLEST[case.dtype]
+        stated.append([array.reshape(case.num_tokens, -1) for array in (out, bound)])
+    return stated
+
+
+# Each with and without mRoPE; no rotation is the last.
+OPTION_SIZES = [
+    {"head_dim": head_dim, "rotary_dim": rotary_dim, "mrope_section": mrope_section}
+    for head_dim, rotary_dim, section in ((80, 40, (8, 7, 5)), (64, 64, (11, 11, 10)), (96, 6, (1, 1, 1)))
+    for mrope_section in (None, section)
+] + [{"head_dim": 80, "rotary_dim": 0}]
+ROTATIONS = pytest.mark.parametrize("rotation", ["halves", "pairs"])
+ROUND_NORM = pytest.mark.parametrize("round_norm", [True, False])
+EVERY_SIZE = pytest.mark.parametrize("sizes", OPTION_SIZES, ids=lambda sizes: "-".join(map(str, sizes.values())))
+
+
+def option_tensors(case, seed=0):
+    tensors = torch_inputs(case, seed)
+    return tensors if case.rotary_dim else [*tensors[:4], None, None]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@ROTATIONS
+@ROUND_NORM
+@EVERY_SIZE
+def test_reference_of_every_option_is_the_statement(dtype, rotation, round_norm, sizes):
+    case = Case(3, 3, 2, dtype=dtype, norm_beta=0.5, weight_dtype="float32", cache_dtype="float32", **sizes)
+    tensors = option_tensors(case, seed=5)
+    got = call(reference.fused_qk_rmsnorm_rope_gate, case, tensors, rotation=rotation, round_norm=round_norm)
+    for name, tensor, (exact, bound) in zip(
+        ("q_out", "k_out"), got, state(case, make_inputs(case, seed=5), rotation, round_norm), strict=False
+    ):
+        assert tensor.dtype == tensors[0].dtype
+        assert_within(name, from_torch(tensor), exact, bound)
+    assert_same_bits(got[2:], [tensors[0].unflatten(1, (3, 2, case.head_dim))[:, :, 1].flatten(1)])
+
+
+@ROTATIONS
+@ROUND_NORM
+@EVERY_SIZE
+def test_reference_of_every_option_in_float64(rotation, round_norm, sizes):
+    case = Case(3, 2, 1, dtype="float32", **sizes)
+    tensors = [x.double() if x is not None and x.is_floating_point() else x for x in option_tensors(case)]
+    got = call(reference.fused_qk_rmsnorm_rope_gate, case, tensors, rotation=rotation, round_norm=round_norm)
+    for tensor, (exact, _) in zip(got, state(case, make_inputs(case), rotation, round_norm), strict=False):
+        np.testing.assert_allclose(tensor.cpu().numpy(), exact, rtol=1e-13, atol=1e-13)
+
+
+def options_near(case, tensors, platform, **options):
+    got, want = (call(function, case, tensors, **options) for function in FUNCTIONS.values())
+    assert_near(case, got, want, platform=platform, **options)
+    return got
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@ROTATIONS
+@ROUND_NORM
+@EVERY_SIZE
+def test_oracle_of_every_option_equals_the_reference(dtype, rotation, round_norm, sizes):
+    case = Case(3, 3, 2, dtype=dtype, norm_beta=1.0, **sizes)
+    tensors = [x if x is None else x.cpu() for x in option_tensors(case, seed=6)]
+    options_near(case, tensors, "cpu", rotation=rotation, round_norm=round_norm)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@ROTATIONS
+@ROUND_NORM
+@EVERY_SIZE
+def test_compiled_oracle_of_every_option_equals_the_reference(gpu, dtype, rotation, round_norm, sizes):
+    case = Case(33, 3, 2, dtype=dtype, norm_beta=1.0, **sizes)
+    got = options_near(case, option_tensors(case, seed=6), "gpu", rotation=rotation, round_norm=round_norm)
+    assert got[0].is_cuda
+
+
+def test_the_default_is_halves_and_a_rounded_norm(function):
+    case = Case(4, 2, 1, head_dim=64, rotary_dim=32, dtype="float16")
+    tensors = torch_inputs(case)
+    default = call(function, case, tensors)
+    assert_same_bits(call(function, case, tensors, rotation="halves", round_norm=True), default)
+    for options in ({"rotation": "pairs"}, {"round_norm": False}):
+        other = call(function, case, tensors, **options)
+        assert not any(torch.equal(a, b) for a, b in zip(other[:2], default[:2], strict=True)), options
+
+
+@ROTATIONS
+@EVERY_SIZE
+def test_round_norm_changes_no_bit_of_float32(function, rotation, sizes):
+    case = Case(9, 3, 2, dtype="float32", **sizes)
+    tensors = option_tensors(case)
+    want = call(function, case, tensors, rotation=rotation)
+    assert_same_bits(call(function, case, tensors, rotation=rotation, round_norm=False), want)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@ROTATIONS
+@ROUND_NORM
+def test_lanes_that_nothing_rotates_have_the_bits_of_the_rest(function, dtype, rotation, round_norm):
+    """Without a rotation, and past `rotary_dim`: there one rounding follows the norm, whatever the options are."""
+    case = Case(5, 3, 2, head_dim=80, rotary_dim=40, dtype=dtype)
+    *arrays, _, _ = tensors = torch_inputs(case)
+    rotated = call(function, case, tensors, rotation=rotation, round_norm=round_norm)
+    static = case.static_arguments | {"rotary_dim": 0}
+    got = function(*arrays, None, None, **static, rotation=rotation, round_norm=round_norm)
+    rest, want = ([x.unflatten(1, (-1, 80))[..., 40:].flatten(1) for x in outputs[:2]] for outputs in (got, rotated))
+    assert_same_bits(rest, want)
+    assert_same_bits(got[2:], rotated[2:])
+
+
+def fused_interpreter():
+    """Whether the interpreter rounds an fma once, as Triton 3.9's does and 3.6's does not."""
+    x, y, z = (
+        interpreter.TensorHandle(np.array([number], np.float32), tl.float32)
+        for number in (1 + 2**-12, 1 + 2**-12, -(1 + 2**-11))
+    )
+    return interpreter.interpreter_builder.create_fma(x, y, z).data[0] == 2**-24
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("rotation, round_norm", [("pairs", True), ("pairs", False), ("halves", False)])
+def test_the_source_says_which_product_is_rounded(request, device, rotation, round_norm):
+    """Rows of 1 and -1 normalise to the weights and these signs, in bits; zeros of both signs are among them."""
+    if device == "cuda":
+        request.getfixturevalue("gpu")
+    elif not fused_interpreter():
+        pytest.skip("this Triton's interpreter rounds an fma twice")
+    dtype = torch.float32 if rotation == "pairs" else torch.float16  # the default's arithmetic is float32's in halves
+    random = np.random.default_rng(0)
+    weight, table = (random.standard_normal(shape, np.float32) for shape in ((64,), (200, 64)))
+    signs = random.choice(np.array([1, -1], np.float32), 64)
+    weight[:12] = weight[32:36] = 0
+    table[:8] = random.choice(np.array([0, -0.0, 1, -1], np.float32), (8, 64))
+    tensors = [torch.tensor(signs, dtype=dtype).repeat(200, heads) for heads in (2, 1)]
+    tensors += [torch.tensor(weight)] * 2 + [torch.tensor(table), torch.arange(200, dtype=torch.int32)]
+    case = Case(200, 1, 1, head_dim=64, rotary_dim=64, eps=0.0)
+    tensors = [x.to(device) for x in tensors]
+    options = {"rotation": rotation, "round_norm": round_norm}
+    got = call(triton_oracle.fused_qk_rmsnorm_rope_gate, case, tensors, **options)[1]
+
+    y = signs * weight
+    y1, y2 = (y[0::2], y[1::2]) if rotation == "pairs" else (y[:32], y[32:])
+    cos, sin = table[:, :32], table[:, 32:]
+    # A product of float32 numbers is exact in float64. Its sums here lie near no tie of float32.
+    want = [
+        (y1.astype(np.float64) * cos + -(y2 * sin).astype(np.float64)).astype(np.float32),
+        (y1.astype(np.float64) * sin + (y2 * cos).astype(np.float64)).astype(np.float32),
+    ]
+    want = np.stack(want, axis=-1).reshape(200, 64) if rotation == "pairs" else np.concatenate(want, axis=1)
+    assert_same_bits([got.cpu()], [torch.tensor(want).to(dtype)])
 
 
 @pytest.mark.parametrize("positions_dtype", ["int32", "int64"])
@@ -266,7 +452,8 @@ def test_reference_takes_every_integer_dtype(dtype):
 
 @pytest.mark.parametrize("mrope_section", [None, (1, 1, 0)])
 @pytest.mark.parametrize("rotary_dim", [4, 6])
-def test_reference_gradients_by_finite_differences(mrope_section, rotary_dim):
+@ROTATIONS
+def test_reference_gradients_by_finite_differences(mrope_section, rotary_dim, rotation):
     mrope_section = mrope_section and (rotary_dim // 2 - 1, 1, 0)
     generator = torch.Generator().manual_seed(0)
 
@@ -277,7 +464,20 @@ def test_reference_gradients_by_finite_differences(mrope_section, rotary_dim):
 
     def outputs(q_gate, k, q_weight, k_weight, table):
         return reference.fused_qk_rmsnorm_rope_gate(
-            q_gate, k, q_weight, k_weight, table, positions, 1e-3, 2, 1, 6, rotary_dim, mrope_section, 1.0
+            q_gate,
+            k,
+            q_weight,
+            k_weight,
+            table,
+            positions,
+            1e-3,
+            2,
+            1,
+            6,
+            rotary_dim,
+            mrope_section,
+            1.0,
+            rotation=rotation,
         )
 
     arguments = random(2, 2 * 2 * 6), random(2, 6), random(6), random(6), random(5, rotary_dim)
@@ -322,16 +522,11 @@ def test_interpreting_leaves_triton_as_it_was():
         assert not changed, (place, changed)
 
 
-@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing is compiled")
-@pytest.mark.parametrize(
-    "head_dim, aligned, lanes",
-    [(256, True, 2), (256, False, 2), (40, False, 2), (81, False, 2), (32, False, 1)],
-)
-def test_compiled_row_layout_does_not_depend_on_the_activations_addresses(head_dim, aligned, lanes):
-    """The order of the sum follows from the lanes that a thread holds: two neighbours, one up to 32 lanes.
+COMPILED = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing is compiled")
 
-    `aligned`: whether Triton knows the addresses and strides of q_gate and k to be multiples of 16.
-    """
+
+def compile_oracle(head_dim, aligned=True, fusion=True, **changes):
+    """`aligned`: whether Triton knows the addresses and strides of q_gate and k to be multiples of 16."""
     kernel = triton_oracle._qk_rmsnorm_rope_gate
     block = triton.next_power_of_2(head_dim)
     constants = {
@@ -345,10 +540,12 @@ def test_compiled_row_layout_does_not_depend_on_the_activations_addresses(head_d
         "row_block": block,
         "half_block": 8,
         "mrope_section": None,
+        "pairs": False,
+        "explicit_fma": False,
         "wide_offsets": False,
         "position_stride": 1,
         "position_axis_stride": 1,
-    }
+    } | changes
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -359,12 +556,45 @@ def test_compiled_row_layout_does_not_depend_on_the_activations_addresses(head_d
             attributes[index,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attributes)
     num_warps = max(1, block // 64)
-    options = {"num_warps": num_warps, "num_stages": 2, "enable_fp_fusion": True}
+    options = {"num_warps": num_warps, "num_stages": 2, "enable_fp_fusion": fusion}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert compiled.metadata.enable_fp_fusion and compiled.metadata.num_warps == num_warps
-    ttgir = compiled.asm["ttgir"]
+    assert compiled.metadata.enable_fp_fusion == fusion and compiled.metadata.num_warps == num_warps
+    return compiled.asm
+
+
+UNROTATED = {"half_rotary": 0, "half_block": 0, "cos_sin_ref": None, "positions_ref": None}
+EXPLICIT = {
+    "pairs": {"pairs": True, "explicit_fma": True},
+    "pairs in float32": {"pairs": True, "explicit_fma": True, "dtype": tl.float32},
+    "halves in float32": {"explicit_fma": True, "dtype": tl.float32},
+}
+
+
+@COMPILED
+@pytest.mark.parametrize("form", [{}, *EXPLICIT.values(), UNROTATED], ids=["default", *EXPLICIT, "no rotation"])
+@pytest.mark.parametrize(
+    "head_dim, aligned, lanes",
+    [(256, True, 2), (256, False, 2), (40, False, 2), (81, False, 2), (32, False, 1)],
+)
+def test_compiled_row_layout_does_not_depend_on_the_activations_addresses(head_dim, aligned, lanes, form):
+    """The order of the sum follows from the lanes that a thread holds: two neighbours, one up to 32 lanes."""
+    ttgir = compile_oracle(head_dim, aligned, **form)["ttgir"]
     layout = re.search(r'"tt\.reduce".*?: \(tensor<\d+xf32, (#\w+)>\) -> f32', ttgir, re.DOTALL).group(1)
     assert f"{layout} = #ttg.blocked<{{sizePerThread = [{lanes}], threadsPerWarp = [32]" in ttgir
+
+
+@COMPILED
+@pytest.mark.parametrize("form", EXPLICIT)
+def test_the_compiler_has_no_say_in_an_explicit_rotation(form):
+    """After the row's sum come two fmas for each pair, and as many sums, whether products may be fused or not."""
+
+    def after_the_sum(changes, fusion):
+        ptx = compile_oracle(256, fusion=fusion, **changes)["ptx"]
+        return collections.Counter(re.findall(r"\b(fma|add|sub)(?:\.rn)?\.f32", ptx.partition("rsqrt.")[2]))
+
+    fused, separate = (after_the_sum(EXPLICIT[form], fusion) for fusion in (True, False))
+    assert fused == separate and fused["fma"] == 2
+    assert after_the_sum({}, True) != after_the_sum({}, False)
 
 
 @pytest.mark.gpu
@@ -396,6 +626,12 @@ ROTARY = "rotary_dim must be even and between 2 and head_dim = 64, got {}. Pass 
 SECTION = (
     "mrope_section must be three counts that sum to rotary_dim // 2 = 8, got {}. Pass those of time, height and width."
 )
+ROTATION = (
+    "rotation must be 'halves' or 'pairs', got {}. Pass 'pairs' where lanes 2i and 2i + 1 rotate together, as in GPT-J."
+)
+MISSING = "{} must be a tensor beside {}, got None. Pass both, or neither and rotary_dim=0."
+NOTHING = {"cos_sin_cache": None, "positions": None, "rotary_dim": 0}
+NO_TABLE = "{} without cos_sin_cache and positions, got {}. {}"
 SHAPE = "{} must have shape {}, got {}. Check the sizes given."
 DTYPE = "{} must be {}, got torch.{}. Cast it with to()."
 DEVICE = "{} must be on cpu, like q_gate, got meta. Move it there."
@@ -414,6 +650,27 @@ BAD_CALLS = [
     (ValueError, SECTION.format("(4, 4)"), {"mrope_section": [4, 4]}),
     (ValueError, SECTION.format("(4, 4, 4)"), {"mrope_section": (4, 4, 4)}),
     (ValueError, SECTION.format("(9, -1, 0)"), {"mrope_section": (9, -1, 0)}),
+    (ValueError, ROTATION.format("'interleaved'"), {"rotation": "interleaved"}),
+    (ValueError, ROTATION.format("None"), NOTHING | {"rotation": None}),
+    (ValueError, MISSING.format("positions", "cos_sin_cache"), {"positions": None}),
+    (ValueError, MISSING.format("cos_sin_cache", "positions"), {"cos_sin_cache": None}),
+    (ValueError, MISSING.format("cos_sin_cache", "positions"), {"cos_sin_cache": None, "rotary_dim": 0}),
+    (
+        ValueError,
+        NO_TABLE.format("rotary_dim must be 0", 16, "Pass both, or 0 for no rotation."),
+        NOTHING | {"rotary_dim": 16},
+    ),
+    (
+        ValueError,
+        NO_TABLE.format("mrope_section must be None", "(0, 0, 0)", "Leave it out: no position is read."),
+        NOTHING | {"mrope_section": (0, 0, 0)},
+    ),
+    (
+        ValueError,
+        "head_dim must be at least 1, got 0. Pass the number of lanes of a head.",
+        NOTHING | {"head_dim": 0},
+    ),
+    (ValueError, SHAPE.format("k_weight", "(64,)", "(32,)"), NOTHING | {"k_weight": zeros(32)}),
     (TypeError, DTYPE.format("k", "bfloat16", "float16"), {"k": zeros(4, 128, dtype="float16")}),
     (
         TypeError,
@@ -472,8 +729,9 @@ def test_a_bad_call_names_rule_value_and_remedy(function, exception, message, ch
         bad_call(function, changes)
 
 
-def test_the_good_call_is_good(function):
-    bad_call(function, {})
+@pytest.mark.parametrize("changes", [{}, NOTHING], ids=["rotated", "not rotated"])
+def test_the_good_call_is_good(function, changes):
+    bad_call(function, changes)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+ROTATIONS = ("halves", "pairs")
 CACHE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 INTEGER_DTYPES = (
@@ -23,23 +24,37 @@ def check(
     k: torch.Tensor,
     q_weight: torch.Tensor,
     k_weight: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor | None,
+    positions: torch.Tensor | None,
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
     rotary_dim: int,
     mrope_section: Sequence[int] | None,
+    rotation: str,
     *,
     activation_dtypes: tuple[torch.dtype, ...],
     position_dtypes: tuple[torch.dtype, ...],
 ) -> None:
-    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+    """Where nothing rotates, `cos_sin_cache`, `positions` and `mrope_section` are None and `rotary_dim` is 0."""
+    if rotation not in ROTATIONS:
+        raise ValueError(
+            f"rotation must be {' or '.join(map(repr, ROTATIONS))}, got {rotation!r}. "
+            "Pass 'pairs' where lanes 2i and 2i + 1 rotate together, as in GPT-J."
+        )
+    if (cos_sin_cache is None) != (positions is None):
+        missing, given = ("positions", "cos_sin_cache") if positions is None else ("cos_sin_cache", "positions")
+        raise ValueError(
+            f"{missing} must be a tensor beside {given}, got None. Pass both, or neither and rotary_dim=0."
+        )
+    if cos_sin_cache is None:
+        _check_no_rotation(head_dim, rotary_dim, mrope_section)
+    elif rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise ValueError(
             f"rotary_dim must be even and between 2 and head_dim = {head_dim}, got {rotary_dim}. "
             "Pass int(partial_rotary_factor * head_dim)."
         )
-    if mrope_section is not None:
+    elif mrope_section is not None:
         section = tuple(mrope_section)
         if len(section) != 3 or min(section) < 0 or sum(section) != rotary_dim // 2:
             raise ValueError(
@@ -48,14 +63,33 @@ def check(
             )
     tokens = tuple(q_gate.shape[:1])
     widened = tuple(dtype for dtype in activation_dtypes if dtype.itemsize <= max(4, q_gate.itemsize))
-    _check_tensors(
+    tensors = [
         ("q_gate", q_gate, (*tokens, num_q_heads * 2 * head_dim), activation_dtypes),
         ("k", k, (*tokens, num_kv_heads * head_dim), (q_gate.dtype,)),
         ("q_weight", q_weight, (head_dim,), widened),
         ("k_weight", k_weight, (head_dim,), widened),
-        ("cos_sin_cache", cos_sin_cache, (max(1, *cos_sin_cache.shape[:1]), rotary_dim), widened),
-        ("positions", positions, tokens if mrope_section is None else (3, *tokens), position_dtypes),
-    )
+    ]
+    if cos_sin_cache is not None and positions is not None:
+        tensors += [
+            ("cos_sin_cache", cos_sin_cache, (max(1, *cos_sin_cache.shape[:1]), rotary_dim), widened),
+            ("positions", positions, tokens if mrope_section is None else (3, *tokens), position_dtypes),
+        ]
+    _check_tensors(*tensors)
+
+
+def _check_no_rotation(head_dim: int, rotary_dim: int, mrope_section: Sequence[int] | None) -> None:
+    if rotary_dim != 0:
+        raise ValueError(
+            f"rotary_dim must be 0 without cos_sin_cache and positions, got {rotary_dim}. "
+            "Pass both, or 0 for no rotation."
+        )
+    if mrope_section is not None:
+        raise ValueError(
+            f"mrope_section must be None without cos_sin_cache and positions, got {mrope_section}. "
+            "Leave it out: no position is read."
+        )
+    if head_dim < 1:
+        raise ValueError(f"head_dim must be at least 1, got {head_dim}. Pass the number of lanes of a head.")
 
 
 def check_cache_write(

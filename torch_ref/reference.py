@@ -15,8 +15,8 @@ def fused_qk_rmsnorm_rope_gate(
     k: torch.Tensor,
     q_weight: torch.Tensor,
     k_weight: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor | None,
+    positions: torch.Tensor | None,
     eps: float,
     num_q_heads: int,
     num_kv_heads: int,
@@ -24,6 +24,9 @@ def fused_qk_rmsnorm_rope_gate(
     rotary_dim: int,
     mrope_section: list[int] | tuple[int, int, int] | None = None,
     norm_beta: float = 0.0,
+    *,
+    rotation: str = "halves",
+    round_norm: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Normalises and rotates q and k per head and splits off the gate.
 
@@ -34,23 +37,30 @@ def fused_qk_rmsnorm_rope_gate(
         out[j + R/2] = y[j + R/2] * cos[j] + y[j] * sin[j]        for j < R/2
         out[R:]      = y[R:]
 
+    With `rotation="pairs"` lanes 2j and 2j + 1 take the places of j and j + R/2. Nothing rotates where R is 0.
+
     Args:
       q_gate: (T, Hq*2*D), each head [q | gate]; float16, bfloat16, float32 or float64.
       k: (T, Hkv*D), dtype of `q_gate`.
       q_weight, k_weight: (D,), each float16, bfloat16 or float32, or float64 where `q_gate` is.
-      cos_sin_cache: (max_position, R), each row [cos | sin]; a dtype of the weights.
-      positions: (T,), or (3, T) with `mrope_section`; any integer dtype.
+      cos_sin_cache: (max_position, R), each row [cos | sin] for either `rotation`; a dtype of the weights. None rotates
+        nothing.
+      positions: (T,), or (3, T) with `mrope_section`; any integer dtype. It is None exactly where `cos_sin_cache` is.
       eps: added to the mean of squares.
-      num_q_heads, num_kv_heads, head_dim, rotary_dim: Hq, Hkv, D and R; R is even and at most D.
+      num_q_heads, num_kv_heads, head_dim, rotary_dim: Hq, Hkv, D and R; R is even and at most D. It is 0 exactly where
+        `cos_sin_cache` and `positions` are None.
       mrope_section: counts of time, height and width frequencies, interleaved: frequency j reads row a of
         `positions`, a in (1, 2), if j % 3 == a and j < 3 * mrope_section[a], else row 0.
       norm_beta: added to the weights; 1 for weights stored around zero.
+      rotation: "halves" rotates lanes j and j + R/2 by frequency j, "pairs" lanes 2j and 2j + 1, as GPT-J does.
+      round_norm: False leaves out `round`, and only the output is rounded.
 
     Returns:
       q_out (T, Hq*D), k_out (T, Hkv*D) and gate_out (T, Hq*D) in the dtype of `q_gate`, each in memory of its own.
 
     Raises:
-      ValueError: a shape, rotary_dim or mrope_section breaks a rule above, or the tensors lie on different devices.
+      ValueError: a shape, rotary_dim, mrope_section or rotation breaks a rule above, or the tensors lie on different
+        devices.
       TypeError: a dtype does.
 
     Numerics: float32 inside, float64 for float64. `round` is the trip to the dtype of `q_gate` and back, nothing for
@@ -61,16 +71,17 @@ def fused_qk_rmsnorm_rope_gate(
     Semantics from `fused_qk_rmsnorm_rope_gate` of vLLM 0.33.0, which leaves positions outside the table undefined.
     """
     tensors = (q_gate, k, q_weight, k_weight, cos_sin_cache, positions)
-    sizes = (num_q_heads, num_kv_heads, head_dim, rotary_dim, mrope_section)
+    sizes = (num_q_heads, num_kv_heads, head_dim, rotary_dim, mrope_section, rotation)
     check(*tensors, *sizes, activation_dtypes=ACTIVATION_DTYPES, position_dtypes=POSITION_DTYPES)
 
     num_tokens = q_gate.shape[0]
     compute_dtype = torch.float64 if q_gate.dtype == torch.float64 else torch.float32
-    cos, sin = _gather_cos_sin(cos_sin_cache.to(compute_dtype), positions, mrope_section)
-
     q, gate = q_gate.reshape(num_tokens, num_q_heads, 2, head_dim).unbind(dim=2)
-    q_out = _rotate(_rms_norm(q, q_weight, eps, norm_beta), cos, sin)
-    k_out = _rotate(_rms_norm(k.reshape(num_tokens, num_kv_heads, head_dim), k_weight, eps, norm_beta), cos, sin)
+    q_out = _rms_norm(q, q_weight, eps, norm_beta, round_norm)
+    k_out = _rms_norm(k.reshape(num_tokens, num_kv_heads, head_dim), k_weight, eps, norm_beta, round_norm)
+    if cos_sin_cache is not None and positions is not None:
+        cos, sin = _gather_cos_sin(cos_sin_cache.to(compute_dtype), positions, mrope_section)
+        q_out, k_out = (_rotate(y, cos, sin, rotation) for y in (q_out, k_out))
     return (
         q_out.to(q_gate.dtype).flatten(1),
         k_out.to(k.dtype).flatten(1),
@@ -117,13 +128,13 @@ def write_kv_cache(
     v_cache[at] = v[written].to(v_cache.dtype)
 
 
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, norm_beta: float) -> torch.Tensor:
-    """(T, heads, D) in float32 or float64, holding values that the dtype of `x` can represent."""
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, norm_beta: float, round_norm: bool) -> torch.Tensor:
+    """(T, heads, D) in float32 or float64. With `round_norm` the dtype of `x` can represent its values."""
     compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     wide = x.to(compute_dtype)
     inv_rms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     y = wide * inv_rms * (weight.to(compute_dtype) + norm_beta)
-    return y.to(x.dtype).to(compute_dtype)
+    return y.to(x.dtype).to(compute_dtype) if round_norm else y
 
 
 def _gather_cos_sin(
@@ -147,7 +158,10 @@ def _gather_cos_sin(
     return cos, sin
 
 
-def _rotate(y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _rotate(y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotation: str) -> torch.Tensor:
     half = cos.shape[-1]
-    y1, y2, rest = y.split([half, half, y.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([y1 * cos - y2 * sin, y2 * cos + y1 * sin, rest], dim=-1)
+    rotary, rest = y.split([2 * half, y.shape[-1] - 2 * half], dim=-1)
+    shape, axis = ((half, 2), -1) if rotation == "pairs" else ((2, half), -2)
+    y1, y2 = rotary.unflatten(-1, shape).unbind(axis)
+    rotated = torch.stack([y1 * cos - y2 * sin, y2 * cos + y1 * sin], dim=axis)
+    return torch.cat([rotated.flatten(-2), rest], dim=-1)

@@ -28,8 +28,8 @@ def fused_qk_rmsnorm_rope_gate(
     k: torch.Tensor,
     q_weight: torch.Tensor,
     k_weight: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor | None,
+    positions: torch.Tensor | None,
     eps: float,
     num_q_heads: int,
     num_kv_heads: int,
@@ -37,6 +37,9 @@ def fused_qk_rmsnorm_rope_gate(
     rotary_dim: int,
     mrope_section: list[int] | tuple[int, int, int] | None = None,
     norm_beta: float = 0.0,
+    *,
+    rotation: str = "halves",
+    round_norm: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Normalises and rotates q and k per head and splits off the gate, in one kernel.
 
@@ -46,19 +49,25 @@ def fused_qk_rmsnorm_rope_gate(
       q_gate: (T, Hq*2*D), each head [q | gate]; float16, bfloat16 or float32. Tokens may lie any distance apart.
       k: (T, Hkv*D), dtype of `q_gate`. Tokens may lie any distance apart.
       q_weight, k_weight: (D,), each float16, bfloat16 or float32.
-      cos_sin_cache: (max_position, R), each row [cos | sin]; float16, bfloat16 or float32.
-      positions: (T,), or (3, T) with `mrope_section`; int32 or int64, each in [0, max_position).
+      cos_sin_cache: (max_position, R), each row [cos | sin] for either `rotation`; float16, bfloat16 or float32. None
+        rotates nothing.
+      positions: (T,), or (3, T) with `mrope_section`; int32 or int64, each in [0, max_position). It is None exactly
+        where `cos_sin_cache` is.
       eps: added to the mean of squares.
-      num_q_heads, num_kv_heads, head_dim, rotary_dim: Hq, Hkv, D and R; R is even and at most D.
+      num_q_heads, num_kv_heads, head_dim, rotary_dim: Hq, Hkv, D and R; R is even and at most D. It is 0 exactly where
+        `cos_sin_cache` and `positions` are None.
       mrope_section: counts of time, height and width frequencies, interleaved: frequency j reads row a of
         `positions`, a in (1, 2), if j % 3 == a and j < 3 * mrope_section[a], else row 0.
       norm_beta: added to the weights; 1 for weights stored around zero.
+      rotation: "halves" rotates lanes j and j + R/2 by frequency j, "pairs" lanes 2j and 2j + 1, as GPT-J does.
+      round_norm: False keeps float32 between norm and rotation, and only the output is rounded.
 
     Returns:
       q_out (T, Hq*D), k_out (T, Hkv*D) and gate_out (T, Hq*D) in the dtype of `q_gate`, dense.
 
     Raises:
-      ValueError: a shape, rotary_dim or mrope_section breaks a rule above, or the tensors lie on different devices.
+      ValueError: a shape, rotary_dim, mrope_section or rotation breaks a rule above, or the tensors lie on different
+        devices.
       TypeError: a dtype does.
       NotImplementedError: the tensors lie neither on a CPU nor on a CUDA device.
 
@@ -66,14 +75,18 @@ def fused_qk_rmsnorm_rope_gate(
     synchronised and no value is read: the launch goes to the current stream of the tensors' device. Autograd doesn't
     see the kernel: take gradients from `torch_ref.reference`.
 
-    Numerics: float32 inside, rounded to the dtype of `q_gate` between norm and rotation. Compiled and with 16-bit
-    activations, equal in bits to vLLM 0.33.0's kernel. Interpreted, the order of the sum, the inverse square root and
-    the rounding to bfloat16 are NumPy's and the interpreter's own. The gate keeps its bits.
+    Numerics: float32 inside, rounded to the dtype of `q_gate` between norm and rotation unless `round_norm` is False.
+    Compiled and with 16-bit activations, the default `rotation` and `round_norm` are equal in bits to vLLM 0.33.0's
+    kernel. Other values rotate a pair (y1, y2) to fma(y1, cos, -(y2 * sin)) and fma(y1, sin, y2 * cos). `round_norm`
+    changes no bit of float32 activations. Interpreted, the order of the sum, the inverse square root and the rounding
+    to bfloat16 are NumPy's and the interpreter's own. Triton 3.6's interpreter rounds an fma twice. The gate keeps its
+    bits.
 
-    Semantics from `fused_qk_rmsnorm_rope_gate` of vLLM 0.33.0; float32 activations and checked shapes are added.
+    Semantics from `fused_qk_rmsnorm_rope_gate` of vLLM 0.33.0. float32 activations, `rotation`, `round_norm`, calls
+    without a rotation and checked shapes are added.
     """
     tensors = (q_gate, k, q_weight, k_weight, cos_sin_cache, positions)
-    sizes = (num_q_heads, num_kv_heads, head_dim, rotary_dim, mrope_section)
+    sizes = (num_q_heads, num_kv_heads, head_dim, rotary_dim, mrope_section, rotation)
     check(*tensors, *sizes, activation_dtypes=ACTIVATION_DTYPES, position_dtypes=POSITION_DTYPES)
     for name, tensor in (
         ("q_gate", q_gate),
@@ -82,7 +95,7 @@ def fused_qk_rmsnorm_rope_gate(
         ("k_weight", k_weight),
         ("cos_sin_cache", cos_sin_cache),
     ):
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             strides = tensor.stride()
             raise ValueError(
                 f"{name} must be contiguous in its last dimension, got strides {strides}. Call contiguous()."
@@ -99,6 +112,7 @@ def fused_qk_rmsnorm_rope_gate(
     if q_weight.dtype != k_weight.dtype:  # the kernel picks one of the two pointers, so they need one type
         q_weight, k_weight = q_weight.float(), k_weight.float()
     lanes = triton.next_power_of_2(head_dim)
+    round_norm = round_norm or q_gate.dtype == torch.float32  # which nothing rounds: its bits are the default's
     with _launcher(_qk_rmsnorm_rope_gate, device) as kernel:
         kernel[num_tokens, num_q_heads + num_kv_heads](
             q_gate,
@@ -112,19 +126,20 @@ def fused_qk_rmsnorm_rope_gate(
             gate_out,
             q_gate.stride(0),
             k.stride(0),
-            cos_sin_cache.stride(0),
-            positions.stride(-1),
-            positions.stride(0),
+            0 if cos_sin_cache is None else cos_sin_cache.stride(0),
+            *((0, 0) if positions is None else (positions.stride(-1), positions.stride(0))),
             num_q_heads=num_q_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             half_rotary=rotary_dim // 2,
             eps=eps,
             norm_beta=norm_beta,
-            dtype=_TRITON_DTYPES[q_gate.dtype],
+            dtype=_TRITON_DTYPES[q_gate.dtype] if round_norm else tl.float32,  # of what rotates
             row_block=lanes,
             half_block=triton.next_power_of_2(rotary_dim // 2),
             mrope_section=mrope_section and tuple(mrope_section),
+            pairs=rotation == "pairs",
+            explicit_fma=rotation == "pairs" or not round_norm,
             # Only where a token's offset needs 64 bits: they are 13 instructions more in each program, of 158.
             wide_offsets=(num_tokens - 1) * max(rows.stride(0) for rows in (q_gate, k, q_out, k_out)) >= 2**31,
             # What decides bits: the order of the row's sum follows num_warps, and products are fused into sums.
@@ -242,6 +257,8 @@ def _qk_rmsnorm_rope_gate(
     row_block: tl.constexpr,
     half_block: tl.constexpr,
     mrope_section: tl.constexpr,
+    pairs: tl.constexpr,
+    explicit_fma: tl.constexpr,
     wide_offsets: tl.constexpr,
 ):
     # One program: one head of one token. It reads the head's row, its weights and one table row, and writes the
@@ -268,32 +285,41 @@ def _qk_rmsnorm_rope_gate(
     if 2 * half_rotary < head_dim:
         tl.store(out_ref + lane, y, mask=in_row & (lane >= 2 * half_rotary))
 
-    # The two halves that rotate are loaded again, from L1: lanes of one register tile can't be paired up.
-    frequency = tl.arange(0, half_block)
-    in_half = frequency < half_rotary
-    x1 = tl.load(row_ref + frequency, mask=in_half, other=0.0).to(tl.float32)
-    x2 = tl.load(row_ref + half_rotary + frequency, mask=in_half, other=0.0).to(tl.float32)
-    weight1 = tl.load(weight_ref + frequency, mask=in_half, other=0.0)
-    weight2 = tl.load(weight_ref + half_rotary + frequency, mask=in_half, other=0.0)
-    y1 = _normalise(x1, weight1, inv_rms, norm_beta, dtype)
-    y2 = _normalise(x2, weight2, inv_rms, norm_beta, dtype)
+    # The lanes that rotate are loaded again, from L1: lanes of one register tile can't be paired up.
+    if half_rotary > 0:
+        frequency = tl.arange(0, half_block)
+        in_half = frequency < half_rotary
+        lane1 = 2 * frequency if pairs else frequency
+        partner: tl.constexpr = 1 if pairs else half_rotary  # it lies so far beyond lane1
+        x1 = tl.load(row_ref + lane1, mask=in_half, other=0.0).to(tl.float32)
+        x2 = tl.load(row_ref + partner + lane1, mask=in_half, other=0.0).to(tl.float32)
+        weight1 = tl.load(weight_ref + lane1, mask=in_half, other=0.0)
+        weight2 = tl.load(weight_ref + partner + lane1, mask=in_half, other=0.0)
+        y1 = _normalise(x1, weight1, inv_rms, norm_beta, dtype)
+        y2 = _normalise(x2, weight2, inv_rms, norm_beta, dtype)
 
-    position_ref = positions_ref + token * position_stride
-    position = tl.load(position_ref).to(tl.int64)
-    if mrope_section is not None:
-        height = tl.load(position_ref + position_axis_stride).to(tl.int64)
-        width = tl.load(position_ref + position_axis_stride + position_axis_stride).to(tl.int64)
-        reads_height = (frequency % 3 == 1) & (frequency < 3 * mrope_section[1])
-        reads_width = (frequency % 3 == 2) & (frequency < 3 * mrope_section[2])
-        position = tl.where(reads_height, height, tl.where(reads_width, width, position))
-    cos_ref = cos_sin_ref + position * cos_sin_stride + frequency
-    cos = tl.load(cos_ref, mask=in_half, other=0.0).to(tl.float32)
-    sin = tl.load(cos_ref + half_rotary, mask=in_half, other=0.0).to(tl.float32)
-    # The compiler fuses one product of each line into the sum; which one follows from their order.
-    rotated1 = y1 * cos - y2 * sin
-    rotated2 = y2 * cos + y1 * sin
-    tl.store(out_ref + frequency, rotated1, mask=in_half)
-    tl.store(out_ref + half_rotary + frequency, rotated2, mask=in_half)
+        position_ref = positions_ref + token * position_stride
+        position = tl.load(position_ref).to(tl.int64)
+        if mrope_section is not None:
+            height = tl.load(position_ref + position_axis_stride).to(tl.int64)
+            width = tl.load(position_ref + position_axis_stride + position_axis_stride).to(tl.int64)
+            reads_height = (frequency % 3 == 1) & (frequency < 3 * mrope_section[1])
+            reads_width = (frequency % 3 == 2) & (frequency < 3 * mrope_section[2])
+            position = tl.where(reads_height, height, tl.where(reads_width, width, position))
+        cos_ref = cos_sin_ref + position * cos_sin_stride + frequency
+        cos = tl.load(cos_ref, mask=in_half, other=0.0).to(tl.float32)
+        sin = tl.load(cos_ref + half_rotary, mask=in_half, other=0.0).to(tl.float32)
+        if explicit_fma:
+            # The second product is rounded, the first is not. Times -1 changes the sign of a zero, too; for a minus
+            # Triton 3.6 subtracts from 0, which doesn't.
+            rotated1 = tl.fma(y1, cos, y2 * sin * -1.0)
+            rotated2 = tl.fma(y1, sin, y2 * cos)
+        else:
+            # The compiler fuses one product of each line into the sum; which one follows from their order.
+            rotated1 = y1 * cos - y2 * sin
+            rotated2 = y2 * cos + y1 * sin
+        tl.store(out_ref + lane1, rotated1, mask=in_half)
+        tl.store(out_ref + partner + lane1, rotated2, mask=in_half)
 
     if head < num_q_heads:
         gate = tl.load(row_ref + head_dim + lane, mask=in_row, other=0.0)
