@@ -81,8 +81,8 @@ def fused_qkv_rmsnorm_rope_gate_cache(
 
     Returns:
       A `CacheOutputs` with q, gate and the cache, which holds the tokens' rows. With `return_kv` also k, normalised and
-      rotated, and v, unchanged unless `v_norm`. Places that no slot names keep their bits. Where two tokens name one slot, either may
-      stay: k, v and even single elements of them may come from different tokens.
+      rotated, and v, unchanged unless `v_norm`. Places that no slot names keep their bits. Where two tokens name one
+      slot, either may stay: k, v and even single elements of them may come from different tokens.
 
     Raises:
       ValueError, TypeError, RuntimeError: as `fused_qk_rmsnorm_rope_gate`, also for the new arguments. Also where,

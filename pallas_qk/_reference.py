@@ -103,9 +103,10 @@ def norm_and_rope(
     head_dim = x.shape[-1]
     x32 = x.astype(jnp.float32)
     mean_square = tree_sum(x32 * x32) / head_dim
+    weight = None if weight is None else _over_rows(effective_weight(weight, options.norm_beta), x)
     y = x32 * lax.rsqrt(mean_square + options.eps)[..., None]
     if weight is not None:
-        y = y * _over_rows(effective_weight(weight, options.norm_beta), x)
+        y = y * weight
     if options.round_norm:
         y = round_trip(y, x.dtype)
     return _rotate(y, rotation, cos, sin).astype(x.dtype)

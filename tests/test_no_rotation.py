@@ -250,3 +250,21 @@ def test_one_head_is_an_axis_of_heads():
 def test_the_choice_without_a_rotation():
     choice = pallas_qk.default_implementation(4, 16, 2, 256, 0, "bfloat16", platform="cpu")
     assert choice.name == "xla"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [*SIZES, Size(4096, 16, 2, 256)], ids=str)
+@pytest.mark.parametrize("implementation", GPU_IMPLEMENTATIONS)
+def test_bits_are_the_oracle_s(gpu, implementation, size):
+    from benchmarks.providers import to_jax, to_torch
+    from torch_ref import triton_oracle
+
+    arrays = size.arrays(2 * size.num_q_heads, size.num_kv_heads)
+    tensors = map(to_torch, jax.block_until_ready(arrays))
+    want = to_jax(triton_oracle.fused_qk_rmsnorm_rope_gate(*tensors, None, None, rotary_dim=0, **size.static))
+    got = run(implementation, size, *arrays)
+    if size.dtype == "float32" and size.head_dim <= 32:  # see `benchmarks.agreement.promise`
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6)
+    else:
+        assert_same(got, want)

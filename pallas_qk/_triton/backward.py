@@ -196,9 +196,10 @@ def _backward_kernel(
             if options.norm_beta:
                 weights_of = {name: [w + options.norm_beta for w in ws] for name, ws in weights_of.items()}
 
+            xs_of = {name: [x.astype(jnp.float32) for x in xs] for name, xs in xs_of.items()}
             angles = [(cos.astype(jnp.float32), sin.astype(jnp.float32)) for cos, sin in angles]
             for name, kind in normed.items():
-                xs = [x.astype(jnp.float32) for x in xs_of[name]]
+                xs = xs_of[name]
                 dys = [dout.astype(jnp.float32) for dout in douts_of[name]]
                 dys = dys[: len(columns)] if kind.rotation is None else layout.rotate(dys, angles, arithmetic)
                 mean_plus_eps = arithmetic.mean_plus_eps(_row_sum(xs, xs, arithmetic), head_dim, options.eps)
