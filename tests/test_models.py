@@ -48,7 +48,7 @@ def test_every_family_is_listed():
 
 
 def test_the_page_counts_its_families():
-    counts = re.search(r"(\d+) of (\d+) families", PAGE).groups()
+    counts = re.search(r"(\d+) of the (\d+) families", PAGE).groups()
     of_heads = listed("Expressed", "Not yet")
     assert counts == (str(len(listed("Expressed"))), str(len(of_heads)))
 
@@ -164,3 +164,21 @@ def test_q_and_k_are_those_of_transformers(name, dtype):
     if gated:
         gate = torch.as_tensor(np.array(outputs[2], np.float32)).to(seen.output.dtype)
         np.testing.assert_array_equal(torch.sigmoid(gate).float().numpy(), seen.output.float().numpy())
+
+
+def test_a_permutation_brings_the_lanes_of_gemma4s_vision_layers_into_place():
+    modeling = pytest.importorskip("transformers.models.gemma4.modeling_gemma4")
+    torch.manual_seed(0)
+    heads, head_dim, part = 4, 16, 4
+    norm = modeling.Gemma4RMSNorm(head_dim)
+    torch.nn.init.normal_(norm.weight)
+    x, angles = torch.randn(1, LENGTH, heads, head_dim), 6 * torch.rand(1, LENGTH, 2, part)
+    twice = torch.cat([angles, angles], dim=-1).flatten(-2)
+    want = modeling.apply_multidimensional_rope(norm(x), twice.cos(), twice.sin(), torch.zeros(1, LENGTH, 2))
+
+    lanes = torch.arange(head_dim).reshape(2, 2, part).movedim(1, 0).flatten()
+    rows = joined(angles.flatten(-2).cos(), angles.flatten(-2).sin())
+    arrays = [to_jax(each[..., lanes]) for each in (x, x, norm.weight, norm.weight)]
+    q_out, _ = pallas_qk.fused_qk_rmsnorm_rope(*arrays, to_jax(rows), None, norm.eps, heads, heads, head_dim, head_dim)
+    pair = [y.reshape(-1, head_dim) for y in (q_out, to_jax(want[..., lanes]))]
+    assert worst_distances(*pair, head_dim, head_dim)[0] <= float32_bound(Case(1, head_dim=head_dim), tree=False)
