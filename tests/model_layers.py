@@ -17,6 +17,8 @@ SIZES = {
     "head_dim": HEAD_DIM,
     "num_hidden_layers": 6,
     "max_position_embeddings": MAX_POSITION,
+    "rms_norm_eps": 1e-5,  # and so all in one compiled program, where nothing else differs
+    "norm_eps": 1e-5,
 }
 ATTENTION = "hands_over_q_and_k"  # as transformers' table of attention functions has it
 
