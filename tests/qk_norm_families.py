@@ -59,9 +59,9 @@ def norms_of(source: str) -> list[Norm]:
 def families() -> dict[str, list[Norm]]:
     """The norms of q and k of each family of the installed transformers that has any."""
     spec = importlib.util.find_spec("transformers")
-    (package,) = spec.submodule_search_locations
+    assert spec is not None and spec.origin is not None, "transformers is not installed"
     found: dict[str, list[Norm]] = {}
-    for path in sorted(pathlib.Path(package, "models").glob("*/modeling_*.py")):
+    for path in sorted(pathlib.Path(spec.origin).parent.glob("models/*/modeling_*.py")):
         source = path.read_text()
         if KEPT_IN.search(source):
             found.setdefault(path.parent.name, []).extend(norms_of(source))
