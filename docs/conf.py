@@ -13,6 +13,7 @@ PAGES = [
     "docs/serving",
     "docs/generate",
     "docs/porting",
+    "docs/models",
     "benchmarks/README",
     "docs/testing",
     "docs/tried_and_lost",

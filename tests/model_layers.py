@@ -1,0 +1,324 @@
+"""transformers' attention layers that normalise q and k, small and seeded, and the q and k that they attend with."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable
+
+import torch
+
+LENGTH, MAX_POSITION, HEAD_DIM = 7, 64, 16
+PREFIX = 2  # tokens of a vision transformer in front of its patches
+SIZES = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": HEAD_DIM,
+    "num_hidden_layers": 6,
+    "max_position_embeddings": MAX_POSITION,
+    "rms_norm_eps": 1e-5,  # and so all in one compiled program, where nothing else differs
+    "norm_eps": 1e-5,
+}
+ATTENTION = "hands_over_q_and_k"  # as transformers' table of attention functions has it
+
+
+def by_place(attention, config, index: int):
+    return attention(config, index)
+
+
+def by_position(rotary, hidden, positions, **layer_type):
+    return rotary(hidden, positions, **layer_type)
+
+
+def with_mask(layer, hidden, embedding, **more):
+    return layer(hidden, position_embeddings=embedding, attention_mask=None, **more)
+
+
+def without_rotation(layer, hidden, embedding):
+    return layer(hidden, position_embeddings=None, attention_mask=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One kind of layer of a family; the names of classes are without the family's prefix."""
+
+    prefix: str
+    attention: str = "Attention"
+    config: str = "Config"
+    rotary: str | None = "RotaryEmbedding"
+    sizes: dict = dataclasses.field(default_factory=dict)  # of the configuration, next to SIZES
+    index: int = 0
+    layer_type: str | None = None  # where the cosines depend on it
+    build: Callable = by_place
+    axes: int = 1  # of positions, in front of the batch; 0: each token has two
+    embed: Callable = by_position
+    forward: Callable = with_mask
+    projections: tuple[str, ...] = ("q_proj", "k_proj")
+    norms: tuple[str, str] = ("q_norm", "k_norm")
+    batch: tuple[int, ...] = (2,)
+    donor: tuple[str, str] | None = None  # the family and prefix of the configuration and the rotary embedding
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one forward pass took and gave."""
+
+    layer: torch.nn.Module
+    projected: list[torch.Tensor]  # outputs of the projections
+    weights: list[torch.Tensor | None]  # of the two norms
+    eps: float
+    positions: torch.Tensor
+    embedding: object  # cosines and sines of the tokens, as transformers has them
+    every: object  # and of each position
+    q: torch.Tensor  # as attention gets it: (..., tokens, heads, head_dim)
+    k: torch.Tensor
+    output: torch.Tensor | None  # of attention by ones
+
+
+class Seen(Exception):  # noqa: N818
+    """Ends a forward pass at its attention."""
+
+
+def class_of(family: str, kind: str, name: str) -> Callable:
+    return getattr(importlib.import_module(f"transformers.models.{family}.{kind}_{family}"), name)
+
+
+def run(family: str, layer: Layer, dtype: torch.dtype, *, to_the_end: bool) -> Run:
+    """One pass over random tokens. `to_the_end`: attention gives ones, and its output isn't projected."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    donor, prefix = layer.donor or (family, layer.prefix)
+    config = class_of(donor, "configuration", prefix + layer.config)(**SIZES | layer.sizes)
+    torch.manual_seed(0)
+    module = layer.build(class_of(family, "modeling", layer.prefix + layer.attention), config, layer.index)
+    module = module.to(dtype).eval()
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.normal_(std=0.125 if weight.ndim > 1 else 0.3)
+        norms = [getattr(module, name) for name in layer.norms]
+        for norm in norms:
+            if hasattr(norm, "weight"):
+                norm.weight.add_(float(type(norm)(4).weight[0]))  # around ones, or zeros where 1 is added
+    seen: dict = {}
+    for name in layer.projections:
+        getattr(module, name).register_forward_hook(lambda _, __, out, name=name: seen.setdefault(name, out))
+
+    def attention(module, query, key, *arguments, **named):
+        seen["q"], seen["k"] = query.transpose(1, 2), key.transpose(1, 2)
+        if not to_the_end:
+            raise Seen
+        return torch.ones_like(query).transpose(1, 2), None
+
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
+    module.config._attn_implementation = ATTENTION
+    shape = (*layer.batch, LENGTH)
+    hidden = torch.randn(*shape, config.hidden_size).to(dtype)
+    every = torch.arange(MAX_POSITION)
+    if layer.axes:
+        positions = torch.randint(MAX_POSITION, (layer.axes, *shape) if layer.axes > 1 else shape)
+        every = every[None].expand(layer.axes, 1, -1) if layer.axes > 1 else every[None]
+    else:
+        positions, every = torch.randint(MAX_POSITION, (*shape, 2)), torch.stack([every, every], -1)
+    embedding = table = None
+    if layer.rotary:
+        rotary = class_of(donor, "modeling", prefix + layer.rotary)(getattr(config, "atom_encoder", config))
+        named = {"layer_type": layer.layer_type} if layer.layer_type else {}
+        embedding, table = (layer.embed(rotary, hidden, at, **named) for at in (positions, every))
+    output = None
+    with torch.no_grad():
+        if to_the_end:
+            module.o_proj = torch.nn.Identity()
+            output, *_ = layer.forward(module, hidden, embedding)
+        else:
+            with contextlib.suppress(Seen):
+                layer.forward(module, hidden, embedding)
+    return Run(
+        module,
+        [seen[name] for name in layer.projections],
+        [getattr(norm, "weight", None) for norm in norms],
+        getattr(norms[0], "variance_epsilon", None) or norms[0].eps,
+        positions,
+        embedding,
+        table,
+        *(seen[name].reshape(*shape, -1, seen[name].shape[-1]) for name in "qk"),
+        output,
+    )
+
+
+def text(prefix: str, **more) -> Layer:
+    names = {"attention": "TextAttention", "config": "TextConfig", "rotary": "TextRotaryEmbedding"}
+    return Layer(prefix, **names | more)
+
+
+def over_images(layer, hidden, embedding):
+    return layer(hidden, position_embeddings=embedding, cu_seqlens=torch.tensor([0, len(hidden)]))
+
+
+def vision(prefix: str, **more) -> Layer:
+    """Of the patches of all images in one sequence."""
+    names = {"attention": "VisionAttention", "config": "VisionConfig", "rotary": "VisionRotaryEmbedding"}
+    build = {"build": lambda attention, config, index: attention(config), "projections": ("qkv",)}
+    axial = {"rope_parameters": {"rope_type": "axial", "rope_theta": 1e4}}
+    sizes = {"sizes": axial | more.pop("sizes", {})}
+    return Layer(prefix, **names | build | {"forward": over_images, "axes": 0, "batch": ()} | sizes | more)
+
+
+def mrope(factor: float, *section: int) -> dict:
+    """Sizes of a configuration whose frequencies read three rows of positions."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(section), "mrope_interleaved": True}
+    return {"rope_parameters": rope | {"partial_rotary_factor": factor}}
+
+
+def both(name: str, layer: Callable, **more) -> dict[str, Layer]:
+    """The layers of a family that rotates in those with a sliding window and nowhere else."""
+    return {f"{name} sliding": layer(sizes=HYBRID, **more), f"{name} full": layer(sizes=HYBRID, index=1, **more)}
+
+
+def with_shared(layer, hidden, embedding):
+    return with_mask(layer, hidden, embedding, shared_kv_states={})
+
+
+def of_deepseek(layer, hidden, embedding):
+    return with_mask(layer, hidden, {layer.rope_layer_type: embedding}, position_ids=None)
+
+
+def of_inkling(layer, hidden, embedding):
+    return layer(hidden, attention_mask=None)
+
+
+def with_causal_mask(layer, hidden, embedding):
+    mask = torch.ones(len(hidden), 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+    return layer(hidden, position_embeddings=embedding, attention_mask=mask)
+
+
+def of_atoms(rotary, hidden, positions):
+    """From places in space and the residue's number."""
+    return rotary(positions[:3].movedim(0, -1) / 8, positions[3], hidden.dtype)
+
+
+def of_patches(rotary, hidden, positions):
+    """Of an image of a column of patches, behind the prefix."""
+    return rotary(torch.zeros(1, 3, (LENGTH - PREFIX) * 16, 16, dtype=hidden.dtype))
+
+
+LAYER_TYPES = ["sliding_attention", "full_attention"] * 3
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+HYBRID = {"layer_types": LAYER_TYPES, "sliding_window": 4}
+SPLIT = HYBRID | {"rope_parameters": dict.fromkeys(LAYER_TYPES, ROPE)}
+PARTIAL = HYBRID | {"rope_parameters": dict.fromkeys(LAYER_TYPES, ROPE | {"partial_rotary_factor": 0.5})}
+SLIDING, FULL = ({"layer_type": name, "index": index} for index, name in enumerate(LAYER_TYPES[:2]))
+GATED = {"sizes": mrope(0.5, 2, 1, 1), "axes": 3}
+
+INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": HEAD_DIM,
+    "indexer_budget": 4,
+    "indexer_compress_ratio": 2,
+}
+
+LAYERS: dict[str, Layer] = {
+    **both("afmoe", functools.partial(Layer, "Afmoe")),
+    "apertus": Layer("Apertus"),
+    "beam sliding": Layer("Beam", sizes=SPLIT, **SLIDING),
+    "beam full": Layer("Beam", sizes=SPLIT, forward=without_rotation, **FULL),
+    "deepseek_v4": Layer(
+        "DeepseekV4",
+        sizes={
+            "q_lora_rank": 32,
+            "num_key_value_heads": 1,
+            "partial_rotary_factor": 0.5,
+            "o_groups": 2,
+            "layer_types": LAYER_TYPES[:1] * 6,
+        },
+        layer_type="main",
+        forward=of_deepseek,
+        projections=("q_b_proj", "kv_proj"),
+        norms=("q_b_norm", "kv_norm"),
+    ),
+    "diffusion_gemma": text("DiffusionGemma", attention="EncoderTextAttention", **SLIDING),
+    "doge": Layer("Doge"),
+    "dots1": Layer("Dots1"),
+    "dots3_note vision": vision("Dots3Note", sizes={"num_hidden_layers": 42, "adapter_in_dim": 64}),
+    "embedding_gemma2": text("EmbeddingGemma2", attention="Attention", rotary="RotaryEmbedding", **SLIDING),
+    "esmfold2 atoms": Layer(
+        "EsmFold2",
+        attention="AtomAttention",
+        sizes={"atom_encoder": {"hidden_size": 64, "num_spatial_rope_pairs_per_axis": 1, "num_uid_rope_pairs": 4}},
+        build=lambda attention, config, index: attention(config, config.atom_encoder),
+        axes=4,
+        embed=of_atoms,
+    ),
+    **both("exaone4", functools.partial(Layer, "Exaone4")),
+    **both("exaone4_5", functools.partial(Layer, "Exaone4_5_", donor=("exaone4", "Exaone4"))),
+    **both("exaone_moe", functools.partial(Layer, "ExaoneMoe")),
+    **both("flint", functools.partial(Layer, "Flint")),
+    "gemma3": Layer("Gemma3", config="TextConfig", sizes=SPLIT, **FULL),
+    "gemma3n": text(
+        "Gemma3n", rotary="RotaryEmbedding", forward=with_shared, sizes={"num_kv_shared_layers": 0}, **SLIDING
+    ),
+    "gemma4 text": text("Gemma4", forward=with_shared, **SLIDING),
+    "gemma4_unified": text("Gemma4Unified", forward=with_shared, **SLIDING),
+    "glm4_moe": Layer("Glm4Moe", sizes={"use_qk_norm": True}),
+    "glm5_next vision": vision("Glm5Next", sizes={"num_heads": 4}),
+    "glm_ocr vision": vision("GlmOcr", sizes={"num_heads": 4}),
+    "hy_v3": Layer("HYV3"),
+    "inkling": text(
+        "Inkling",
+        attention="Attention",
+        rotary=None,
+        sizes={"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": HEAD_DIM},
+        forward=of_inkling,
+        projections=("q_proj", "k_sconv"),
+    ),
+    **both("kolibri1", functools.partial(Layer, "Kolibri1")),
+    "laguna": Layer(
+        "Laguna", build=lambda attention, config, index: attention(config, index, 4), sizes=PARTIAL, **FULL
+    ),
+    "lfm2": Layer("Lfm2", norms=("q_layernorm", "k_layernorm")),
+    "lfm2_moe": Layer("Lfm2Moe", norms=("q_layernorm", "k_layernorm")),
+    "lfm3": Layer("Lfm3", sizes=SPLIT, **FULL),
+    "lfm3_vl vision": vision("Lfm3Vl", build=by_place, projections=("q_proj", "k_proj")),
+    "llama4": text("Llama4", norms=("qk_norm", "qk_norm")),
+    "mellum": Layer("Mellum", sizes=SPLIT, **FULL),
+    "minimax_m3_vl": Layer(
+        "MiniMaxM3VL", config="TextConfig", sizes={"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}
+    ),
+    "molmo2": Layer("Molmo2", config="TextConfig", sizes={"qk_norm_type": "qwen3"}),
+    "muse_glimmer with RoPE": text("MuseGlimmer", norms=("qk_norm", "qk_norm"), sizes={"qk_scale_factor": 1.5}),
+    "muse_glimmer without RoPE": text(
+        "MuseGlimmer", norms=("qk_norm", "qk_norm"), sizes={"qk_scale_factor": 1.5}, forward=without_rotation
+    ),
+    "muse_spark with RoPE": text("MuseSpark", norms=("qk_norm", "qk_norm"), sizes={"qk_scale_factor": 1.5}),
+    "muse_spark without RoPE": text(
+        "MuseSpark", norms=("qk_norm", "qk_norm"), sizes={"qk_scale_factor": 1.5}, forward=without_rotation
+    ),
+    "nanochat": Layer("NanoChat"),
+    "neomme": Layer("NeoMME", sizes=PARTIAL, axes=2, **FULL),
+    "pe_audio": Layer("PeAudioEncoder"),
+    "pe_audio_video": Layer("PeAudioVideoEncoder"),
+    "pe_video": Layer("PeVideoEncoder"),
+    "qwen3": Layer("Qwen3"),
+    "qwen3_5": text("Qwen3_5", attention="Attention", **GATED),
+    "qwen3_5_moe": text("Qwen3_5Moe", attention="Attention", **GATED),
+    "qwen3_moe": Layer("Qwen3Moe"),
+    "qwen3_next": Layer("Qwen3Next"),
+    "qwen3_omni_moe thinker": Layer(
+        "Qwen3OmniMoe",
+        attention="ThinkerTextAttention",
+        config="TextConfig",
+        rotary="ThinkerTextRotaryEmbedding",
+        sizes=mrope(1.0, 3, 3, 2),
+        axes=3,
+    ),
+    "qwen3_omni_moe code predictor": Layer(
+        "Qwen3OmniMoe", attention="TalkerCodePredictorAttention", config="TalkerCodePredictorConfig"
+    ),
+    "qwen3_vl": text("Qwen3VL", sizes=mrope(1.0, 3, 3, 2), axes=3),
+    "qwen3_vl_moe": text("Qwen3VLMoe", sizes=mrope(1.0, 3, 3, 2), axes=3),
+    "qwen4_exp": text("Qwen4Exp", forward=with_causal_mask, **GATED | {"sizes": GATED["sizes"] | INDEXER}),
+    "sapiens2": Layer("Sapiens2", rotary="RopePositionEmbedding", embed=of_patches, sizes={"image_size": 16}),
+    "step3p7": Layer("Step3p7", config="TextConfig", sizes=PARTIAL, **FULL),
+    "t5gemma2": Layer("T5Gemma2", attention="SelfAttention", config="TextConfig", sizes=SPLIT, **FULL),
+}
