@@ -73,6 +73,7 @@ class Run:
     every: object  # and of each position
     q: torch.Tensor  # as attention gets it: (..., tokens, heads, head_dim)
     k: torch.Tensor
+    v: torch.Tensor
     output: torch.Tensor | None  # of attention by ones
 
 
@@ -104,8 +105,8 @@ def run(family: str, layer: Layer, dtype: torch.dtype, *, to_the_end: bool) -> R
     for name in layer.projections:
         getattr(module, name).register_forward_hook(lambda _, __, out, name=name: seen.setdefault(name, out))
 
-    def attention(module, query, key, *arguments, **named):
-        seen["q"], seen["k"] = query.transpose(1, 2), key.transpose(1, 2)
+    def attention(module, query, key, value, *arguments, **named):
+        seen["q"], seen["k"], seen["v"] = (x.transpose(1, 2) for x in (query, key, value))
         if not to_the_end:
             raise Seen
         return torch.ones_like(query).transpose(1, 2), None
@@ -141,7 +142,7 @@ def run(family: str, layer: Layer, dtype: torch.dtype, *, to_the_end: bool) -> R
         positions,
         embedding,
         table,
-        *(seen[name].reshape(*shape, -1, seen[name].shape[-1]) for name in "qk"),
+        *(seen[name].reshape(*shape, -1, seen[name].shape[-1]) for name in "qkv"),
         output,
     )
 
@@ -202,6 +203,7 @@ def of_patches(rotary, hidden, positions):
     return rotary(torch.zeros(1, 3, (LENGTH - PREFIX) * 16, 16, dtype=hidden.dtype))
 
 
+QKV = {"projections": ("q_proj", "k_proj", "v_proj")}
 LAYER_TYPES = ["sliding_attention", "full_attention"] * 3
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 HYBRID = {"layer_types": LAYER_TYPES, "sliding_window": 4}
@@ -237,11 +239,11 @@ LAYERS: dict[str, Layer] = {
         projections=("q_b_proj", "kv_proj"),
         norms=("q_b_norm", "kv_norm"),
     ),
-    "diffusion_gemma": text("DiffusionGemma", attention="EncoderTextAttention", **SLIDING),
+    "diffusion_gemma": text("DiffusionGemma", attention="EncoderTextAttention", **SLIDING, **QKV),
     "doge": Layer("Doge"),
     "dots1": Layer("Dots1"),
     "dots3_note vision": vision("Dots3Note", sizes={"num_hidden_layers": 42, "adapter_in_dim": 64}),
-    "embedding_gemma2": text("EmbeddingGemma2", attention="Attention", rotary="RotaryEmbedding", **SLIDING),
+    "embedding_gemma2": text("EmbeddingGemma2", attention="Attention", rotary="RotaryEmbedding", **SLIDING, **QKV),
     "esmfold2 atoms": Layer(
         "EsmFold2",
         attention="AtomAttention",
@@ -256,10 +258,10 @@ LAYERS: dict[str, Layer] = {
     **both("flint", functools.partial(Layer, "Flint")),
     "gemma3": Layer("Gemma3", config="TextConfig", sizes=SPLIT, **FULL),
     "gemma3n": text(
-        "Gemma3n", rotary="RotaryEmbedding", forward=with_shared, sizes={"num_kv_shared_layers": 0}, **SLIDING
+        "Gemma3n", rotary="RotaryEmbedding", forward=with_shared, sizes={"num_kv_shared_layers": 0}, **SLIDING, **QKV
     ),
-    "gemma4 text": text("Gemma4", forward=with_shared, **SLIDING),
-    "gemma4_unified": text("Gemma4Unified", forward=with_shared, **SLIDING),
+    "gemma4 text": text("Gemma4", forward=with_shared, **SLIDING, **QKV),
+    "gemma4_unified": text("Gemma4Unified", forward=with_shared, **SLIDING, **QKV),
     "glm4_moe": Layer("Glm4Moe", sizes={"use_qk_norm": True}),
     "glm5_next vision": vision("Glm5Next", sizes={"num_heads": 4}),
     "glm_ocr vision": vision("GlmOcr", sizes={"num_heads": 4}),

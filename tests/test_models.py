@@ -1,4 +1,6 @@
-"""docs/models.md: its calls give the q and k of transformers' own attention layers, and its families are all there are.
+"""docs/models.md: its calls give what transformers' own attention layers attend with, and no family is missing.
+
+q and k are compared, and v where it has a norm.
 
 The calls are read from the page's first table and run on what a layer's projections give.
 """
@@ -107,7 +109,7 @@ def words_of(seen: Run) -> dict:
     """What the words of the page's calls stand for."""
     head_dim, config = seen.q.shape[-1], seen.layer.config
     first, *k = map(to_jax, seen.projected)
-    words = {"q": first, "q_gate": first, "qkv": first, "k": k[0] if k else None}
+    words = {"q": first, "q_gate": first, "qkv": jnp.concatenate([first, *k], axis=-1), "k": k[0] if k else None}
     words |= {"positions": jnp.asarray(seen.positions.numpy(), jnp.int32), "ones": jnp.ones(head_dim)}
     words["factor"] = getattr(config, "qk_scale_factor", None)
     if seen.embedding is None:
@@ -155,7 +157,8 @@ def test_q_and_k_are_those_of_transformers(name, dtype):
     # bfloat16, in steps of the pair: at most 3 roundings of half a step in their rotation and one in ours, and one or
     # two steps where their norm, which may round before the weight too, lies apart. More than 3 steps were not seen.
     allowed = {"bfloat16": 3, "float32": float32_bound(Case(1, head_dim=head_dim), tree=False)}[dtype]
-    for got, want in zip(outputs, (seen.q, seen.k), strict=False):
+    judged = (seen.q, seen.k, seen.v) if "v_norm" in call else (seen.q, seen.k)
+    for got, want in zip(outputs, judged, strict=False):
         assert got.dtype == dtype
         rows = [x.reshape(-1, head_dim) for x in (got, to_jax(want))]
         if options.get("rotation") == "pairs":
