@@ -65,6 +65,14 @@ class Shape:
     sections: tuple[int, int, int] | None = None
     mrope_layout: str = "interleaved"
     norm_beta: float = 0.0
+    rotation: str = "halves"
+    round_norm: bool = True
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Those that not every commit has, where they aren't the default."""
+        named = {"rotation": self.rotation, "round_norm": self.round_norm}
+        return {name: value for name, value in named.items() if value != getattr(type(self), name)}
 
 
 SHAPES = (  # what takes each branch of the rules of launches, and each dtype
@@ -75,7 +83,11 @@ SHAPES = (  # what takes each branch of the rules of launches, and each dtype
     Shape(300, 3, 1, 80, 40, "float16", "float32", "float16", "int64"),
     Shape(1024, 32, 8, 128, 128, cache_dtype="float32", sections=(16, 24, 24), mrope_layout="sectioned"),
     Shape(37, 5, 2, 512, 6, "float32", "float16", "float32", "uint8", (1, 1, 1)),
+    Shape(1024, rotation="pairs"),
+    Shape(37, 5, 2, 80, 40, "float32", "float16", "float32", sections=(7, 7, 6), rotation="pairs"),
+    Shape(2048, 32, 8, 128, 128, "float16", "float16", "float16", round_norm=False),
 )
+WITH_OPTIONS = SHAPES[7:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,9 +171,12 @@ def calls() -> Iterator[Call]:
             continue
         shapes = SHAPES if gpu == "NVIDIA H200" and form in MAIN_FORMS else SHAPES[:1]
         for name, shape in itertools.product(names, shapes):
-            yield Call(gpu, name, direction, form, shape)
+            if takes(form, shape):
+                yield Call(gpu, name, direction, form, shape)
     for platform, (direction, form) in itertools.product(PLATFORMS, kinds):
         yield Call(platform, None, direction, form, SHAPES[0] if form.gathered else SHAPES[5])
+        if form == MAIN_FORMS[0]:
+            yield from (Call(platform, None, direction, form, shape) for shape in WITH_OPTIONS if takes(form, shape))
 
 
 def has_scales(form: Form) -> bool:
@@ -170,15 +185,23 @@ def has_scales(form: Form) -> bool:
 
 def is_there(form: Form) -> bool:
     """Whether the package has the function, and that its scales."""
-    function = getattr(pallas_qk, form.function, None)
-    return function is not None and (not has_scales(form) or "k_scale" in inspect.signature(function).parameters)
+    return hasattr(pallas_qk, form.function) and (not has_scales(form) or "k_scale" in _parameters(form))
+
+
+def takes(form: Form, shape: Shape) -> bool:
+    """Whether the function, which is there, has the shape's options."""
+    return _parameters(form) >= shape.options.keys()
+
+
+def _parameters(form: Form) -> set[str]:
+    return set(inspect.signature(getattr(pallas_qk, form.function)).parameters)
 
 
 def function_and_arguments(call: Call):
     form, shape = call.form, call.shape
     q_heads, kv_heads, d = shape.num_q_heads, shape.num_kv_heads, shape.head_dim
     sections = None if form.gathered else shape.sections
-    static = {
+    static: dict[str, object] = {
         "eps": 1e-6,
         "num_q_heads": q_heads,
         "num_kv_heads": kv_heads,
@@ -188,7 +211,7 @@ def function_and_arguments(call: Call):
         "mrope_layout": shape.mrope_layout,
         "norm_beta": shape.norm_beta,
         "implementation": call.implementation,
-    }
+    } | shape.options
     if form.gate == "in_place":
         static["copy_gate"] = False
     op = getattr(pallas_qk, form.function)

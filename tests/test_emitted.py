@@ -38,6 +38,29 @@ def test_forms_of_8_bits_are_absent_where_the_function_has_no_scales(monkeypatch
     assert {call.form for call in emitted.calls()} == set(emitted.FORMS) - set(CODES) and CODES
 
 
+def test_shapes_are_absent_where_the_function_has_no_such_option(monkeypatch):
+    everywhere = {call.shape for call in CALLS.values()}
+    assert everywhere == set(emitted.SHAPES) and all(shape.options for shape in emitted.WITH_OPTIONS)
+    form = emitted.MAIN_FORMS[0]
+    monkeypatch.setattr(pallas_qk, form.function, lambda *arrays, rotation="halves": None)
+    taken = {call.shape for call in emitted.calls() if call.form == form}
+    assert everywhere - taken == {shape for shape in everywhere if not shape.round_norm}
+
+
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton", None])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_code_depends_on_the_options(implementation, direction):
+    """But the backward's not on how y was rounded."""
+    where = PLAIN.where if implementation else "tpu"
+    call = dataclasses.replace(PLAIN, where=where, implementation=implementation, direction=direction)
+    changes = ({}, {"rotation": "pairs"}, {"round_norm": False})
+    plain, pairs, unrounded = (
+        emitted.emitted(dataclasses.replace(call, shape=dataclasses.replace(call.shape, **change)))
+        for change in changes
+    )
+    assert plain[0] != pairs[0] and (plain[0] == unrounded[0]) == (direction == "backward")
+
+
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
 def test_the_code_of_8_bits_corrects_quotients_and_saturates(implementation):
     """Each kind of scale and of code has kernels of its own."""
