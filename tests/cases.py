@@ -38,6 +38,8 @@ class Case:
     mrope_layout: str = "interleaved"
     rotation: str = "halves"  # or "pairs"
     round_norm: bool = True
+    attention_factor: float = 1.0  # of cos and sin in the table, as YaRN has it
+    negated_sines: bool = False  # in the table: a rotation the other way round
 
     @property
     def id(self) -> str:
@@ -91,14 +93,25 @@ class Inputs:
 
 def cos_sin_table(max_position: int, rotary_dim: int, dtype, theta: float = 1e7) -> jax.Array:
     """(max_position, R) rows of [cos | sin], computed in float64 and rounded once."""
-    return jnp.asarray(_numpy_table(max_position, rotary_dim, dtype, theta))
+    return jnp.asarray(_table(_angles(max_position, rotary_dim, theta), dtype))
 
 
-def _numpy_table(max_position: int, rotary_dim: int, dtype, theta: float = 1e7) -> np.ndarray:
+def _angles(max_position: int, rotary_dim: int, theta: float = 1e7) -> np.ndarray:
     frequencies = theta ** (-np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim)
-    angles = np.arange(max_position, dtype=np.float64)[:, None] * frequencies
-    table = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    return table.astype(jnp.dtype(dtype))
+    return np.arange(max_position, dtype=np.float64)[:, None] * frequencies
+
+
+def _table(angles: np.ndarray, dtype, cos_factor: float = 1.0, sin_factor: float = 1.0) -> np.ndarray:
+    table = np.concatenate([cos_factor * np.cos(angles), sin_factor * np.sin(angles)], axis=1)
+    return table.astype(np.float32).astype(jnp.dtype(dtype))
+
+
+def table_of(case: Case, angles: np.ndarray | None = None) -> np.ndarray:
+    """The case's table; `angles` (max_position, R/2) stand in for those of `cos_sin_table`."""
+    if angles is None:
+        angles = _angles(case.max_position, case.rotary_dim)
+    sin_factor = -case.attention_factor if case.negated_sines else case.attention_factor
+    return _table(angles, case.cache_dtype or case.dtype, case.attention_factor, sin_factor)
 
 
 # Up to so many elements random arrays come from NumPy: JAX compiles the draw for every shape, which takes longer.
@@ -119,7 +132,7 @@ def numpy_inputs(case: Case, seed: int = 0) -> Inputs:
     q_gate, k = (rng.standard_normal((case.num_tokens, h * case.head_dim), np.float32) for h in heads)
     weights = rng.standard_normal((2, case.head_dim), np.float32)
     positions = rng.integers(0, case.max_position, _positions_shape(case), np.int32)
-    return _scaled(case, q_gate, k, weights, _numpy_table(*_table_of(case)), positions)
+    return _scaled(case, q_gate, k, weights, table_of(case), positions)
 
 
 @functools.partial(jax.jit, static_argnames=("case",))
@@ -147,10 +160,6 @@ def _positions_shape(case: Case) -> tuple[int, ...]:
     return (case.num_tokens,) if case.mrope_section is None else (3, case.num_tokens)
 
 
-def _table_of(case: Case) -> tuple[int, int, str]:
-    return case.max_position, case.rotary_dim, case.cache_dtype or case.dtype
-
-
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
     """Random inputs of one case on the default device; the same values for the same seed.
 
@@ -159,7 +168,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     if case.num_outputs <= DRAWN_BY_NUMPY:
         return Inputs(*map(jnp.asarray, numpy_inputs(case, seed)))
     q_gate, k, q_weight, k_weight, _, positions = _random_arrays(jax.random.key(seed), case)
-    return Inputs(q_gate, k, q_weight, k_weight, cos_sin_table(*_table_of(case)), positions)
+    return Inputs(q_gate, k, q_weight, k_weight, jnp.asarray(table_of(case)), positions)
 
 
 def make_cotangents(case: Case, seed: int = 0) -> tuple[jax.Array, ...]:
@@ -206,6 +215,7 @@ SMALL_CASES = (
     Case(4, 2, 1, head_dim=80, rotary_dim=80, dtype="float16", round_norm=False),
     Case(3, 2, 1, head_dim=64, rotary_dim=32, dtype="float32", round_norm=False),
     Case(5, 4, 2, head_dim=128, rotary_dim=64, mrope_section=(16, 8, 8), round_norm=False, rotation="pairs"),
+    Case(4, 2, 1, head_dim=64, rotary_dim=32, dtype="float16", attention_factor=1.1386294361119891, negated_sines=True),
 )
 
 # Each kind of vector that a thread of the Mosaic GPU kernels may hold, and sections that end inside one.
@@ -217,7 +227,15 @@ LAYOUT_CASES = (
         for dtype in ("bfloat16", "float16", "float32")
         if 2 <= rotary_dim <= head_dim and rotary_dim % 2 == 0 and (head_dim in (80, 256) or dtype != "float16")
     ),
+    *(
+        Case(5, 3, 2, head_dim, rotary_dim, dtype, eps=1e-3 if head_dim < 32 else 1e-6, rotation="pairs")
+        for head_dim in (2, 6, 16, 64, 80, 96, 128, 256, 512)
+        for rotary_dim in sorted({2, head_dim // 4, head_dim})
+        for dtype in ("bfloat16", "float32")
+        if rotary_dim >= 2 and rotary_dim % 2 == 0
+    ),
     Case(65, 12, 1, head_dim=8, rotary_dim=4),  # rows enough for chunks, and a row for every thread
     Case(5, 3, 2, mrope_section=(18, 7, 7)),
     Case(5, 3, 2, head_dim=96, rotary_dim=96, mrope_section=(37, 3, 8), dtype="float16"),
+    Case(5, 3, 2, head_dim=96, rotary_dim=96, mrope_section=(37, 3, 8), dtype="float16", rotation="pairs"),
 )

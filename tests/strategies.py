@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tests import cached, fp8
 from tests.cached import CachedCase, Data
-from tests.cases import Case, Inputs
-from tests.definition import axes
+from tests.cases import Case, Inputs, table_of
+from tests.definition import axes, lanes_in_halves
 
 DTYPES = ("bfloat16", "float16", "float32")
 # Of rows on their way into a cache of 8 bits: a power of two, not one, what makes codes 0 or the largest, NaN of zeros.
@@ -115,6 +115,10 @@ def cases(draw, sizes: Sizes) -> Case:
         packed=packed,
         gathered=gathered,
         mrope_layout=mrope_layout,
+        rotation=draw(st.sampled_from(["halves", "halves", "pairs"])),
+        round_norm=draw(st.sampled_from([True, True, False])),
+        attention_factor=draw(st.sampled_from([1.0, 1.0, 1.1386294361119891, 0.75])),
+        negated_sines=draw(st.sampled_from([False, False, False, True])),
     )
 
 
@@ -193,9 +197,7 @@ def make_inputs(case: Case, seed: int = 0, *, special: bool = False) -> Inputs:
     """
     rng = np.random.default_rng(seed)
     num_tokens, d = case.num_tokens, case.head_dim
-    dtype, weight_dtype, cache_dtype = (
-        jnp.dtype(name or case.dtype) for name in (case.dtype, case.weight_dtype, case.cache_dtype)
-    )
+    dtype, weight_dtype = (jnp.dtype(name or case.dtype) for name in (case.dtype, case.weight_dtype))
 
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, np.float32)
@@ -212,9 +214,8 @@ def make_inputs(case: Case, seed: int = 0, *, special: bool = False) -> Inputs:
     weights = case.weight_scale * (1 + 0.2 * normal(2, d)) - np.float32(case.norm_beta)
     # Angles of any size: a frequency's neighbours in the table, and those of another row, differ from its own.
     angles = rng.uniform(0, 2 * np.pi, (case.max_position, case.rotary_dim // 2))
-    cache = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     flat = [x.reshape(num_tokens, -1) for x in (q_gate, k)]
-    others = *weights.astype(weight_dtype), cache.astype(cache_dtype), _positions(case, rng)
+    others = *weights.astype(weight_dtype), table_of(case, angles), _positions(case, rng)
     return Inputs(*map(jnp.asarray, (*flat, *others)))
 
 
@@ -289,7 +290,7 @@ def lanes_past(case: Case, inputs: Inputs) -> np.ndarray:
     past = is_past(case, np.atleast_2d(np.asarray(inputs.positions)))
     pairs = past[axes(case)].T
     rest = np.zeros((case.num_tokens, case.head_dim - case.rotary_dim), bool)
-    return np.concatenate([pairs, pairs, rest], axis=1)
+    return np.concatenate([pairs, pairs, rest], axis=1)[:, np.argsort(lanes_in_halves(case))]
 
 
 def resolved(case: Case, inputs: Inputs) -> tuple[Case, Inputs]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_qk import _cache_axes
@@ -52,6 +53,35 @@ def test_every_drawn_case_is_bounded_and_allowed():
         elements = case.num_tokens * (2 * case.num_q_heads + case.num_kv_heads) * case.head_dim
         assert elements <= strategies.WIDE.most_elements
         assert case.mrope_section is None or (sum(case.mrope_section) == case.rotary_dim // 2 and not case.gathered)
+
+
+def test_drawn_calls_have_every_rotation_rounding_and_table():
+    calls = fuzz.draw(strategies.WIDE, 5, 400)
+    cases = [call.case if isinstance(call, CachedCase) else call for call in calls]
+    kinds = itertools.product(("halves", "pairs"), (True, False), (False, True))
+    assert {(case.rotation, case.round_norm, case.dtype == "float32") for case in cases} == set(kinds)
+    assert 80 < sum(case.rotation == "pairs" for case in cases) < 190
+    assert 80 < sum(not case.round_norm for case in cases) < 190
+    assert {case.negated_sines for case in cases} == {False, True}
+    assert {case.attention_factor == 1 for case in cases} == {False, True}
+
+
+def test_tables_are_scaled_and_their_sines_negated():
+    case = dataclasses.replace(CASE, cache_dtype="float32", positions_dtype="int32")
+    changed = dataclasses.replace(case, attention_factor=0.75, negated_sines=True)
+    tables = (np.asarray(strategies.make_inputs(x, 1).cos_sin_cache) for x in (case, changed))
+    (cos, sin), changed = (np.split(table, 2, axis=1) for table in tables)
+    np.testing.assert_allclose(changed, [0.75 * cos, -0.75 * sin], rtol=1e-6)
+    np.testing.assert_allclose(cos**2 + sin**2, 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rotation", ["halves", "pairs"])
+def test_lanes_past_the_table_follow_the_rotation(rotation):
+    case = dataclasses.replace(CASE, num_tokens=1, positions_dtype="int32", packed=False, rotation=rotation)
+    inputs = strategies.make_inputs(case)
+    height = jnp.asarray([[0], [case.max_position], [0]], jnp.int32)  # of frequency 1 alone
+    (past,) = strategies.lanes_past(case, dataclasses.replace(inputs, positions=height))
+    assert np.flatnonzero(past).tolist() == ([2, 3] if rotation == "pairs" else [1, 5])
 
 
 def test_drawn_calls_that_write_a_cache_are_bounded_and_reach_every_kind():
