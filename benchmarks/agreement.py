@@ -94,7 +94,7 @@ def agreement(implementation: str, case: Case, got, want, *, platform: str) -> A
     rest = rotated = 0.0
     if compared.differing:
         for a, b in zip(got[:2], want[:2], strict=True):
-            worst = tolerances.worst_distances(a, b, case.head_dim, case.rotary_dim)
+            worst = tolerances.worst_distances(a, b, case.head_dim, case.rotary_dim, case.rotation)
             rotated, rest = max(rotated, float(worst[0])), max(rest, float(worst[1]))
     kept = (
         compared.differing <= promised.max_differing

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pallas_qk
 from benchmarks import block, gradients, kv_cache
@@ -31,6 +31,11 @@ def check_forward(case: Case, inputs: Inputs, providers: Mapping[str, Builder]) 
     """The calls that agree with the oracle as promised."""
     builds = {name: functools.partial(build, case, inputs) for name, build in providers.items() if name != "oracle"}
     return _check_op(case, inputs, providers, builds, "none: the reference")
+
+
+def check_with(case: Case, inputs: Inputs, providers: Mapping[str, Builder], **options: Any) -> Checks:
+    """`check_forward` of the case with other options."""
+    return check_forward(dataclasses.replace(case, **options), inputs, providers)
 
 
 def check_gate_in_place(case: Case, inputs: Inputs, providers: Mapping[str, Builder]) -> Checks:
@@ -87,6 +92,8 @@ def _cached(memory: float, gate: str = "copied", kv_dtype: str | None = None) ->
 # Inputs, two results and the copy's two buffers lie in memory at once; float32 gradients take twice as much.
 OPERATIONS = {
     "forward": Operation(check_forward, minimum_bytes, 2.5),
+    "forward_pairs": Operation(functools.partial(check_with, rotation="pairs"), minimum_bytes, 2.5),
+    "forward_unrounded_norm": Operation(functools.partial(check_with, round_norm=False), minimum_bytes, 2.5),
     "backward": Operation(check_backward, functools.partial(minimum_bytes, direction="backward"), 5.0),
     "gate_in_place": Operation(
         check_gate_in_place, lambda case: minimum_bytes(dataclasses.replace(case, gate="in_place")), 3.0

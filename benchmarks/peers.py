@@ -113,6 +113,10 @@ def _import(name: str, path: pathlib.Path, stand_ins: dict[str, dict[str, Any]])
 def _build(function: Any, case: Case, inputs: Inputs) -> Call:
     if case.dtype == "float32":
         raise NotImplementedError("it takes float16 and bfloat16 activations, got float32")
+    if case.rotation != "halves":
+        raise NotImplementedError(f"it rotates halves, got rotation={case.rotation!r}")
+    if not case.round_norm:
+        raise NotImplementedError("it rounds between norm and rotation, got round_norm=False")
     if inputs.q_gate.size >= 2**31:  # it would read outside the array, and the process would lose its GPU
         raise NotImplementedError(f"its offsets are 32 bits wide, got {inputs.q_gate.size:,} elements of q_gate")
     static: dict[str, Any] = case.static_arguments

@@ -68,6 +68,10 @@ def op_name(case: Case, op: str = "forward") -> str:
         parts.append("packed")
     if case.gathered:
         parts.append("table_row_a_token")
+    if case.rotation != "halves":
+        parts.append(case.rotation)
+    if not case.round_norm:
+        parts.append("unrounded_norm")
     if case.mrope_section is not None:
         parts.append("mrope" if case.mrope_layout == "interleaved" else "mrope_sectioned")
     if jnp.dtype(case.cache_dtype or dtype) != dtype:

@@ -37,6 +37,7 @@ SUITES = {
     "prefill": Suite(("forward",), (512, 1024, 2048, 4096, 16384, 65536, 262144, 1048576)),
     "backward": Suite(("backward",), (64, 256, 1024, 4096, 16384, 65536)),
     "sizes": Suite(("forward",), (1, 256, 16384), size_heads()),
+    "options": Suite(("forward", "forward_pairs", "forward_unrounded_norm"), (64, 1024, 16384), ((16, 2),)),
     "block": Suite(
         ("gate_in_place", "block", "block_backward", "block_packed", "block_packed_backward"), (64, 1024, 16384)
     ),
@@ -86,7 +87,7 @@ def compiled() -> list[Case]:
 
 
 def parity_gpu() -> list[Case]:
-    """The cases of `verify` on a GPU: D, R, heads, T, dtypes, mRoPE and norm_beta, 2.8e9 elements in all.
+    """The cases of `verify` on a GPU: D, R, heads, T, dtypes, mRoPE and norm_beta, options, 3.2e9 elements in all.
 
     Four large cases hold most of the elements; the small ones are there for their shapes. R = 6, 20, 24 and 40 leave
     tiles of 1, 2 and 4 lanes.
@@ -147,7 +148,32 @@ def parity_gpu() -> list[Case]:
         Case(1025, 5, 2, 128, 128, f32, weight_dtype=f16, cache_dtype=f16, mrope_section=(24, 20, 20)),
         Case(1025, 3, 1, 80, 40, f32, weight_dtype=bf16, cache_dtype=f16),
     ]
-    return small + large + float32
+    options = [
+        Case(1, 3, 1, 64, 32, rotation="pairs"),
+        Case(129, 5, 2, 80, 40, f16, rotation="pairs"),
+        Case(127, 3, 1, 96, 6, rotation="pairs", norm_beta=1.0),
+        Case(128, 12, 2, 128, 128, f16, cache_dtype=f32, rotation="pairs", gate="in_place"),
+        Case(1025, 5, 2, 512, 128, rotation="pairs", mrope_section=(24, 20, 20), weight_dtype=f32),
+        Case(4096, 16, 2, rotation="pairs"),
+        Case(4096, 16, 2, dtype=f16, rotation="pairs", mrope_section=INTERLEAVED, negated_sines=True),
+        Case(129, 5, 2, 80, 80, f32, rotation="pairs", mrope_section=(14, 13, 13), cache_dtype=bf16),
+        Case(1025, 5, 2, 96, 6, f32, rotation="pairs"),
+        Case(1025, 8, 2, 128, 128, f32, rotation="pairs", cache_dtype=f16, gate="in_place"),
+        Case(2048, 4, 2, 512, 128, f32, rotation="pairs"),
+        Case(2, 3, 1, 64, 32, f16, round_norm=False),
+        Case(129, 5, 2, 80, 40, round_norm=False),
+        Case(127, 3, 1, 96, 6, f16, round_norm=False, cache_dtype=f32),
+        Case(128, 12, 2, 128, 128, round_norm=False, gate="in_place"),
+        Case(1025, 5, 2, 512, 128, f16, round_norm=False, mrope_section=(24, 20, 20)),
+        Case(4096, 16, 2, round_norm=False, mrope_section=INTERLEAVED, norm_beta=1.0),
+        Case(4096, 16, 2, dtype=f16, round_norm=False, cache_dtype=f32, attention_factor=1.1386294361119891),
+        Case(1025, 8, 2, dtype=f32, round_norm=False),
+        Case(129, 5, 2, 96, 6, rotation="pairs", round_norm=False),
+        Case(4096, 12, 2, 128, 128, f16, rotation="pairs", round_norm=False, mrope_section=(24, 20, 20)),
+        Case(2048, 16, 2, rotation="pairs", round_norm=False, cache_dtype=f32),
+        Case(1025, 3, 1, 80, 40, f32, rotation="pairs", round_norm=False, mrope_section=(8, 6, 6)),
+    ]
+    return small + large + float32 + options
 
 
 def parity_cached_gpu() -> list[CachedCase]:
@@ -208,7 +234,22 @@ def parity_cached_gpu() -> list[CachedCase]:
         CachedCase(Case(65536, 16, 2, packed=True), num_blocks=4200, block_size=16),
         CachedCase(Case(65536, 16, 4, 128, 128, f16), "b h s (c d)", num_blocks=4200, block_size=16),
     ]
-    return layouts + codes + dtypes + slots + others
+    options = [
+        CachedCase(Case(129, 16, 2, rotation="pairs", packed=True), "b h s (c d)", num_blocks=20, block_size=16),
+        CachedCase(Case(129, 5, 2, 128, 128, f16, rotation="pairs"), kv_dtype=e4m3, return_kv=True),
+        CachedCase(Case(64, 5, 2, 96, 6, f32, rotation="pairs", gate=None), "b s (h c) d", kv_dtype=bf16),
+        CachedCase(Case(129, 16, 2, round_norm=False, packed=True, gate="in_place"), return_kv=True),
+        CachedCase(Case(64, 5, 2, 80, 40, f16, round_norm=False, packed=True), kv_dtype=e4m3, return_kv=True),
+        CachedCase(
+            Case(200, 16, 2, mrope_section=INTERLEAVED, rotation="pairs", round_norm=False, packed=True),
+            "l b s h d",
+            e5m2,
+            num_blocks=9,
+            block_size=32,
+            return_kv=True,
+        ),
+    ]
+    return layouts + codes + dtypes + slots + options + others
 
 
 def parity_cached_cpu() -> list[CachedCase]:
@@ -216,7 +257,11 @@ def parity_cached_cpu() -> list[CachedCase]:
     packed = [Case(9, 3, 1, 64, 32, "float16", packed=packed) for packed in (False, True)]
     layouts = [CachedCase(case, axes) for case, axes in zip(itertools.cycle(packed), AXES, strict=False)]
     codes = itertools.product(packed, ("b s h d", "l h b s (c d)"), fp8.NAMES)
-    return layouts + [CachedCase(case, axes, in_cache, return_kv=True) for case, axes, in_cache in codes]
+    options = [
+        CachedCase(dataclasses.replace(packed[1], rotation="pairs", round_norm=False)),
+        CachedCase(dataclasses.replace(packed[0], rotation="pairs"), "b h s (c d)", fp8.NAMES[0], return_kv=True),
+    ]
+    return layouts + [CachedCase(case, axes, in_cache, return_kv=True) for case, axes, in_cache in codes] + options
 
 
 def parity_cpu() -> list[Case]:
@@ -231,6 +276,12 @@ def parity_cpu() -> list[Case]:
         Case(2, 3, 1, 96, 48, "float32"),
         Case(2, 3, 1, 64, 32, "float32", weight_dtype="bfloat16", cache_dtype="float16"),
         Case(2, 3, 1, 64, 32, "float16", weight_dtype="bfloat16", cache_dtype="bfloat16"),
+        Case(9, 3, 1, 64, 32, "float16", rotation="pairs"),
+        Case(2, 3, 1, 80, 20, rotation="pairs", cache_dtype="float32"),
+        Case(2, 3, 1, 96, 6, "float32", rotation="pairs", norm_beta=1.0),
+        Case(9, 3, 1, 128, 128, "float16", round_norm=False, mrope_section=(24, 20, 20)),
+        Case(2, 3, 1, 64, 32, round_norm=False),
+        Case(9, 3, 1, 64, 6, "float16", rotation="pairs", round_norm=False),
     ]
 
 

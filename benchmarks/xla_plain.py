@@ -12,17 +12,21 @@ import jax.numpy as jnp
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, norm_beta: float) -> jax.Array:
-    """x (T, H, D), weight (D,): normalised in float32, in the dtype of x."""
+    """x (T, H, D), weight (D,): normalised in float32."""
     x32 = x.astype(jnp.float32)
     inv_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * inv_rms * (weight.astype(jnp.float32)[None, None] + norm_beta)).astype(x.dtype)
+    return x32 * inv_rms * (weight.astype(jnp.float32)[None, None] + norm_beta)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x (T, H, D), cos and sin (T, 1, R/2): NeoX rotation of the first R elements."""
-    half = cos.shape[-1]
-    x1, x2, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1).astype(x.dtype)
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, rotation: str = "halves") -> jax.Array:
+    """x (T, H, D), cos and sin (T, 1, R/2): rotates the first R elements, in float32."""
+    half, x = cos.shape[-1], x.astype(jnp.float32)
+    if rotation == "pairs":
+        x1, x2 = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+        rotated = jnp.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+        return jnp.concatenate([rotated.reshape(*x.shape[:-1], 2 * half), x[..., 2 * half :]], axis=-1)
+    x1, x2, rest = jnp.split(x, [half, 2 * half], axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1)
 
 
 def fused_qk_rmsnorm_rope_gate(
@@ -39,6 +43,8 @@ def fused_qk_rmsnorm_rope_gate(
     rotary_dim: int,
     mrope_section: Sequence[int] | None = None,
     norm_beta: float = 0.0,
+    rotation: str = "halves",
+    round_norm: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The arguments and results of `pallas_qk.fused_qk_rmsnorm_rope_gate`."""
     num_tokens = q_gate.shape[0]
@@ -50,8 +56,13 @@ def fused_qk_rmsnorm_rope_gate(
         width = (frequency % 3 == 2) & (frequency < 3 * mrope_section[2])
         angles = jnp.where(height, angles[1], jnp.where(width, angles[2], angles[0]))
     cos, sin = jnp.split(angles[:, None, :], 2, axis=-1)
-    q = rotate(rms_norm(q, q_weight, eps, norm_beta), cos, sin)
-    k = rotate(rms_norm(k.reshape(num_tokens, num_kv_heads, head_dim), k_weight, eps, norm_beta), cos, sin)
+
+    def norm_and_rope(x, weight):
+        y = rms_norm(x, weight, eps, norm_beta)
+        return rotate(y.astype(x.dtype) if round_norm else y, cos, sin, rotation).astype(x.dtype)
+
+    q = norm_and_rope(q, q_weight)
+    k = norm_and_rope(k.reshape(num_tokens, num_kv_heads, head_dim), k_weight)
     return q.reshape(num_tokens, -1), k.reshape(num_tokens, -1), gate.reshape(num_tokens, -1)
 
 

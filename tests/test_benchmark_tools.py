@@ -115,6 +115,14 @@ def test_a_peer_refuses_what_it_would_get_wrong(tmp_path):
     with pytest.raises(NotImplementedError, match="got float32"):
         build(Case(2, dtype="float32"), make_inputs(Case(2, dtype="float32")))
 
+    for changes, message in (
+        ({"rotation": "pairs"}, "got rotation='pairs'"),
+        ({"round_norm": False}, "got round_norm="),
+    ):
+        case = Case(2, **changes)
+        with pytest.raises(NotImplementedError, match=message):
+            build(case, make_inputs(case))
+
     class Inputs:
         q_gate = jax.ShapeDtypeStruct((2**18, 2**13), jnp.bfloat16)
 
@@ -225,6 +233,7 @@ def test_bytes_of_blocks():
     found = {name: operation.minimum_bytes(case) for name, operation in OPERATIONS.items()}
     assert found == {
         "forward": (4 * 4 + 2 * 2) * row + table_row,
+        **dict.fromkeys(("forward_pairs", "forward_unrounded_norm"), (4 * 4 + 2 * 2) * row + table_row),
         "backward": (5 * 4 + 3 * 2) * row,
         "gate_in_place": (2 * 4 + 2 * 2) * row + table_row,
         "block": (5 * 4 + 2 * 2) * row + table_row,

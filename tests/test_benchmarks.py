@@ -293,6 +293,9 @@ def test_a_run_is_found_by_the_beginning_of_its_id():
         ({"gate": "in_place"}, "forward_gate_in_place"),
         ({"gate": None}, "forward_no_gate"),
         ({"packed": True, "gathered": True}, "forward_packed_table_row_a_token"),
+        ({"rotation": "pairs"}, "forward_pairs"),
+        ({"round_norm": False}, "forward_unrounded_norm"),
+        ({"rotation": "pairs", "round_norm": False, "mrope_section": (1, 0, 0)}, "forward_pairs_unrounded_norm_mrope"),
     ],
 )
 def test_only_the_plain_contract_is_recorded_as_forward(changes, op):
@@ -499,9 +502,28 @@ def test_too_many_differing_elements_break_the_promise_though_each_is_near():
 def test_xla_promises_bits_on_a_gpu_for_a_16_bit_table_and_a_power_of_two():
     cases = {case: tolerances.max_differing_fraction(case) for case in suites.parity_gpu() if case.dtype != "float32"}
     for case, fraction in cases.items():
-        bits = case.cache_dtype != "float32" and case.head_dim in (8, 64, 128, 256, 512)
+        bits = case.cache_dtype != "float32" and case.head_dim in (8, 64, 128, 256, 512) and case.round_norm
         assert (fraction == 0.0) is bits, case
         assert fraction < 5e-4
+
+
+def test_norms_that_are_not_rounded_differ_in_rotated_lanes_and_by_one_ulp():
+    """On a CPU as well, where they come on top of what the interpreter does."""
+    case = Case(64, dtype="float16")
+    unrounded = dataclasses.replace(case, round_norm=False)
+    both = [(x, platform) for platform in ("gpu", "cpu") for x in (case, unrounded)]
+    gpu, gpu_more, cpu, cpu_more = (tolerances.max_differing_fraction(*x) for x in both)
+    assert gpu == 0 < gpu_more == pytest.approx(cpu_more - cpu)
+    assert [tolerances.max_pair_ulps(*x) for x in both] == [1, 1, pytest.approx(1 + 8**0.5), 1]
+
+
+@pytest.mark.parametrize("dtype, unit, distance", [(jnp.float32, 2.0**-23, 2.0**-23), (jnp.bfloat16, 2.0**-7, 1.0)])
+@pytest.mark.parametrize("rotation, partner", [("halves", 7), ("pairs", 2)])
+def test_distances_of_rotated_lanes_are_measured_in_the_pair(dtype, unit, distance, rotation, partner):
+    """Lane 3 cancels to 0, and its partner is smaller than every other lane."""
+    want = jnp.full((1, 16), 4.0, dtype).at[0, 3].set(0.0).at[0, partner].set(1.0)
+    found = tolerances.worst_distances(want.at[0, 3].set(unit), want, 16, 8, rotation)
+    assert [float(x) for x in found] == [distance, 0.0]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
@@ -541,6 +563,11 @@ def test_suites_cover_what_they_say():
     heads = {(task.case.num_q_heads, task.case.num_kv_heads) for task in suites.timed(["sizes"])}
     assert set(suites.MODEL_HEADS) <= heads and {q for q, _ in heads} == {1, 2, 3, 4, 6, 8, 12, 16, 24, 32}
     assert {case.rotary_dim for case in suites.compiled()} >= {64, 40, 6, 2}
+    assert [(task.op, task.case.num_tokens) for task in suites.timed(["options"])] == [
+        (op, num_tokens)
+        for op in ("forward", "forward_pairs", "forward_unrounded_norm")
+        for num_tokens in (64, 1024, 16384)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def assert_near(case, got, want, *, platform, rotation="halves", round_norm=True
         if not round_norm:  # the final rounding alone, which the interpreter does as it likes to bfloat16
             bound = 1.5 if (case.dtype, platform) == ("bfloat16", "cpu") else 1.0
     for name, a, b in zip(("q_out", "k_out"), got, want, strict=False):
-        rotated, rest = tolerances.worst_distances(a, b, case.head_dim, case.rotary_dim)
+        rotated, rest = tolerances.worst_distances(a, b, case.head_dim, case.rotary_dim, case.rotation)
         assert rotated <= bound and rest <= max_rest, (name, float(rotated), float(rest), bound)
     if case.dtype == "float16":
         compared = compare_outputs(got, want)

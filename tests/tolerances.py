@@ -30,25 +30,27 @@ SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": SMALLEST_NORM
 def max_differing_fraction(case: Case, platform: str = "gpu") -> float:
     """The largest share of q_out, k_out and gate_out elements in which "xla" may differ from the oracle.
 
-    0.0 where equal bits are promised: on a GPU, 16-bit activations and table, head_dim a power of two. The gate never
-    differs, so the share of normalised elements is taken out first.
+    0.0 where equal bits are promised: on a GPU, 16-bit activations and table, head_dim a power of two, y rounded before
+    it is rotated. The gate never differs, so the share of normalised elements is taken out first.
     """
     significand_bits = jnp.finfo(case.dtype).nmant + 1
     if significand_bits == 24:
         return 1.0
     normalised = (case.num_q_heads + case.num_kv_heads) / (2 * case.num_q_heads + case.num_kv_heads)
     displaced = 2.0 ** (significand_bits - 24)
+    rotated = 2 * case.rotary_dim / case.head_dim
     if platform == "gpu":
-        # Unfused against fused rotation with a float32 table: 0.97 of `displaced` simulated over the rotated lanes.
+        # Unfused against fused rotation where products are inexact, of a float32 table or of y in float32: 0.97 of
+        # `displaced` simulated over the rotated lanes.
         # mean + eps with a division against one fma with 1/D: 0.16 to 0.37 of it for D = 80, 96, 192.
-        rotation = 2 * case.rotary_dim / case.head_dim if jnp.dtype(case.cache_dtype or case.dtype).itemsize > 2 else 0
+        rotation = 0 if case.round_norm and jnp.dtype(case.cache_dtype or case.dtype).itemsize == 2 else rotated
         mean = 0 if case.head_dim & (case.head_dim - 1) == 0 else 1
         return normalised * displaced * (rotation + mean)
     if jnp.dtype(case.dtype) == jnp.bfloat16:
         return 1.0  # Triton's interpreter does not round float32 to the nearest bfloat16
     # Triton's interpreter: numpy's order of the sum and its 1/sqrt displace a row by about one unit.
     # About 1 in 10^4 (32 of 768,000 seen).
-    return 1.5 * normalised * displaced
+    return normalised * displaced * (1.5 if case.round_norm else 1.5 + rotated)
 
 
 def max_differing(case: Case, num_elements: int, platform: str = "gpu") -> int:
@@ -70,9 +72,10 @@ def max_pair_ulps(case: Case, platform: str = "gpu", *, round_trip: bool = True)
     """The largest distance of a rotated 16-bit element from the oracle's, in ulps of its RoPE pair.
 
     Lanes that aren't rotated stay within one ulp. `round_trip=False` is for code in which XLA drops the rounding
-    between norm and rotation.
+    between norm and rotation. Where the case has none, no normalised value is displaced by an ulp.
     """
-    normalised_equal = platform == "gpu" and case.head_dim & (case.head_dim - 1) == 0 and round_trip
+    same_norm = platform == "gpu" and case.head_dim & (case.head_dim - 1) == 0 and round_trip
+    normalised_equal = same_norm or not case.round_norm
     truncated = platform != "gpu" and jnp.dtype(case.dtype) == jnp.bfloat16
     final_rounding = 1.5 if truncated else 1.0  # half an ulp each; a truncation is a whole one
     return final_rounding + (0.0 if normalised_equal else 2 * math.sqrt(2))
@@ -114,24 +117,28 @@ def _ulp(x: jax.Array) -> jax.Array:
     return jnp.maximum(above.astype(jnp.float32) - jnp.abs(x).astype(jnp.float32), SMALLEST["float32"])
 
 
-@functools.partial(jax.jit, static_argnames=("head_dim", "rotary_dim"))
-def worst_distances(got: jax.Array, want: jax.Array, head_dim: int, rotary_dim: int) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("head_dim", "rotary_dim", "rotation"))
+def worst_distances(
+    got: jax.Array, want: jax.Array, head_dim: int, rotary_dim: int, rotation: str
+) -> tuple[jax.Array, jax.Array]:
     """The largest distance of the rotated lanes and of the others, of outputs (T, heads*D).
 
     16-bit: in ulps of the wanted pair, or of the wanted lane. float32: relative to the pair's length, or to the lane.
     Infinite where one side alone has a NaN or the infinities differ.
     """
     got, want = (x.reshape(-1, head_dim) for x in (got, want))
-    half = rotary_dim // 2
-    first, second, rest = jnp.abs(want[:, :half]), jnp.abs(want[:, half:rotary_dim]), jnp.abs(want[:, rotary_dim:])
+    half, rotated, rest = rotary_dim // 2, jnp.abs(want[:, :rotary_dim]), jnp.abs(want[:, rotary_dim:])
+    # A partner's place: neighbours, or R/2 apart.
+    shape, axis = ((-1, half, 2), 2) if rotation == "pairs" else ((-1, 2, half), 1)
+    partner = jnp.flip(rotated.reshape(shape), axis).reshape(rotated.shape)
     if want.dtype == jnp.float32:
         tiny = SMALLEST["float32"]
-        pair, lane = jnp.maximum(jnp.hypot(first, second), tiny), jnp.maximum(rest, tiny)
+        pair, lane = jnp.maximum(jnp.hypot(rotated, partner), tiny), jnp.maximum(rest, tiny)
     else:
-        pair, lane = _ulp(jnp.maximum(first, second)), _ulp(rest)
+        pair, lane = _ulp(jnp.maximum(rotated, partner)), _ulp(rest)
     same = (got == want) | (jnp.isnan(got) & jnp.isnan(want))
     error = jnp.abs(got.astype(jnp.float32) - want.astype(jnp.float32))
-    distance = jnp.where(same, 0.0, error / jnp.concatenate([pair, pair, lane], axis=1))
+    distance = jnp.where(same, 0.0, error / jnp.concatenate([pair, lane], axis=1))
     # XLA's maximum over an array may pass over a NaN on a CPU.
     distance = jnp.where(jnp.isnan(distance), jnp.inf, distance)
     return jnp.max(distance[:, :rotary_dim], initial=0.0), jnp.max(distance[:, rotary_dim:], initial=0.0)
