@@ -19,6 +19,7 @@ from tests.run import has_gpu, kernel
 IMPLEMENTATIONS = ("xla", *GPU_IMPLEMENTATIONS)
 CASE = Case(9, 4, 3, head_dim=64, rotary_dim=16, max_position=40)
 PACKED = dataclasses.replace(CASE, packed=True)
+PAIRS = dataclasses.replace(PACKED, rotation="pairs", round_norm=False)
 IN_PLACE = dataclasses.replace(CASE, gate="in_place")
 FORMS = (
     *(CachedCase(CASE, axes) for axes in AXES),
@@ -46,6 +47,8 @@ FORMS = (
     CachedCase(dataclasses.replace(CASE, num_tokens=0), return_kv=True),
     *(CachedCase(CASE, slots_dtype=dtype) for dtype in ("int8", "uint8", "int16", "uint32", "int64", "uint64")),
     *(CachedCase(CASE, "l b s h d", layer=layer) for layer in (-1, 3, -(2**31), 2**31 - 1)),
+    CachedCase(PAIRS, "b h s (c d)"),
+    CachedCase(PAIRS, kv_dtype="float8_e4m3fn", return_kv=True),
 )
 
 
@@ -75,7 +78,7 @@ def test_rows_are_those_of_the_op_and_the_rest_keeps_its_bits(implementation, ca
         assert_same(run(implementation, case), want)
 
 
-@pytest.mark.parametrize("case", [FORMS[0], FORMS[4], FORMS[10], *FORMS[12:18]], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [FORMS[0], FORMS[4], FORMS[10], *FORMS[12:18], *FORMS[-2:]], ids=lambda case: case.id)
 def test_the_public_functions(case):
     """Inside jit and eagerly, with layers given and traced."""
     function, arrays = cached.op(case), cached.arguments(case)

@@ -14,7 +14,7 @@ import pallas_qk
 from pallas_qk import _implementations, _target
 from pallas_qk._mosaic_gpu.config import MosaicForward, mosaic_forward
 from pallas_qk._options import Spec, Target
-from pallas_qk._triton.config import triton_forward
+from pallas_qk._triton.config import triton_backward, triton_forward
 from tests import cached, fp8
 from tests.cached import CachedCase
 from tests.cases import SMALL_CASES, Case, make_inputs
@@ -83,6 +83,23 @@ def test_a_cache_of_8_bits_needs_a_gpu_that_converts_to_them():
         with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
             lowered_text(cached.op(call, "triton"), *arguments, kind=kind)
     assert {which for which, count in found.items() if not count} == {(older, name) for name in fp8.NAMES}
+
+
+def test_pairs_of_odd_heads_are_refused_by_mosaic_gpu_alone():
+    """A pair would lie in two threads. None takes Triton; the name is refused with the reason that is told."""
+    reason = "it rotates pairs in heads of an even number of elements, got head_dim=65"
+    sizes = 16, 16, 2, 65, 6, "bfloat16"
+    with on_gpu():
+        pairs = pallas_qk.default_implementation(*sizes, rotation="pairs", platform="cuda")
+        halves = pallas_qk.default_implementation(*sizes, platform="cuda")
+        even = pallas_qk.default_implementation(16, 16, 2, 64, 6, "bfloat16", rotation="pairs", platform="cuda")
+    assert (pairs.name, pairs.not_taken["mosaic_gpu"]) == ("triton", reason)
+    assert halves.name == even.name == FIRST
+    case = Case(16, head_dim=65, rotary_dim=6, rotation="pairs")
+    assert count_kernels(lowered(case, ("cuda",))) == {"mosaic_gpu": 0, "triton": 1}
+    message = f"implementation='mosaic_gpu' can't run this: {reason}. Leave implementation out, or pass 'xla'."
+    with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
+        lowered(case, ("cuda",), "mosaic_gpu")
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA B200", "NVIDIA GeForce RTX 5090", "NVIDIA GB10"])
@@ -237,6 +254,16 @@ def test_modules_share_one_interface():
 )
 def test_layout_rule_of_the_triton_kernel(num_tokens, head_dim, rotary_dim, layout):
     assert triton_forward(Spec(num_tokens, 16, 2, head_dim, rotary_dim, "bfloat16")).layout == layout
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 1024, 16384])
+def test_pairs_have_one_layout(num_tokens):
+    spec = Spec(num_tokens, 16, 2, 256, 64, "bfloat16", rotation="pairs")
+    for gate_copied in (True, False):
+        assert triton_forward(spec, gate_copied=gate_copied).layout == "pairs"
+        for by_slot in (True, False):
+            assert mosaic_forward(spec, gate_copied=gate_copied, by_slot=by_slot).layout == "row"
+    assert triton_backward(spec, 132).layout == "pairs"
 
 
 def test_the_triton_kernel_takes_chunks_where_no_gate_is_copied():

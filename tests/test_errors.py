@@ -218,6 +218,24 @@ BAD_CALLS = [
         "Pass 'interleaved' for Qwen3-VL and Qwen3.5, 'sectioned' for Qwen2-VL and Qwen2.5-VL.",
         mrope_layout="blocks",
     ),
+    *(
+        bad(
+            ValueError,
+            f"rotation must be 'halves' or 'pairs', got {rotation!r}. "
+            "Pass 'halves' for elements j and j + rotary_dim // 2 (NeoX), 'pairs' for 2j and 2j + 1 (GPT-J).",
+            rotation=rotation,
+        )
+        for rotation in ("interleaved", True, None, np.arange(2))
+    ),
+    *(
+        bad(
+            TypeError,
+            f"round_norm must be a bool known when tracing, got {described}. "
+            "Pass False to keep float32 between norm and rotation.",
+            round_norm=round_norm,
+        )
+        for round_norm, described in ((1, "1 of type int"), ("no", "'no' of type str"), (None, "None of type NoneType"))
+    ),
     bad(
         TypeError,
         "copy_gate must be a bool known when tracing, got 0 of type int. "
@@ -343,10 +361,11 @@ def test_bad_call_of_another_function(function, exception, message, changes):
         getattr(pallas_qk, function)(**given | changes)
 
 
-def test_a_traced_copy_gate_is_refused():
-    message = "copy_gate must be a bool known when tracing, got a traced value bool[]. "
+@pytest.mark.parametrize("name", ["copy_gate", "round_norm"])
+def test_a_traced_bool_is_refused(name):
+    message = f"{name} must be a bool known when tracing, got a traced value bool[]. "
     with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
-        jax.jit(lambda value: pallas_qk.fused_qk_rmsnorm_rope_gate(**arguments({"copy_gate": value})))(True)
+        jax.jit(lambda value: pallas_qk.fused_qk_rmsnorm_rope_gate(**arguments({name: value})))(True)
 
 
 @pytest.mark.parametrize("name", ["q_gate", "k", "q_weight", "k_weight", "cos_sin_cache", "positions"])
@@ -462,6 +481,12 @@ NAMED = "must be float16, bfloat16 or float32, got {}. Pass one of these."
             {"platform": "gpu"},
         ),
         (ValueError, f"num_q_heads must be at least 1, got 0. {SIZES}", {"num_q_heads": 0}),
+        (
+            ValueError,
+            "rotation must be 'halves' or 'pairs', got 'neox'. "
+            "Pass 'halves' for elements j and j + rotary_dim // 2 (NeoX), 'pairs' for 2j and 2j + 1 (GPT-J).",
+            {"rotation": "neox"},
+        ),
     ],
 )
 def test_bad_question_about_the_default(exception, message, changes):

@@ -1,5 +1,6 @@
 """jax.export: for the CPU, for CUDA without a GPU, over devices, and with a number of tokens left open."""
 
+import dataclasses
 import functools
 import re
 
@@ -21,6 +22,7 @@ from tests.lowering import FIRST, GPU_IMPLEMENTATIONS
 pytestmark = pytest.mark.usefixtures("on_the_host")
 
 CASE = Case(8, 4, 2, head_dim=16, rotary_dim=8, max_position=32)
+PAIRS = dataclasses.replace(CASE, rotation="pairs", round_norm=False)
 SPECS = (P("data", "model"), P("data", "model"), P(), P(), P(), P("data"))
 
 # What jax.export must be told to let pass, by implementation: JAX promises that Mosaic GPU's custom call stays
@@ -45,21 +47,23 @@ def kernels(exported) -> list[str]:
     return [name for name in lowering.kernels(str(exported.mlir_module())) if not name.endswith("_sum")]
 
 
-def test_for_the_cpu():
-    inputs, cotangents = make_inputs(CASE), make_cotangents(CASE)
-    exported = round_trip(export.export(jax.jit(op()), platforms=["cpu"])(*inputs))
-    assert_same(exported.call(*inputs), op()(*inputs))
-    exported = round_trip(export.export(jax.jit(gradients(op())), platforms=["cpu"])(*inputs, *cotangents))
-    assert_agree(exported.call(*inputs, *cotangents), gradients(op())(*inputs, *cotangents))
+@pytest.mark.parametrize("case", [CASE, PAIRS], ids=lambda case: case.id)
+def test_for_the_cpu(case):
+    function, inputs, cotangents = forms.op(case), make_inputs(case), make_cotangents(case)
+    exported = round_trip(export.export(jax.jit(function), platforms=["cpu"])(*inputs))
+    assert_same(exported.call(*inputs), function(*inputs))
+    exported = round_trip(export.export(jax.jit(gradients(function)), platforms=["cpu"])(*inputs, *cotangents))
+    assert_agree(exported.call(*inputs, *cotangents), gradients(function)(*inputs, *cotangents))
 
 
+@pytest.mark.parametrize("case", [CASE, PAIRS], ids=lambda case: case.id)
 @pytest.mark.parametrize("name", GPU_IMPLEMENTATIONS)
-def test_for_cuda_without_a_gpu(name):
-    inputs, cotangents = make_inputs(CASE), make_cotangents(CASE)
+def test_for_cuda_without_a_gpu(name, case):
+    function, inputs, cotangents = forms.op(case, name), make_inputs(case), make_cotangents(case)
     for_cuda = functools.partial(export.export, platforms=["cuda"], disabled_checks=DISABLED_CHECKS[name])
-    exported = round_trip(for_cuda(jax.jit(op(name)))(*inputs))
+    exported = round_trip(for_cuda(jax.jit(function))(*inputs))
     assert exported.platforms == ("cuda",) and kernels(exported) == [f"pallas_qk_{name}_forward"]
-    exported = round_trip(for_cuda(jax.jit(gradients(op(name))))(*inputs, *cotangents))
+    exported = round_trip(for_cuda(jax.jit(gradients(function)))(*inputs, *cotangents))
     assert kernels(exported) == [f"pallas_qk_{name}_backward"]
 
 

@@ -45,6 +45,24 @@ def test_every_layout_gives_the_same_bits(layout, case, rows):
     assert compared.differing <= (0 if has_gpu() else tolerances.max_flips(case, compared.elements, units=2))
 
 
+@pytest.mark.parametrize("mrope_section", [None, (4, 4, 2)])
+def test_pairs_are_halves_of_permuted_lanes(implementation, mrope_section):
+    """Lanes 2j and 2j + 1 of inputs and weights put R/2 apart permute the outputs, but for the order of the sum."""
+    halves = Case(5, 3, 2, head_dim=80, rotary_dim=20, dtype="float32", mrope_section=mrope_section)
+    pairs = dataclasses.replace(halves, rotation="pairs")
+    inputs, lanes = make_inputs(pairs), np.array([*range(0, 20, 2), *range(1, 20, 2), *range(20, 80)])
+
+    def permuted(x):
+        return x.reshape(*x.shape[:-1], -1, 80)[..., lanes].reshape(x.shape)
+
+    arrays = {name: permuted(getattr(inputs, name)) for name in ("q_gate", "k", "q_weight", "k_weight")}
+    got = [permuted(x) for x in run(implementation, pairs, inputs)]
+    want = run(implementation, halves, dataclasses.replace(inputs, **arrays))
+    for a, b in zip(got[:2], want[:2], strict=True):
+        assert max(tolerances.worst_distances(a, b, 80, 20, "halves")) <= tolerances.float32_bound(halves)
+    assert_same(got[2:], want[2:])
+
+
 def test_chunks_of_few_lanes():
     case = Case(3, 2, 1, head_dim=80, rotary_dim=40)
     inputs = make_inputs(case)

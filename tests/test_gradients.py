@@ -106,7 +106,13 @@ def test_a_weight_of_zero_has_a_gradient(weight):
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize(
-    "case", [TINY, dataclasses.replace(TINY, mrope_section=(2, 1, 1), norm_beta=1.0)], ids=lambda case: case.id
+    "case",
+    [
+        TINY,
+        dataclasses.replace(TINY, mrope_section=(2, 1, 1), norm_beta=1.0),
+        dataclasses.replace(TINY, rotation="pairs", round_norm=False),
+    ],
+    ids=lambda case: case.id,
 )
 def test_every_mode_and_order(implementation, name, case):
     """float32 against the same derivatives of the definition in float64.
@@ -120,8 +126,9 @@ def test_every_mode_and_order(implementation, name, case):
     assert relative(got, want) < 2.0**-14
 
 
-def test_forward_mode_in_16_bits():
-    case = dataclasses.replace(TINY, dtype="bfloat16")
+@pytest.mark.parametrize("changes", [{}, {"rotation": "pairs", "round_norm": False}], ids=str)
+def test_forward_mode_in_16_bits(changes):
+    case = dataclasses.replace(TINY, dtype="bfloat16", **changes)
     inputs = make_inputs(case)
     function, args = of_floats(case, inputs)
     outputs, got = jax.jvp(function, args, args)

@@ -36,6 +36,8 @@ TRITON_CASES = (
     Case(3, 3, 2, head_dim=80, rotary_dim=36, dtype="float32", mrope_section=(6, 6, 6)),
     Case(3, scale=1e4),
     Case(3, scale=1e-20, dtype="float32"),
+    Case(3, 3, 2, head_dim=80, rotary_dim=36, dtype="float32", mrope_section=(6, 6, 6), rotation="pairs"),
+    Case(5, 3, 1, head_dim=64, rotary_dim=6, rotation="pairs", round_norm=False),
 )
 MROPE = (11, 11, 10)
 

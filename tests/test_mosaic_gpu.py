@@ -17,7 +17,7 @@ from pallas_qk._options import Spec, Target, next_power_of_2, tree_order
 from tests import forms, run
 from tests.cases import LAYOUT_CASES, SMALL_CASES, Case, Inputs, numpy_inputs
 from tests.compare import assert_same
-from tests.definition import assert_defined, mrope_axis
+from tests.definition import assert_defined, lanes_in_halves, mrope_axis
 from tests.lowering import lowered
 from tests.mosaic_interpreter import emitted, execute
 
@@ -98,7 +98,7 @@ def fma(a, b, c):
 def recipe(case: Case, inputs: Inputs, order=tree_order) -> list[np.ndarray]:
     """q_out and k_out with every rounding stated; the root and the reciprocal of D are exact."""
     q_gate, k, q_weight, k_weight, cache, positions = canonical(case, inputs)
-    d, half, section = case.head_dim, case.rotary_dim // 2, case.mrope_section
+    d, half, section, in_halves = case.head_dim, case.rotary_dim // 2, case.mrope_section, lanes_in_halves(case)
     axes = [mrope_axis(j, section) if section else 0 for j in range(half)]
     cos, sin = (
         np.stack([cache[positions[axis], first + j] for j, axis in enumerate(axes)], -1).astype(np.float32)[:, None]
@@ -116,12 +116,13 @@ def recipe(case: Case, inputs: Inputs, order=tree_order) -> list[np.ndarray]:
         mean = fma(lanes[0], np.float32(1) / np.float32(d), np.float32(case.eps))
         inv_rms = (1 / np.sqrt(mean.astype(np.float64))).astype(np.float32)
         y = x * inv_rms[..., None] * (weight.astype(np.float32) + np.float32(case.norm_beta))
-        y = y.astype(dtype).astype(np.float32)
+        y = (y.astype(dtype).astype(np.float32) if case.round_norm else y)[..., in_halves]
         y1, y2, rest = y[..., :half], y[..., half : 2 * half], y[..., 2 * half :]
-        fuses_y2 = (section and half > 1) or dtype == np.float32
+        with_oracle = case.rotation == "halves" and (case.round_norm or dtype == np.float32)
+        fuses_y2 = with_oracle and ((section and half > 1) or dtype == np.float32)
         o2 = fma(y2, cos, y1 * sin) if fuses_y2 else fma(y1, sin, y2 * cos)
         o = [fma(y1, cos, -(y2 * sin)), o2, rest]
-        outputs.append(np.concatenate(o, axis=-1).astype(dtype))
+        outputs.append(np.concatenate(o, axis=-1).astype(dtype)[..., np.argsort(in_halves)])
     return outputs
 
 
@@ -142,6 +143,14 @@ RECIPE_CASES = [
     Case(9000, 2, 1, rotary_dim=2, head_dim=16, dtype="float16", cache_dtype="float32", mrope_section=(0, 1, 0)),
     Case(6, weight_scale=1e-5, dtype="float16"),  # subnormal normalised values
     Case(6, scale=1e-20),
+    # Options: never the other fused product.
+    Case(33, 4, 2, rotation="pairs"),
+    Case(33, 4, 2, dtype="float32", rotation="pairs"),
+    Case(9, 3, 1, head_dim=96, rotary_dim=6, dtype="float32", mrope_section=(1, 1, 1), rotation="pairs"),
+    Case(300, 4, 2, rotary_dim=256, dtype="float16", cache_dtype="float32", rotation="pairs"),
+    Case(300, 4, 2, rotary_dim=256, dtype="float16", mrope_section=(43, 43, 42), round_norm=False),
+    Case(33, 4, 2, dtype="float32", round_norm=False),  # as with it
+    Case(300, 4, 2, head_dim=80, rotary_dim=80, dtype="float16", rotation="pairs", round_norm=False),
 ]
 
 
@@ -165,10 +174,13 @@ def test_another_order_of_the_sum_shows():
         Case(7, 3, 1),
         Case(5, 4, 2, head_dim=128, rotary_dim=128, dtype="float32", mrope_section=(24, 20, 20)),
         Case(3, 1, 1, head_dim=64, rotary_dim=16, dtype="float16", cache_dtype="float32"),
+        Case(7, 3, 1, head_dim=80, rotary_dim=40, mrope_section=(7, 7, 6), rotation="pairs", round_norm=False),
     ],
     ids=lambda case: case.id,
 )
 def test_every_configuration_gives_the_same_bits(case, config):
+    if case.rotation == "pairs":
+        config = dataclasses.replace(config, layout="row")
     inputs = numpy_inputs(case)
     assert_same(executed(case, inputs, config), executed(case, inputs))
 

@@ -71,6 +71,7 @@ def test_the_interface_is_the_reference_s():
         Case(3, 1, 1, head_dim=64, rotary_dim=16, dtype="float16", cache_dtype="float32"),
         Case(3, 1, 2, head_dim=80, rotary_dim=48, weight_dtype="float32"),
         Case(2, 3, 1, head_dim=512, rotary_dim=320),
+        Case(7, 3, 1, head_dim=80, rotary_dim=40, mrope_section=(7, 7, 6), rotation="pairs"),
     ],
     ids=lambda case: case.id,
 )

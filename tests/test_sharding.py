@@ -113,10 +113,11 @@ def test_vmap(layout, mode):
         check(mapped, inputs, cotangents, specs, outputs, grads, on)
 
 
-def test_mrope_and_float32():
-    case = dataclasses.replace(
-        CASE, mrope_section=(2, 1, 1), dtype="float32", weight_dtype="float32", norm_beta=1.0, num_kv_heads=4
-    )
+@pytest.mark.parametrize(
+    "changes", [{"dtype": "float32", "norm_beta": 1.0}, {"rotation": "pairs", "round_norm": False}], ids=str
+)
+def test_mrope_and_options(changes):
+    case = dataclasses.replace(CASE, mrope_section=(2, 1, 1), weight_dtype="float32", num_kv_heads=4, **changes)
     inputs, cotangents, outputs, _ = on_one_device(case)
     on = mesh(data=4, model=2)
     args = put(on, inputs, (("data", "model"), ("data", "model"), (), (), (), (None, "data")))

@@ -1,5 +1,6 @@
 """What `jax.jit` can wrap: layers in a scan, rematerialisation, ahead-of-time compilation, x64, the cache on disk."""
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -24,6 +25,7 @@ from tests.lowering import GPU_IMPLEMENTATIONS, kernels, lowered_text
 from tests.run import primitives, quick_jit
 
 CASE = Case(6, 4, 2, head_dim=16, rotary_dim=8, max_position=32)
+PAIRS = dataclasses.replace(CASE, rotation="pairs", round_norm=False)
 LAYERS = 3
 
 
@@ -119,14 +121,15 @@ def test_linearize_of_scan_with_checkpoint():
     np.testing.assert_allclose(jax.jvp(function, arguments, tangents)[1], want, rtol=1e-4)
 
 
-def test_ahead_of_time():
-    inputs, cotangents = make_inputs(CASE), make_cotangents(CASE)
+@pytest.mark.parametrize("case", [CASE, PAIRS], ids=lambda case: case.id)
+def test_ahead_of_time(case):
+    inputs, cotangents = make_inputs(case), make_cotangents(case)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]
-    program = jax.jit(op(CASE)).lower(*shapes).compile()
-    assert_same(program(*inputs), op(CASE)(*inputs))
+    program = jax.jit(op(case)).lower(*shapes).compile()
+    assert_same(program(*inputs), op(case)(*inputs))
     shapes += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cotangents]
-    got = jax.jit(gradients(op(CASE))).lower(*shapes).compile()(*inputs, *cotangents)
-    assert_agree(got, quick_jit(gradients(op(CASE)))(*inputs, *cotangents))
+    got = jax.jit(gradients(op(case))).lower(*shapes).compile()(*inputs, *cotangents)
+    assert_agree(got, quick_jit(gradients(op(case)))(*inputs, *cotangents))
 
 
 def test_ahead_of_time_over_devices():

@@ -47,6 +47,8 @@ def test_a_plain_sum_is_not_the_tree():
         ("halves", 512, 128),
         ("row", 80, 40),
         ("row", 128, 6),
+        ("pairs", 256, 64),
+        ("pairs", 80, 40),
     ],
 )
 def test_each_layout_of_the_triton_kernel_sums_the_tree(layout, head_dim, rotary_dim):

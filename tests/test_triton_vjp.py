@@ -27,9 +27,8 @@ from tests.tolerances import ROUNDOFF
 
 
 def default_config(case: Case, num_sms: int = 132) -> TritonBackward:
-    spec = Spec(
-        case.num_tokens, case.num_q_heads, case.num_kv_heads, case.head_dim, case.rotary_dim, str(jnp.dtype(case.dtype))
-    )
+    sizes = case.num_tokens, case.num_q_heads, case.num_kv_heads, case.head_dim, case.rotary_dim
+    spec = Spec(*sizes, str(jnp.dtype(case.dtype)), rotation=case.rotation)
     wide = "float32" in (case.dtype, case.weight_dtype, case.cache_dtype)
     return triton_backward(spec, num_sms, mrope=case.mrope_section is not None, wide=wide)
 
@@ -49,6 +48,7 @@ def check(case: Case, config: TritonBackward | None = None) -> list[jax.Array]:
         (Case(5, 3, 2), "halves", 1),
         (Case(5, 3, 2, head_dim=64, rotary_dim=32), "halves", 4),
         (Case(5, 3, 2, head_dim=64, rotary_dim=32, mrope_section=(6, 5, 5)), "row", 8),
+        (Case(5, 3, 2, head_dim=80, rotary_dim=6, rotation="pairs"), "pairs", 4),
     ],
     ids=lambda value: value.id if isinstance(value, Case) else str(value),
 )
@@ -133,6 +133,8 @@ def shared_memory(case: Case, directory) -> dict[str, int]:
         Case(5, 3, 1, head_dim=64, rotary_dim=32, cache_dtype="float32", mrope_section=(6, 5, 5)),
         Case(5, 3, 1, head_dim=80, rotary_dim=40, weight_dtype="float32"),
         Case(16, packed=True, gathered=True),
+        Case(16384, rotation="pairs"),
+        Case(5, 3, 1, head_dim=80, rotary_dim=40, dtype="float32", mrope_section=(7, 7, 6), rotation="pairs"),
     ],
     ids=lambda case: case.id,
 )
@@ -158,6 +160,8 @@ def test_the_main_kernel_uses_no_shared_memory(case, tmp_path, monkeypatch):
         (Case(1, head_dim=80, rotary_dim=40), "row", 1),
         (Case(1, head_dim=256, rotary_dim=2), "row", 1),
         (Case(1, head_dim=1024), "halves", 1),
+        (Case(1, rotation="pairs"), "pairs", 1),
+        (Case(1, head_dim=64, rotary_dim=32, rotation="pairs"), "pairs", 2),
     ],
     ids=lambda value: value.id if isinstance(value, Case) else str(value),
 )
@@ -199,6 +203,7 @@ def test_programs_follow_the_gpu_that_code_is_made_for():
         Case(5, 3, 1, head_dim=64, rotary_dim=32, mrope_section=(6, 5, 5)),
         Case(5, 3, 1, head_dim=128, rotary_dim=64, weight_dtype="float32", cache_dtype="float32"),
         Case(5, 3, 1, head_dim=80, rotary_dim=40, dtype="float32"),
+        Case(16384, rotation="pairs"),
     ],
     ids=lambda case: case.id,
 )

@@ -17,6 +17,7 @@ from tests.run import primitives, quick_jit
 
 CASE = Case(3, 2, 1, head_dim=8, rotary_dim=4, max_position=16)
 MROPE = Case(3, 2, 1, head_dim=8, rotary_dim=6, max_position=16, mrope_section=(1, 1, 1), dtype="float32")
+PAIRS = Case(3, 2, 1, head_dim=8, rotary_dim=4, max_position=16, rotation="pairs", round_norm=False)
 NAMES = tuple(Inputs.__dataclass_fields__)
 CONSTANTS = {"q_weight", "k_weight", "cos_sin_cache"}
 SIZE = 3
@@ -71,7 +72,7 @@ def test_every_combination(batched):
 
 
 @pytest.mark.parametrize("batched", [("q_gate", "k", "positions"), ("k",), ("positions",), NAMES], ids="+".join)
-@pytest.mark.parametrize("case", [CASE, MROPE], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [CASE, MROPE, PAIRS], ids=lambda case: case.id)
 def test_batch_axis_last_and_outputs_in_the_middle(case, batched):
     args, calls, axes = stacked(case, batched, axis=-1)
     got = jax.vmap(op(case), axes, out_axes=1)(*args)
