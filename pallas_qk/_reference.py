@@ -117,14 +117,17 @@ def _rotate(y: jax.Array, rotation: str | None, cos: jax.Array | None, sin: jax.
         return y
     assert cos is not None and sin is not None
     half = cos.shape[-1]
-    cos, sin = cos[..., None, :], sin[..., None, :]
     if rotation == "pairs":
         pairs = y[..., : 2 * half].reshape(*y.shape[:-1], half, 2)
         y1, y2 = pairs[..., 0], pairs[..., 1]
-        rotated = jnp.stack([y1 * cos - y2 * sin, y1 * sin + y2 * cos], axis=-1)
-        return jnp.concatenate([rotated.reshape(*y.shape[:-1], 2 * half), y[..., 2 * half :]], axis=-1)
-    y1, y2, rest = y[..., :half], y[..., half : 2 * half], y[..., 2 * half :]
-    return jnp.concatenate([y1 * cos - y2 * sin, y1 * sin + y2 * cos, rest], axis=-1)
+    else:
+        y1, y2 = y[..., :half], y[..., half : 2 * half]
+    rest = y[..., 2 * half :]
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    rotated = [y1 * cos - y2 * sin, y1 * sin + y2 * cos]
+    if rotation == "pairs":
+        rotated = [jnp.stack(rotated, axis=-1).reshape(*y.shape[:-1], 2 * half)]
+    return jnp.concatenate([*rotated, rest], axis=-1)
 
 
 def _over_rows(weight: jax.Array, x: jax.Array) -> jax.Array:
