@@ -66,6 +66,24 @@ BITS_OF_TRITON = tests_of(
     "test_agrees_on_a_gpu[triton-T127-H24.4-D128-R128-bfloat16]",
     "test_agrees_on_a_gpu[triton-T1025-H5.2-D96-R96-float32-norm_beta=1.0]",
 )
+# Both rotations and both roundings, by each implementation.
+OF_PAIRS, OF_FLOAT32_PAIRS, OF_UNROUNDED = (
+    {name: tests_of("forward", f"test_equals_the_definition[{name}-{case}]") for name in ("xla", "triton")}
+    | {"mosaic_gpu": tests_of("mosaic_gpu", f"test_equals_the_definition[{case}]")}
+    for case in (
+        "T5-H3.2-D256-R64-bfloat16-rotation=pairs",
+        "T4-H2.1-D128-R128-float32-cache_dtype=float16-rotation=pairs",
+        "T9-H3.2-D256-R64-bfloat16-round_norm=False",
+    )
+)
+GRADIENTS_OF_PAIRS = {
+    dtype: tests_of("kernel_gradients", f"test_equal_their_float64_definition[mosaic_gpu-{case}-rotation=pairs]")
+    for dtype, case in (
+        ("bfloat16", "T5-H3.2-D80-R80-bfloat16"),
+        ("float32", "T5-H3.2-D80-R80-float32"),
+        ("odd", "T6-H5.2-D96-R6-bfloat16-norm_beta=1.0"),
+    )
+}
 PTX = "inline assembly, which only a GPU runs"
 
 MUTATIONS = [
@@ -97,6 +115,18 @@ MUTATIONS = [
             RECIPE,
         ),
         (
+            "the fused form of pairs",
+            'if options.rotation != "halves" or not options.round_norm:',
+            "if not options.round_norm:",
+            RECIPE,
+        ),
+        (
+            "the fused form of norms that are not rounded",
+            'if options.rotation != "halves" or not options.round_norm:',
+            'if options.rotation != "halves":',
+            RECIPE,
+        ),
+        (
             "chunks as wide as the rotated lanes",
             "return math.gcd(rotary_dim // 2, head_dim, 1 << 30)",
             "return math.gcd(rotary_dim, head_dim, 1 << 30)",
@@ -116,6 +146,18 @@ MUTATIONS = [
             "open_size=next(still_open, None),",
             "open_size=None,",
             tests_of("export", "test_a_table_of_any_length"),
+        ),
+        (
+            "rows: k rotated in halves",
+            '"k_weight", rotation)',
+            '"k_weight", "halves")',
+            OF_PAIRS["xla"],
+        ),
+        (
+            "the kernels' rules see no pairs",
+            "rotation=options.rotation,",
+            'rotation="halves",',
+            OF_PAIRS["mosaic_gpu"],
         ),
         (
             "rows: the gate at q's place",
@@ -187,6 +229,18 @@ MUTATIONS = [
             BAD_CALL,
         ),
         (
+            "checks: a rotation that is an array",
+            "if not _is_one_of(ROTATIONS, rotation):",
+            "if rotation not in ROTATIONS:",
+            BAD_CALL,
+        ),
+        (
+            "checks: round_norm as a number",
+            "if not isinstance(round_norm, bool):",
+            "if round_norm not in (True, False):",
+            BAD_CALL,
+        ),
+        (
             "checks: an eps of NaN",
             "if not 0 <= eps <= _LARGEST:",
             "if eps < 0 or eps > _LARGEST:",
@@ -245,9 +299,27 @@ MUTATIONS = [
         "copied",""",
             tests_of("surface", "test_nothing_is_moved_beside_the_kernel[in place-mosaic_gpu]"),
         ),
+        (
+            "the default implementation is told of halves",
+            "rotation=_checks.check_rotation(rotation)",
+            'rotation="halves"',
+            tests_of("choice", "test_pairs_of_odd_heads_are_refused_by_mosaic_gpu_alone"),
+        ),
     ),
     *_in(
         "pallas_qk/_call.py",
+        (
+            "float32 activations with norms that are not rounded",
+            "options = dataclasses.replace(options, round_norm=True)",
+            "pass",
+            tests_of("emitted", "test_norms_of_float32_are_rounded_whatever_is_said"),
+        ),
+        (
+            "a name is not refused for the rotation",
+            "cache_dtype=cache_dtype, rotation=options.rotation)",
+            "cache_dtype=cache_dtype)",
+            tests_of("choice", "test_pairs_of_odd_heads_are_refused_by_mosaic_gpu_alone"),
+        ),
         (
             "cache: a scale for each head by v's alone",
             "scale_per_head=(inputs.k_scale.size > 1, inputs.v_scale.size > 1)",
@@ -761,14 +833,32 @@ MUTATIONS = [
         ),
         (
             "xla: rotation of values that were not rounded",
-            "return _rotate(round_trip(y, x.dtype), rotation, cos, sin).astype(x.dtype)",
-            "return _rotate(y, rotation, cos, sin).astype(x.dtype)",
+            "y = round_trip(y, x.dtype)",
+            "pass",
             tests_of("rounding"),
         ),
         (
+            "xla: norms rounded whatever is said",
+            "if options.round_norm:",
+            "if True:",
+            OF_UNROUNDED["xla"],
+        ),
+        (
+            "xla: the lanes of a pair exchanged",
+            "y1, y2 = pairs[..., 0], pairs[..., 1]",
+            "y1, y2 = pairs[..., 1], pairs[..., 0]",
+            OF_PAIRS["xla"],
+        ),
+        (
+            "xla: pairs rotated into halves",
+            "jnp.stack(rotated, axis=-1)",
+            "jnp.stack(rotated, axis=-2)",
+            OF_PAIRS["xla"],
+        ),
+        (
             "xla: rotation the other way round",
-            "return jnp.concatenate([y1 * cos - y2 * sin, y1 * sin + y2 * cos, rest], axis=-1)",
-            "return jnp.concatenate([y1 * cos + y2 * sin, y2 * cos - y1 * sin, rest], axis=-1)",
+            "rotated = [y1 * cos - y2 * sin, y1 * sin + y2 * cos]",
+            "rotated = [y1 * cos + y2 * sin, y2 * cos - y1 * sin]",
             FORMS_OF_XLA,
         ),
         (
@@ -883,6 +973,12 @@ MUTATIONS = [
             "if target.compute_capability < (8, 0):",
             tests_of("choice", "test_an_old_gpu_gets_xla") + tests_of("mosaic_gpu", "test_unsupported_says_why"),
         ),
+        (
+            "choice: Mosaic GPU for pairs of odd heads",
+            'if spec.rotation == "pairs" and spec.head_dim % 2:',
+            "if False:",
+            tests_of("choice", "test_pairs_of_odd_heads_are_refused_by_mosaic_gpu_alone"),
+        ),
     ),
     *_in(
         "pallas_qk/_mosaic_gpu/emit.py",
@@ -953,6 +1049,18 @@ MUTATIONS = [
     ),
     *_in(
         "pallas_qk/_mosaic_gpu/thread.py",
+        (
+            "mosaic: the frequencies of pairs a vector off",
+            "[lane >> 1]",
+            "[(lane >> 1) + layout.lanes // 2]",
+            OF_PAIRS["mosaic_gpu"],
+        ),
+        (
+            "mosaic: pairs past the rotated lanes are rotated",
+            "where = None if base + layout.reach <= rotary_dim else lane < rotary_dim",
+            "where = None",
+            OF_PAIRS["mosaic_gpu"],
+        ),
         (
             "mosaic cache: a slot without room writes slot 0",
             "with contextlib.nullcontext() if self.exists is None else when(self.exists):",
@@ -1107,6 +1215,18 @@ MUTATIONS = [
     *_in(
         "pallas_qk/_mosaic_gpu/config.py",
         (
+            "mosaic: vectors that cut a pair",
+            'rotary_dim if rotation == "pairs" else rotary_dim // 2',
+            "rotary_dim // 2",
+            tests_of("mosaic_gpu", "test_equals_the_definition[T6-H5.2-D96-R6-bfloat16-norm_beta=1.0-rotation=pairs]"),
+        ),
+        (
+            "mosaic: chunks of pairs",
+            "chunks = partners_apart and d //",
+            "chunks = d //",
+            tests_of("choice", "test_pairs_have_one_layout"),
+        ),
+        (
             "mosaic: more rows than threads in a warp",
             "min(32, 2 * rows_per_warp), weights",
             "2 * rows_per_warp, weights",
@@ -1135,14 +1255,32 @@ MUTATIONS = [
         "pallas_qk/_mosaic_gpu/forward.py",
         (
             "mosaic: rotation of values that were not rounded",
-            "ys.append(widen(words[-1], dtype))",
+            "ys.append(widen(words[-1], dtype) if options.round_norm else y)",
             "ys.append(y)",
             RECIPE,
         ),
         (
+            "mosaic: norms rounded whatever is said",
+            "ys.append(widen(words[-1], dtype) if options.round_norm else y)",
+            "ys.append(widen(words[-1], dtype))",
+            OF_UNROUNDED["mosaic_gpu"],
+        ),
+        (
+            "mosaic: the lanes of a pair exchanged",
+            "_rotate(own[::2], own[1::2], cos, sin, fuses_y2)",
+            "_rotate(own[1::2], own[::2], cos, sin, fuses_y2)",
+            OF_PAIRS["mosaic_gpu"],
+        ),
+        (
+            "mosaic: pairs rotated into halves of a vector",
+            "[lane for pair in pairs for lane in pair]",
+            "[lane for half in zip(*pairs, strict=True) for lane in half]",
+            OF_PAIRS["mosaic_gpu"],
+        ),
+        (
             "mosaic: the wrong partner",
-            "rotations.append(Rotation(index, layout.bases.index(base + half), None, where, frequency))",
-            "rotations.append(Rotation(index, layout.bases.index(half), None, where, frequency))",
+            "partner_index = layout.bases.index(base + half)",
+            "partner_index = layout.bases.index(half)",
             tests_of("mosaic_gpu", "test_every_configuration_gives_the_same_bits"),
         ),
         (
@@ -1189,6 +1327,24 @@ MUTATIONS = [
             "return [word ^ self.signs for word in words]",
             "return words",
             GRADIENTS_OF_MOSAIC,
+        ),
+        (
+            "mosaic backward: the lanes of a pair with their own signs",
+            "[((word << 16) | (word >> 16)) ^ (1 << 31) for word in words]",
+            "[(word << 16) | (word >> 16) for word in words]",
+            GRADIENTS_OF_PAIRS["bfloat16"],
+        ),
+        (
+            "mosaic backward: the other lane of a float32 pair negated",
+            "for word in (second, first ^ (1 << 31))]",
+            "for word in (second ^ (1 << 31), first)]",
+            GRADIENTS_OF_PAIRS["float32"],
+        ),
+        (
+            "mosaic backward: the angles of halves for pairs",
+            'return [c for c in cos for _ in "12"], [s for s in sin for _ in "12"]',
+            "return [*cos, *cos], [*sin, *sin]",
+            GRADIENTS_OF_PAIRS["bfloat16"],
         ),
         (
             "mosaic backward: rows past the last count in the weights' gradients",
@@ -1273,6 +1429,36 @@ MUTATIONS = [
             TREE_OF_TRITON + tests_of("forward", "test_equals_the_definition[triton-T7-H3.1-D80-R40-float16]"),
         ),
         (
+            "triton: the places of a pair swapped",
+            "== place, words, 0) for place in (0, 1))",
+            "== place, words, 0) for place in (1, 0))",
+            OF_PAIRS["triton"],
+        ),
+        (
+            "triton: a pair loses one of its places",
+            "== place, words, 0) for place in (0, 1))",
+            "== place, words, 0) for place in (0, 0))",
+            TREE_OF_TRITON,
+        ),
+        (
+            "triton: words summed in 64 bits under x64",
+            "jnp.sum(words, axis=-1, dtype=jnp.int32)",
+            "jnp.sum(words, axis=-1)",
+            tests_of("positions", "test_positions_outside[triton-int64]"),
+        ),
+        (
+            "triton: a rotated pair put back exchanged",
+            "jnp.where(iota(shape, 2) == 0, first, second)",
+            "jnp.where(iota(shape, 2) == 1, first, second)",
+            OF_PAIRS["triton"],
+        ),
+        (
+            "triton: lanes that are not rotated lost to pairs",
+            "return [jnp.where(lane < rotary_dim, rotated, y)]",
+            "return [rotated]",
+            OF_PAIRS["triton"],
+        ),
+        (
             "triton: no mask on the rows",
             "mask = None if num_tokens * num_heads % num_rows_per_program == 0 else",
             "mask = None if True else",
@@ -1297,19 +1483,6 @@ MUTATIONS = [
             "triton: the bits of a lane in ascending order",
             "for bit in order:",
             "for bit in sorted(order):",
-            TREE_OF_TRITON,
-        ),
-        (
-            "triton: the places of a pair swapped",
-            "== place, words, 0) for place in (0, 1))",
-            "== place, words, 0) for place in (1, 0))",
-            BITS_OF_TRITON,
-            PTX,
-        ),
-        (
-            "triton: a pair loses one of its places",
-            "== place, words, 0) for place in (0, 1))",
-            "== place, words, 0) for place in (0, 0))",
             TREE_OF_TRITON,
         ),
         (
@@ -1338,6 +1511,19 @@ MUTATIONS = [
             "y1, y2 = _reference.round_trip(y1, dtype), _reference.round_trip(y2, dtype)",
             "y1, y2 = y1 * 1.0, y2 * 1.0",
             tests_of("rounding"),
+        ),
+        (
+            "triton: norms rounded whatever is said",
+            "if round_norm:\n            y1, y2 = _reference",
+            "if True:\n            y1, y2 = _reference",
+            OF_UNROUNDED["triton"],
+        ),
+        (
+            "triton: norms rounded in PTX whatever is said",
+            "if round_norm:\n            y1, y2 = round_trip",
+            "if True:\n            y1, y2 = round_trip",
+            tests_of("parity", "test_agrees_on_a_gpu[triton-T4-H2.1-D80-R80-float16-round_norm=False]"),
+            PTX,
         ),
         (
             "triton: no round trip in PTX",
@@ -1380,15 +1566,21 @@ MUTATIONS = [
             "mean_plus_eps=lambda s, head_dim, eps: s / head_dim,",
             tests_of("forward", "test_zero_rows_give_zeros[triton]"),
         ),
-        (
-            "triton: words summed in 64 bits under x64",
-            "jnp.sum(words, axis=-1, dtype=jnp.int32)",
-            "jnp.sum(words, axis=-1)",
-            tests_of("positions", "test_positions_outside[triton-int64]"),
-        ),
     ),
     *_in(
         "pallas_qk/_triton/config.py",
+        (
+            "triton: pairs in the layouts of halves",
+            'if spec.rotation == "pairs":\n        return',
+            'if spec.rotation == "pair":\n        return',
+            tests_of("choice", "test_pairs_have_one_layout"),
+        ),
+        (
+            "triton backward: pairs in a row of halves",
+            'whole = "pairs" if spec.rotation == "pairs" else "row"',
+            'whole = "row"',
+            tests_of("choice", "test_pairs_have_one_layout"),
+        ),
         (
             "triton: halves where the gate is not copied",
             "(num_rows >= 32768 and gate_copied)",

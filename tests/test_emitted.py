@@ -61,6 +61,14 @@ def test_the_code_depends_on_the_options(implementation, direction):
     assert plain[0] != pairs[0] and (plain[0] == unrounded[0]) == (direction == "backward")
 
 
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton", None])
+def test_norms_of_float32_are_rounded_whatever_is_said(implementation):
+    where = PLAIN.where if implementation else "tpu"
+    shapes = (emitted.Shape(64, dtype="float32", round_norm=round_norm) for round_norm in (True, False))
+    calls = (dataclasses.replace(PLAIN, where=where, implementation=implementation, shape=shape) for shape in shapes)
+    assert len({tuple(emitted.emitted(call)) for call in calls}) == 1
+
+
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
 def test_the_code_of_8_bits_corrects_quotients_and_saturates(implementation):
     """Each kind of scale and of code has kernels of its own."""
