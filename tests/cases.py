@@ -6,6 +6,7 @@ T num_tokens, Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim.
 import dataclasses
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ class Case:
     packed: bool = False  # q, k and v in one array
     gathered: bool = False  # a row of the table for each token instead of positions
     mrope_layout: str = "interleaved"
-    rotation: str = "halves"  # or "pairs"
+    rotation: Literal["halves", "pairs"] = "halves"
     round_norm: bool = True
     attention_factor: float = 1.0  # of cos and sin in the table, as YaRN has it
     negated_sines: bool = False  # in the table: a rotation the other way round
