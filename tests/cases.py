@@ -229,7 +229,7 @@ LAYOUT_CASES = (
         if 2 <= rotary_dim <= head_dim and rotary_dim % 2 == 0 and (head_dim in (80, 256) or dtype != "float16")
     ),
     *(
-        Case(5, 3, 2, head_dim, rotary_dim, dtype, eps=1e-3 if head_dim < 32 else 1e-6, rotation="pairs")
+        Case(7, 3, 2, head_dim, rotary_dim, dtype, eps=1e-3 if head_dim < 32 else 1e-6, rotation="pairs")
         for head_dim in (2, 6, 16, 64, 80, 96, 128, 256, 512)
         for rotary_dim in sorted({2, head_dim // 4, head_dim})
         for dtype in ("bfloat16", "float32")

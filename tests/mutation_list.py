@@ -79,8 +79,8 @@ OF_PAIRS, OF_FLOAT32_PAIRS, OF_UNROUNDED = (
 GRADIENTS_OF_PAIRS = {
     dtype: tests_of("kernel_gradients", f"test_equal_their_float64_definition[mosaic_gpu-{case}-rotation=pairs]")
     for dtype, case in (
-        ("bfloat16", "T5-H3.2-D80-R80-bfloat16"),
-        ("float32", "T5-H3.2-D80-R80-float32"),
+        ("bfloat16", "T7-H3.2-D80-R80-bfloat16"),
+        ("float32", "T7-H3.2-D80-R80-float32"),
         ("odd", "T6-H5.2-D96-R6-bfloat16-norm_beta=1.0"),
     )
 }
@@ -149,8 +149,8 @@ MUTATIONS = [
         ),
         (
             "rows: k rotated in halves",
-            '"k_weight", rotation)',
-            '"k_weight", "halves")',
+            "True, k_weight, rotation)",
+            'True, k_weight, "halves")',
             OF_PAIRS["xla"],
         ),
         (
@@ -301,8 +301,8 @@ MUTATIONS = [
         ),
         (
             "the default implementation is told of halves",
-            "rotation=_checks.check_rotation(rotation)",
-            'rotation="halves"',
+            "rotation=by_name if rotary_dim else None",
+            'rotation="halves" if rotary_dim else None',
             tests_of("choice", "test_pairs_of_odd_heads_are_refused_by_mosaic_gpu_alone"),
         ),
     ),
@@ -1571,14 +1571,14 @@ MUTATIONS = [
         "pallas_qk/_triton/config.py",
         (
             "triton: pairs in the layouts of halves",
-            'if spec.rotation == "pairs":\n        return',
-            'if spec.rotation == "pair":\n        return',
+            'return TritonForward(spec.rotation or "whole")',
+            'return TritonForward("row" if spec.rotation else "whole")',
             tests_of("choice", "test_pairs_have_one_layout"),
         ),
         (
             "triton backward: pairs in a row of halves",
-            'whole = "pairs" if spec.rotation == "pairs" else "row"',
-            'whole = "row"',
+            'if spec.rotation == "halves" else spec.rotation or "whole"',
+            'if spec.rotation else "whole"',
             tests_of("choice", "test_pairs_have_one_layout"),
         ),
         (
