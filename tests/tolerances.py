@@ -129,8 +129,8 @@ def worst_distances(
     got, want = (x.reshape(-1, head_dim) for x in (got, want))
     half, rotated, rest = rotary_dim // 2, jnp.abs(want[:, :rotary_dim]), jnp.abs(want[:, rotary_dim:])
     # A partner's place: neighbours, or R/2 apart.
-    shape, axis = ((-1, half, 2), 2) if rotation == "pairs" else ((-1, 2, half), 1)
-    partner = jnp.flip(rotated.reshape(shape), axis).reshape(rotated.shape)
+    shape, axis = ((half, 2), 2) if rotation == "pairs" else ((2, half), 1)
+    partner = jnp.flip(rotated.reshape(len(rotated), *shape), axis).reshape(rotated.shape)
     if want.dtype == jnp.float32:
         tiny = SMALLEST["float32"]
         pair, lane = jnp.maximum(jnp.hypot(rotated, partner), tiny), jnp.maximum(rest, tiny)
