@@ -157,7 +157,7 @@ MUTATIONS = [
             "the kernels' rules see no pairs",
             "rotation=options.rotation,",
             'rotation="halves",',
-            OF_PAIRS["mosaic_gpu"],
+            OF_PAIRS["triton"],
         ),
         (
             "rows: the gate at q's place",

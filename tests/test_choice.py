@@ -98,8 +98,9 @@ def test_pairs_of_odd_heads_are_refused_by_mosaic_gpu_alone():
     case = Case(16, head_dim=65, rotary_dim=6, rotation="pairs")
     assert count_kernels(lowered(case, ("cuda",))) == {"mosaic_gpu": 0, "triton": 1}
     message = f"implementation='mosaic_gpu' can't run this: {reason}. Leave implementation out, or pass 'xla'."
-    with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
-        lowered(case, ("cuda",), "mosaic_gpu")
+    arguments = jax.eval_shape(lambda: list(make_inputs(case)))
+    with on_gpu(), pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
+        jax.eval_shape(op(case, "mosaic_gpu"), *arguments)  # already when it is traced
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA B200", "NVIDIA GeForce RTX 5090", "NVIDIA GB10"])
