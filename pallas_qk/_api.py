@@ -31,6 +31,7 @@ def fused_qk_rmsnorm_rope_gate(
     mrope_layout: str = "interleaved",
     rotation: str = "halves",
     round_norm: bool = True,
+    norm_order: str = "norm_first",
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalises and rotates q and k per head and splits off the gate, in one pass over memory.
@@ -76,8 +77,11 @@ def fused_qk_rmsnorm_rope_gate(
         mrope_section[1] row 1, the others row 2 (Qwen2-VL).
       rotation: "halves": frequency j rotates elements j and j + R/2 (NeoX). "pairs": it rotates elements 2j and 2j + 1
         (GPT-J). The table is [cos | sin] for both.
-      round_norm: if False, y stays in float32 until it is rotated, and every element is rounded once. float32
-        activations take it and nothing changes.
+      round_norm: if False, what lies between norm and rotation stays in float32, and every element is rounded once.
+        float32 activations take it and nothing changes.
+      norm_order: "norm_first", or "rotation_first": x is rotated in float32, rounded unless `round_norm` is False, and
+        then normalised by the mean of squares of the rotated row (HunYuan, TimesFM). A position past the table then
+        makes all of the token's rows NaN.
       implementation: None takes the first that runs (see `default_implementation`). "mosaic_gpu": the Pallas kernel on
         the Mosaic GPU backend, NVIDIA GPUs from Hopper on. "triton": the Pallas kernel on the Triton backend, NVIDIA
         GPUs from Ampere on. "xla": plain XLA, any platform. A name never falls back.
@@ -152,6 +156,7 @@ def fused_qk_rmsnorm_rope_gate(
         mrope_layout,
         rotation,
         round_norm,
+        norm_order,
         implementation,
     )
     return outputs.q, outputs.k, outputs.gate
@@ -175,6 +180,7 @@ def fused_qk_rmsnorm_rope(
     mrope_layout: str = "interleaved",
     rotation: str = "halves",
     round_norm: bool = True,
+    norm_order: str = "norm_first",
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`fused_qk_rmsnorm_rope_gate` for q without gates, as in Qwen3, Gemma 3 and other models that normalise q and k.
@@ -208,6 +214,7 @@ def fused_qk_rmsnorm_rope(
         mrope_layout,
         rotation,
         round_norm,
+        norm_order,
         implementation,
     )
     return outputs.q, outputs.k
@@ -231,6 +238,7 @@ def fused_qkv_rmsnorm_rope_gate(
     mrope_layout: str = "interleaved",
     rotation: str = "halves",
     round_norm: bool = True,
+    norm_order: str = "norm_first",
     v_norm: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -273,6 +281,7 @@ def fused_qkv_rmsnorm_rope_gate(
         mrope_layout,
         rotation,
         round_norm,
+        norm_order,
         implementation,
         v_norm=v_norm,
     )
@@ -296,6 +305,7 @@ def fused_qkv_rmsnorm_rope(
     mrope_layout: str = "interleaved",
     rotation: str = "halves",
     round_norm: bool = True,
+    norm_order: str = "norm_first",
     v_norm: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -331,6 +341,7 @@ def fused_qkv_rmsnorm_rope(
         mrope_layout,
         rotation,
         round_norm,
+        norm_order,
         implementation,
         v_norm=v_norm,
     )
@@ -347,6 +358,7 @@ def default_implementation(
     *,
     cache_dtype=None,
     rotation: str = "halves",
+    norm_order: str = "norm_first",
     platform: str | None = None,
 ) -> Choice:
     """The implementation that `implementation=None` resolves to for these shapes, in each of the functions.
@@ -360,6 +372,7 @@ def default_implementation(
       dtype: of the activations.
       cache_dtype: of the KV cache that the call writes; None where it writes none.
       rotation: as the functions take it.
+      norm_order: as the functions take it.
       platform: "cpu", "cuda", "rocm" or "tpu"; None means the default device's.
 
     Returns:
@@ -379,11 +392,13 @@ def default_implementation(
         num_q_heads, num_kv_heads, head_dim, rotary_dim, rotated=not isinstance(rotary_dim, int) or rotary_dim != 0
     )
     num_tokens = _checks.check_num_tokens(num_tokens)
-    dtype, by_name = _checks.check_dtype("dtype", dtype), _checks.check_rotation(rotation)
+    dtype = _checks.check_dtype("dtype", dtype)
+    by_name, by_order = _checks.check_rotation(rotation), _checks.check_norm_order(norm_order)
     if cache_dtype is not None:
         cache_dtype = _checks.check_dtype("cache_dtype", cache_dtype, _fp8.NAMES)
     _checks.check_platform(platform)
     sizes = num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim
     return _implementations.choose(
-        Spec(*sizes, dtype, cache_dtype=cache_dtype, rotation=by_name if rotary_dim else None), platform
+        Spec(*sizes, dtype, cache_dtype=cache_dtype, rotation=by_name if rotary_dim else None, norm_order=by_order),
+        platform,
     )

@@ -46,6 +46,7 @@ def fused_qkv_rmsnorm_rope_gate_cache(
     mrope_layout: str = "interleaved",
     rotation: str = "halves",
     round_norm: bool = True,
+    norm_order: str = "norm_first",
     v_norm: bool = False,
     implementation: str | None = None,
 ) -> CacheOutputs:
@@ -137,6 +138,7 @@ def fused_qkv_rmsnorm_rope_gate_cache(
         mrope_layout,
         rotation,
         round_norm,
+        norm_order,
         implementation,
         v_norm=v_norm,
     )
@@ -166,6 +168,7 @@ def fused_qkv_rmsnorm_rope_cache(
     mrope_layout: str = "interleaved",
     rotation: str = "halves",
     round_norm: bool = True,
+    norm_order: str = "norm_first",
     v_norm: bool = False,
     implementation: str | None = None,
 ) -> CacheOutputs:
@@ -207,6 +210,7 @@ def fused_qkv_rmsnorm_rope_cache(
         mrope_layout,
         rotation,
         round_norm,
+        norm_order,
         implementation,
         v_norm=v_norm,
     )

@@ -26,6 +26,7 @@ def call(
     mrope_layout: str,
     rotation: str,
     round_norm: bool,
+    norm_order: str,
     implementation: str | None,
     *,
     v_norm: bool = False,
@@ -37,7 +38,7 @@ def call(
     inputs = Inputs(*map(_array_checks.unboxed, inputs))
     rotated = inputs.cos_sin_cache is not None
     num_q_heads, num_kv_heads, head_dim, rotary_dim = _checks.check_sizes(*sizes, rotated=rotated)
-    rotation_by_name = _checks.check_rotation(rotation)
+    rotation_by_name, by_order = _checks.check_rotation(rotation), _checks.check_norm_order(norm_order)
     _checks.check_weights(inputs.q_weight is not None, inputs.k_weight is not None, norm_beta)
     options = Options(
         rotary_dim=rotary_dim,
@@ -47,6 +48,7 @@ def call(
         mrope_layout=_checks.check_mrope_layout(mrope_layout),
         rotation=rotation_by_name if rotated else None,
         round_norm=_checks.check_round_norm(round_norm),
+        norm_order=by_order if rotated else "norm_first",
         head_dim=head_dim if inputs.q_weight is None else None,
         v_norm=_checks.check_v_norm(v_norm),
         gate=gate,
@@ -77,7 +79,14 @@ def call(
     open_size = None if isinstance(num_tokens, int) else num_tokens
     cache_dtype = str(inputs.k_cache.dtype) if cache_axes else None
     dims = num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim
-    spec = Spec(*dims, str(inputs.q.dtype), open_size, cache_dtype=cache_dtype, rotation=options.rotation)
+    spec = Spec(
+        *dims,
+        str(inputs.q.dtype),
+        open_size,
+        cache_dtype=cache_dtype,
+        rotation=options.rotation,
+        norm_order=options.norm_order,
+    )
     _implementations.check_supported(spec, implementation)
     given = {name: x for name in _INTEGERS if (x := getattr(inputs, name)) is not None}
     inputs = inputs._replace(**{name: _array_checks.canonical_integers(x) for name, x in given.items()})

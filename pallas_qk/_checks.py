@@ -12,6 +12,7 @@ DTYPES = ("float16", "bfloat16", "float32")  # of activations, weights and table
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 MROPE_LAYOUTS = ("interleaved", "sectioned")
 ROTATIONS = ("halves", "pairs")
+NORM_ORDERS = ("norm_first", "rotation_first")
 _LARGEST = float(np.finfo(np.float32).max)  # the op computes in float32
 
 
@@ -138,6 +139,15 @@ def check_rotation(rotation: str) -> Literal["halves", "pairs"]:
             "Pass 'halves' for elements j and j + rotary_dim // 2 (NeoX), 'pairs' for 2j and 2j + 1 (GPT-J)."
         )
     return cast(Literal["halves", "pairs"], rotation)
+
+
+def check_norm_order(norm_order: str) -> Literal["norm_first", "rotation_first"]:
+    if not _is_one_of(NORM_ORDERS, norm_order):
+        raise ValueError(
+            f"norm_order must be {' or '.join(map(repr, NORM_ORDERS))}, got {norm_order!r}. "
+            "Pass 'rotation_first' for models that rotate before the norm, such as HunYuan."
+        )
+    return cast(Literal["norm_first", "rotation_first"], norm_order)
 
 
 def check_round_norm(round_norm: bool) -> bool:

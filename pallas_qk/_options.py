@@ -15,7 +15,8 @@ class Options:
     mrope_section: tuple[int, int, int] | None = None
     mrope_layout: str = "interleaved"  # or "sectioned"
     rotation: Literal["halves", "pairs"] | None = "halves"  # see `_rows.Rows`
-    round_norm: bool = True  # to the activations' dtype, before the rotation
+    round_norm: bool = True  # to the activations' dtype, between norm and rotation
+    norm_order: Literal["norm_first", "rotation_first"] = "norm_first"  # of rows that are rotated
     head_dim: int | None = None  # where q and k have no weights; else their length says it
     v_norm: bool = False  # whether v is normalised, without a weight
     gate: str | None = "copied"  # by the kernel; "in_place": left in q, for XLA to slice; None: q has no gates
@@ -41,6 +42,7 @@ class Spec:
     cache_shape: tuple[int, ...] | None = None  # of the array that holds k
     cache_dtype: str | None = None
     rotation: Literal["halves", "pairs"] | None = "halves"
+    norm_order: Literal["norm_first", "rotation_first"] = "norm_first"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +98,6 @@ def rotation_fuses_y2(options: Options, dtype) -> bool:
 
     No serving kernel has other rotations, or none that rounds once: the oracle says there what is fused.
     """
-    if options.rotation != "halves" or not options.round_norm:
+    if options.rotation != "halves" or not options.round_norm or options.norm_order != "norm_first":
         return False
     return (options.mrope_section is not None and options.rotary_dim > 2) or str(dtype) == "float32"

@@ -102,11 +102,17 @@ def norm_and_rope(
     """RMSNorm of each row of x (T, H, D) and `Rows.rotation` of its first R lanes by cos and sin (T, R/2)."""
     head_dim = x.shape[-1]
     x32 = x.astype(jnp.float32)
+    is_rotated_first = rotation is not None and options.norm_order == "rotation_first"
+    if is_rotated_first:
+        x32 = _rotate(x32, rotation, cos, sin)
+        x32 = round_trip(x32, x.dtype) if options.round_norm else x32
     mean_square = tree_sum(x32 * x32) / head_dim
     weight = None if weight is None else _over_rows(effective_weight(weight, options.norm_beta), x)
     y = x32 * lax.rsqrt(mean_square + options.eps)[..., None]
     if weight is not None:
         y = y * weight
+    if is_rotated_first:
+        return y.astype(x.dtype)
     if options.round_norm:
         y = round_trip(y, x.dtype)
     return _rotate(y, rotation, cos, sin).astype(x.dtype)
@@ -170,16 +176,26 @@ def norm_and_rope_backward(
     itself stay within float32.
     """
     x32, dy = x.astype(jnp.float32), dout.astype(jnp.float32)
-    if rotation is not None:
+
+    def rotated_back(dy: jax.Array) -> jax.Array:
+        if rotation is None:
+            return dy
         assert cos is not None and sin is not None
         rotary_dim = 2 * cos.shape[-1]
         rotated = lax.optimization_barrier(_rotate(dy[..., :rotary_dim], rotation, cos, -sin))
-        dy = jnp.concatenate([rotated, dy[..., rotary_dim:]], axis=-1)
+        return jnp.concatenate([rotated, dy[..., rotary_dim:]], axis=-1)
+
+    is_rotated_first = options.norm_order == "rotation_first"
+    if is_rotated_first:
+        x32 = _rotate(x32, rotation, cos, sin)
+    else:
+        dy = rotated_back(dy)
     inv_rms = _inv_rms(x32, options.eps)
     dweight = jnp.sum(dy * x32 * inv_rms, axis=tuple(range(x.ndim - 1)))
     # dx = (g - x * r^2/D * sum(g * x)) * r, where r = 1/rms and g = dy * w.
     g = dy if weight is None else dy * _over_rows(weight.astype(jnp.float32) + options.norm_beta, x)
     dx = inv_rms * (g - x32 * (inv_rms * inv_rms * jnp.mean(g * x32, axis=-1)[..., None]))
+    dx = rotated_back(dx) if is_rotated_first else dx
     return dx.astype(x.dtype), dweight
 
 
@@ -187,10 +203,13 @@ def unrounded(inputs: Inputs, *, options: Options) -> Outputs:
     """The op on float32 arrays, without any rounding to 16 bits: the function whose derivatives are the op's."""
 
     def norm_and_rope(x, kind: Rows):
+        is_rotated_first = options.norm_order == "rotation_first"
+        if is_rotated_first:
+            x = _rotate(x, kind.rotation, cos, sin)
         y, weight = x * _inv_rms(x, options.eps), weight_of(inputs, kind)
         if weight is not None:
             y = y * _over_rows(weight + options.norm_beta, x)
-        return _rotate(y, kind.rotation, cos, sin)
+        return y if is_rotated_first else _rotate(y, kind.rotation, cos, sin)
 
     rows = parts(inputs, options)
     cos, sin = _cos_and_sin(inputs, options, past=None)

@@ -210,6 +210,7 @@ def spec_of(inputs: Inputs, options: Options) -> Spec:
         cache_shape=None if inputs.k_cache is None else inputs.k_cache.shape,
         cache_dtype=None if inputs.k_cache is None else str(inputs.k_cache.dtype),
         rotation=options.rotation,
+        norm_order=options.norm_order,
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 ROTATIONS = ("halves", "pairs")
+NORM_ORDERS = ("norm_first", "rotation_first")
 CACHE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 INTEGER_DTYPES = (
@@ -32,11 +33,17 @@ def check(
     rotary_dim: int,
     mrope_section: Sequence[int] | None,
     rotation: str,
+    norm_order: str,
     *,
     activation_dtypes: tuple[torch.dtype, ...],
     position_dtypes: tuple[torch.dtype, ...],
 ) -> None:
     """Where nothing rotates, `cos_sin_cache`, `positions` and `mrope_section` are None and `rotary_dim` is 0."""
+    if norm_order not in NORM_ORDERS:
+        raise ValueError(
+            f"norm_order must be {' or '.join(map(repr, NORM_ORDERS))}, got {norm_order!r}. "
+            "Pass 'rotation_first' where the norm follows the rotation, as in HunYuan."
+        )
     if rotation not in ROTATIONS:
         raise ValueError(
             f"rotation must be {' or '.join(map(repr, ROTATIONS))}, got {rotation!r}. "

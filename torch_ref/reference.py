@@ -27,6 +27,7 @@ def fused_qk_rmsnorm_rope_gate(
     *,
     rotation: str = "halves",
     round_norm: bool = True,
+    norm_order: str = "norm_first",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Normalises and rotates q and k per head and splits off the gate.
 
@@ -54,6 +55,7 @@ def fused_qk_rmsnorm_rope_gate(
       norm_beta: added to the weights; 1 for weights stored around zero.
       rotation: "halves" rotates lanes j and j + R/2 by frequency j, "pairs" lanes 2j and 2j + 1, as GPT-J does.
       round_norm: False leaves out `round`, and only the output is rounded.
+      norm_order: "rotation_first" rotates x, rounds unless `round_norm` is False, and normalises what is rotated.
 
     Returns:
       q_out (T, Hq*D), k_out (T, Hkv*D) and gate_out (T, Hq*D) in the dtype of `q_gate`, each in memory of its own.
@@ -71,17 +73,25 @@ def fused_qk_rmsnorm_rope_gate(
     Semantics from `fused_qk_rmsnorm_rope_gate` of vLLM 0.33.0, which leaves positions outside the table undefined.
     """
     tensors = (q_gate, k, q_weight, k_weight, cos_sin_cache, positions)
-    sizes = (num_q_heads, num_kv_heads, head_dim, rotary_dim, mrope_section, rotation)
-    check(*tensors, *sizes, activation_dtypes=ACTIVATION_DTYPES, position_dtypes=POSITION_DTYPES)
+    sizes = (num_q_heads, num_kv_heads, head_dim, rotary_dim, mrope_section)
+    check(*tensors, *sizes, rotation, norm_order, activation_dtypes=ACTIVATION_DTYPES, position_dtypes=POSITION_DTYPES)
 
     num_tokens = q_gate.shape[0]
     compute_dtype = torch.float64 if q_gate.dtype == torch.float64 else torch.float32
     q, gate = q_gate.reshape(num_tokens, num_q_heads, 2, head_dim).unbind(dim=2)
-    q_out = _rms_norm(q, q_weight, eps, norm_beta, round_norm)
-    k_out = _rms_norm(k.reshape(num_tokens, num_kv_heads, head_dim), k_weight, eps, norm_beta, round_norm)
+    k_rows, angles = k.reshape(num_tokens, num_kv_heads, head_dim), None
     if cos_sin_cache is not None and positions is not None:
-        cos, sin = _gather_cos_sin(cos_sin_cache.to(compute_dtype), positions, mrope_section)
-        q_out, k_out = (_rotate(y, cos, sin, rotation) for y in (q_out, k_out))
+        angles = _gather_cos_sin(cos_sin_cache.to(compute_dtype), positions, mrope_section)
+
+    def treated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if angles is None:
+            return _rms_norm(x, weight, eps, norm_beta, round_norm)
+        if norm_order == "norm_first":
+            return _rotate(_rms_norm(x, weight, eps, norm_beta, round_norm), *angles, rotation)
+        rotated = _rotate(x.to(compute_dtype), *angles, rotation)
+        return _rms_norm(rotated.to(x.dtype) if round_norm else rotated, weight, eps, norm_beta, False)
+
+    q_out, k_out = treated(q, q_weight), treated(k_rows, k_weight)
     return (
         q_out.to(q_gate.dtype).flatten(1),
         k_out.to(k.dtype).flatten(1),

@@ -40,6 +40,7 @@ def fused_qk_rmsnorm_rope_gate(
     *,
     rotation: str = "halves",
     round_norm: bool = True,
+    norm_order: str = "norm_first",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Normalises and rotates q and k per head and splits off the gate, in one kernel.
 
@@ -61,6 +62,7 @@ def fused_qk_rmsnorm_rope_gate(
       norm_beta: added to the weights; 1 for weights stored around zero.
       rotation: "halves" rotates lanes j and j + R/2 by frequency j, "pairs" lanes 2j and 2j + 1, as GPT-J does.
       round_norm: False keeps float32 between norm and rotation, and only the output is rounded.
+      norm_order: "rotation_first" rotates x and then normalises what is rotated.
 
     Returns:
       q_out (T, Hq*D), k_out (T, Hkv*D) and gate_out (T, Hq*D) in the dtype of `q_gate`, dense.
@@ -86,8 +88,8 @@ def fused_qk_rmsnorm_rope_gate(
     without a rotation and checked shapes are added.
     """
     tensors = (q_gate, k, q_weight, k_weight, cos_sin_cache, positions)
-    sizes = (num_q_heads, num_kv_heads, head_dim, rotary_dim, mrope_section, rotation)
-    check(*tensors, *sizes, activation_dtypes=ACTIVATION_DTYPES, position_dtypes=POSITION_DTYPES)
+    sizes = (num_q_heads, num_kv_heads, head_dim, rotary_dim, mrope_section)
+    check(*tensors, *sizes, rotation, norm_order, activation_dtypes=ACTIVATION_DTYPES, position_dtypes=POSITION_DTYPES)
     for name, tensor in (
         ("q_gate", q_gate),
         ("k", k),
@@ -113,7 +115,8 @@ def fused_qk_rmsnorm_rope_gate(
         q_weight, k_weight = q_weight.float(), k_weight.float()
     lanes = triton.next_power_of_2(head_dim)
     round_norm = round_norm or q_gate.dtype == torch.float32  # which nothing rounds: its bits are the default's
-    with _launcher(_qk_rmsnorm_rope_gate, device) as kernel:
+    is_rotated_first = norm_order == "rotation_first" and rotary_dim > 0
+    with _launcher(_qk_rope_rmsnorm_gate if is_rotated_first else _qk_rmsnorm_rope_gate, device) as kernel:
         kernel[num_tokens, num_q_heads + num_kv_heads](
             q_gate,
             k,
@@ -320,6 +323,90 @@ def _qk_rmsnorm_rope_gate(
             rotated2 = y2 * cos + y1 * sin
         tl.store(out_ref + lane1, rotated1, mask=in_half)
         tl.store(out_ref + partner + lane1, rotated2, mask=in_half)
+
+    if head < num_q_heads:
+        gate = tl.load(row_ref + head_dim + lane, mask=in_row, other=0.0)
+        tl.store(gate_out_ref + token * (num_q_heads * head_dim) + head * head_dim + lane, gate, mask=in_row)
+
+
+@triton.jit
+def _qk_rope_rmsnorm_gate(
+    q_gate_ref,
+    k_ref,
+    q_weight_ref,
+    k_weight_ref,
+    cos_sin_ref,
+    positions_ref,
+    q_out_ref,
+    k_out_ref,
+    gate_out_ref,
+    q_gate_stride,
+    k_stride,
+    cos_sin_stride,
+    position_stride,
+    position_axis_stride,
+    num_q_heads: tl.constexpr,
+    num_kv_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    half_rotary: tl.constexpr,
+    eps: tl.constexpr,
+    norm_beta: tl.constexpr,
+    dtype: tl.constexpr,
+    row_block: tl.constexpr,
+    half_block: tl.constexpr,
+    mrope_section: tl.constexpr,
+    pairs: tl.constexpr,
+    explicit_fma: tl.constexpr,
+    wide_offsets: tl.constexpr,
+):
+    # The rotation first: each lane is rotated with its partner, which is loaded a second time, and the row that this
+    # gives is normalised. Otherwise as the kernel above.
+    token = tl.program_id(0)
+    if wide_offsets:
+        token = token.to(tl.int64)
+    head = tl.program_id(1)
+    if head < num_q_heads:
+        row_ref = q_gate_ref + token * q_gate_stride + head * (2 * head_dim)
+        out_ref = q_out_ref + token * (num_q_heads * head_dim) + head * head_dim
+        weight_ref = q_weight_ref
+    else:
+        row_ref = k_ref + token * k_stride + (head - num_q_heads) * head_dim
+        out_ref = k_out_ref + token * (num_kv_heads * head_dim) + (head - num_q_heads) * head_dim
+        weight_ref = k_weight_ref
+
+    lane = tl.arange(0, row_block)
+    in_row = lane < head_dim
+    is_rotated = lane < 2 * half_rotary
+    if pairs:
+        is_first = lane % 2 == 0
+        partner = tl.where(is_first, lane + 1, lane - 1)
+        frequency = lane // 2
+    else:
+        is_first = lane < half_rotary
+        partner = tl.where(is_first, lane + half_rotary, lane - half_rotary)
+        frequency = tl.where(is_first, lane, lane - half_rotary)
+    x = tl.load(row_ref + lane, mask=in_row, other=0.0).to(tl.float32)
+    other = tl.load(row_ref + partner, mask=is_rotated, other=0.0).to(tl.float32)
+
+    position_ref = positions_ref + token * position_stride
+    position = tl.load(position_ref).to(tl.int64)
+    if mrope_section is not None:
+        height = tl.load(position_ref + position_axis_stride).to(tl.int64)
+        width = tl.load(position_ref + position_axis_stride + position_axis_stride).to(tl.int64)
+        reads_height = (frequency % 3 == 1) & (frequency < 3 * mrope_section[1])
+        reads_width = (frequency % 3 == 2) & (frequency < 3 * mrope_section[2])
+        position = tl.where(reads_height, height, tl.where(reads_width, width, position))
+    cos_ref = cos_sin_ref + position * cos_sin_stride + frequency
+    cos = tl.load(cos_ref, mask=is_rotated, other=0.0).to(tl.float32)
+    sin = tl.load(cos_ref + half_rotary, mask=is_rotated, other=0.0).to(tl.float32)
+    # x1 * cos and x1 * sin are fused into the sums, as above.
+    first = tl.fma(x, cos, other * sin * -1.0)
+    second = tl.fma(other, sin, x * cos)
+    z = tl.where(is_rotated, tl.where(is_first, first, second), x).to(dtype).to(tl.float32)
+
+    inv_rms = tl.rsqrt(_sum(z * z, axis=0) / head_dim + eps)
+    weight = tl.load(weight_ref + lane, mask=in_row, other=0.0)
+    tl.store(out_ref + lane, z * inv_rms * (weight.to(tl.float32) + norm_beta), mask=in_row)
 
     if head < num_q_heads:
         gate = tl.load(row_ref + head_dim + lane, mask=in_row, other=0.0)

@@ -29,6 +29,7 @@ from pallas_qk._mosaic_gpu.emit import (
     Int,
     Pointer,
     Value,
+    bits_of,
     butterfly,
     constant,
     f32,
@@ -217,14 +218,20 @@ def _backward_thread(
             for name, kind in normed.items():
                 ds, lanes = ds_of[name], [lane for words in xs_of[name] for lane in widen(words, dtype)]
                 dys = [widen(words, dtype) for words in ds]
-                for index, (rotation, loaded) in enumerate(zip(turns, angles, strict=True) if kind.rotation else ()):
-                    cos, sin = rotation.angles(table, loaded)
-                    partner = widen(rotation.partner(ds), dtype)
-                    rotated = [
-                        mlir_math.fma(p, s, arith.mulf(d, c))
-                        for d, p, c, s in zip(dys[index], partner, cos, sin, strict=True)
-                    ]
-                    dys[index] = select(rotation.where, rotated, dys[index])
+                own_turns = list(zip(turns, angles, strict=True)) if kind.rotation else []
+                is_rotated_first = options.norm_order == "rotation_first"
+                if is_rotated_first:  # z, the rotated x, takes the place of x
+                    zs = pieces(lanes, layout.lanes)
+                    for index, (rotation, loaded) in enumerate(own_turns):
+                        cos, sin = rotation.angles(table, loaded)
+                        partner = [arith.negf(p) for p in widen(rotation.partner(xs_of[name]), dtype)]
+                        zs[index] = _turned(rotation.where, zs[index], partner, cos, sin)
+                    lanes = [lane for piece in zs for lane in piece]
+                else:
+                    for index, (rotation, loaded) in enumerate(own_turns):
+                        cos, sin = rotation.angles(table, loaded)
+                        partner = widen(rotation.partner(ds), dtype)
+                        dys[index] = _turned(rotation.where, dys[index], partner, cos, sin)
 
                 r = inv_rms(_row_sum(lanes, lanes, vectors, layout), head_dim, options.eps)
                 scaled = [arith.mulf(d, r) for dy_lanes in dys for d in dy_lanes]
@@ -236,7 +243,14 @@ def _backward_thread(
                 dot = arith.mulf(_row_sum(weighted, lanes, vectors, layout), r)
                 factor = arith.mulf(dot, arith.mulf(r, f32(-1 / head_dim)))
                 dxs = [mlir_math.fma(lane, factor, g) for lane, g in zip(lanes, weighted, strict=True)]
-                for v, piece in zip(vectors, pieces(dxs, layout.lanes), strict=True):
+                of_vectors = pieces(dxs, layout.lanes)
+                if is_rotated_first:
+                    dzs = [[bits_of(lane) for lane in piece] for piece in of_vectors]
+                    for index, (rotation, loaded) in enumerate(own_turns):
+                        cos, sin = rotation.angles(table, loaded)
+                        partner = [word.as_float() for word in rotation.partner(dzs, wide=True)]
+                        of_vectors[index] = _turned(rotation.where, of_vectors[index], partner, cos, sin)
+                for v, piece in zip(vectors, of_vectors, strict=True):
                     _at(targets[name], row, v).store(narrow(piece, dtype))
             return [*select(exists, added, sums), *(position.value for position in ahead)]
 
@@ -289,18 +303,20 @@ class InverseRotation(NamedTuple):
     where: Int | None  # None: everywhere
     frequency: Int  # the first of the vector's
     frequencies: int
+    is_first: Int  # whether the vector lies in the first half
     signs: Int  # bits to flip in a word of the partner: in the second half the signs
     sources: dict[int, Int]  # vectors that hold partners, and where they do
     holder: Int | None  # the thread of the warp that holds the partner; None: this one
     masks: list[list[Int]]  # bits of each word of angles that mRoPE reads at its second and third position
 
-    def partner(self, ds: list[list[Int]]) -> list[Int]:
-        """The partner's words, negated in the second half."""
+    def partner(self, ds: list[list[Int]], *, wide: bool = False) -> list[Int]:
+        """The partner's words, negated in the second half. `wide` ones are float32 each."""
+        signs = select(self.is_first, [constant(0)], [constant(1 << 31)])[0] if wide else self.signs
         words: list[Int] = []
         for index, where in self.sources.items():
             held = ds[index] if self.holder is None else [from_thread(word, self.holder) for word in ds[index]]
             words = select(where, held, words) if words else held
-        return [word ^ self.signs for word in words]
+        return [word ^ signs for word in words]
 
     def angles(self, table: Table, loaded) -> tuple[list[Value], list[Value]]:
         """float32 cos and sin of each lane, merged by mRoPE."""
@@ -317,10 +333,10 @@ class InversePairs(NamedTuple):
     is_16_bit: bool
     masks: list[list[Int]]  # as those of `InverseRotation`
 
-    def partner(self, ds: list[list[Int]]) -> list[Int]:
-        """The partners' words, negated in the second lane of each pair."""
+    def partner(self, ds: list[list[Int]], *, wide: bool = False) -> list[Int]:
+        """The partners' words, negated in the second lane of each pair. `wide` ones are float32 each."""
         words = ds[self.own]
-        if self.is_16_bit:
+        if self.is_16_bit and not wide:
             return [((word << 16) | (word >> 16)) ^ (1 << 31) for word in words]
         return [word for first, second in pieces(words, 2) for word in (second, first ^ (1 << 31))]
 
@@ -371,8 +387,17 @@ def _rotations(vectors: list[Vector], layout: Layout, lane_id: Int, dtype: jnp.d
         if any((p - f) % reach for p, f in zip(partners, rotated, strict=True)):
             holder = (lane_id & WARP - layout.threads) + partner % reach // layout.lanes
         masks = _mrope_masks(frequency, layout.lanes, table)
-        rotations.append(InverseRotation(where, frequency, layout.lanes, flipped, sources, holder, masks))
+        turn = InverseRotation(where, frequency, layout.lanes, in_first_half, flipped, sources, holder, masks)
+        rotations.append(turn)
     return rotations
+
+
+def _turned(
+    where: Int | None, own: list[Value], partner: list[Value], cos: list[Value], sin: list[Value]
+) -> list[Value]:
+    """own * cos + partner * sin where the rotation counts."""
+    turned = [mlir_math.fma(p, s, arith.mulf(x, c)) for x, p, c, s in zip(own, partner, cos, sin, strict=True)]
+    return select(where, turned, own)
 
 
 def _mrope_masks(frequency: Int, lanes: int, table: Table) -> list[list[Int]]:

@@ -9,7 +9,7 @@ every access, order of the sum, form of every rounding. Pallas's interpret mode 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -204,7 +204,22 @@ def _forward_thread(
         # Loaded after a store they might alias, the weights keep ptxas from moving that store, and the loads before it,
         # below the sum.
         load_weights("after_gate")
+
+        def rotated(ys: list[list[Value]]) -> Iterator[tuple[int, list[Value], Int | None]]:
+            """The rotated vectors, and where they count."""
+            for rotation, loaded in zip(rotations, angles, strict=True):
+                cos, sin = table.angles(positions, loaded, rotation.frequency)
+                for index, lanes in rotation.apply(ys, cos, sin, rotation_fuses_y2(options, dtype)).items():
+                    yield index, lanes, rotation.where
+
         for name, kind in normed.items():
+            is_rotated_first = kind.rotation is not None and options.norm_order == "rotation_first"
+            if is_rotated_first:
+                zs = list(xs[name])
+                for index, lanes, where in rotated(xs[name]):
+                    lanes = widen(narrow(lanes, dtype), dtype) if options.round_norm else lanes
+                    zs[index] = select(where, lanes, xs[name][index])
+                xs[name] = zs[:own]
             total = sum_of_squares(xs[name], vectors, layout, member, head_dim)
             if not weights:
                 # The sum's sign bit is 0 (PTX's NaN has none either), which the compiler can't know: the loads stay
@@ -221,11 +236,9 @@ def _forward_thread(
                     y = [arith.mulf(lane, r) for lane in lanes]
                 words.append(narrow(y, dtype))
                 ys.append(widen(words[-1], dtype) if options.round_norm else y)
-            if kind.rotation is not None:
-                for rotation, loaded in zip(rotations, angles, strict=True):
-                    cos, sin = table.angles(positions, loaded, rotation.frequency)
-                    for index, lanes in rotation.apply(ys, cos, sin, rotation_fuses_y2(options, dtype)).items():
-                        words[index] = select(rotation.where, narrow(lanes, dtype), words[index])
+            if kind.rotation is not None and not is_rotated_first:
+                for index, lanes, where in rotated(ys):
+                    words[index] = select(where, narrow(lanes, dtype), words[index])
             for target in targets[name]:
                 target.store(vectors[:own], words[:own], dtype, cast_first=config.cast_first)
 

@@ -122,6 +122,7 @@ def _backward_kernel(
     num_tokens, head_dim, num_rows = spec.num_tokens, spec.head_dim, config.rows_per_step
     layout = LAYOUTS[config.layout](num_rows, head_dim, options.rotary_dim)
     columns, exists = layout.columns[: len(layout.offsets)], layout.exists[: len(layout.offsets)]
+    forward = arithmetic._replace(rotate=functools.partial(_rotate, arithmetic))
     arithmetic = arithmetic._replace(rotate=functools.partial(_rotate_back, arithmetic))
     # Rows past the last are ones with cotangents of zero: a row of zeros has no finite 1 / rms where eps is 0.
     one, zero = jnp.ones((), dq_ref.dtype), jnp.zeros((), dq_ref.dtype)
@@ -201,7 +202,12 @@ def _backward_kernel(
             for name, kind in normed.items():
                 xs = xs_of[name]
                 dys = [dout.astype(jnp.float32) for dout in douts_of[name]]
-                dys = dys[: len(columns)] if kind.rotation is None else layout.rotate(dys, angles, arithmetic)
+                is_rotated_first = kind.rotation is not None and options.norm_order == "rotation_first"
+                if is_rotated_first:  # z, the rotated x, takes the place of x
+                    xs = layout.rotate(xs, angles, forward)
+                elif kind.rotation is not None:
+                    dys = layout.rotate(dys, angles, arithmetic)
+                dys = dys[: len(columns)]
                 mean_plus_eps = arithmetic.mean_plus_eps(_row_sum(xs, xs, arithmetic), head_dim, options.eps)
                 inv_rms = lax.rsqrt(mean_plus_eps)
                 gs = dys = [dy * inv_rms for dy in dys]
@@ -211,6 +217,8 @@ def _backward_kernel(
                 # Not inv_rms * inv_rms, which is the first to leave the range of float32.
                 along_x = (_row_sum(gs, xs, arithmetic) * inv_rms) * (inv_rms * (-1.0 / head_dim))
                 dxs = [arithmetic.fma(x, along_x, g) for x, g in zip(xs, gs, strict=True)]
+                if is_rotated_first:
+                    dxs = layout.rotate(dxs, angles, arithmetic)
                 target = targets[name]
                 for c, mask, dx in zip(columns, in_tiles, dxs, strict=True):
                     store(target.ref, target.at(token, head, c), arithmetic.narrow(dx), mask)
@@ -256,6 +264,10 @@ def _add_pairs_of_rows(tile: jax.Array) -> jax.Array:
     if num_rows > 2:
         return jnp.sum(tile.reshape(num_rows // 2, 2, lanes), axis=1)
     return jnp.sum(tile, axis=0, keepdims=True)
+
+
+def _rotate(arithmetic: Arithmetic, x1, x2, cos, sin):
+    return arithmetic.dot2(x1, cos, x2, sin, negate=True), arithmetic.dot2(x2, cos, x1, sin)
 
 
 def _rotate_back(arithmetic: Arithmetic, d1, d2, cos, sin):

@@ -73,7 +73,8 @@ def triton_backward(spec: Spec, num_sms: int, *, mrope: bool = False, wide: bool
     """
     d, r = spec.head_dim, spec.rotary_dim
     vector = 4 if spec.dtype == "float32" else 8  # lanes in 16 bytes
-    halves = spec.rotation == "halves" and has_halves(d, r) and r // 2 >= vector
+    halves = spec.rotation == "halves" and has_halves(d, r)
+    halves = halves and (r // 2 >= vector or spec.norm_order == "rotation_first")  # which needs partners in one thread
     lanes = next_power_of_2(d) // 2 if halves else next_power_of_2(d)
     rows = max(1, 16 * vector // lanes)
     # Registers (jax 0.11.2, sm_90): up to 96 where something is float32 or a row's tile is whole, 64 with mRoPE.

@@ -198,11 +198,17 @@ def _forward_kernel(
         }
         for name, kind in normed.items():
             x32 = [x.astype(jnp.float32) for x in xs[name]]
+            is_rotated_first = kind.rotation is not None and options.norm_order == "rotation_first"
+            if is_rotated_first:
+                x32 = layout.rotate(x32, [_widened(*loaded) for loaded in angles], arithmetic)
+                if options.round_norm:
+                    x32 = [arithmetic.narrow(x).astype(jnp.float32) for x in x32]
             total = sum_of_squares(dict(zip(layout.offsets, x32, strict=False)), layout.bits, head_dim, arithmetic.fma)
             inv_rms = lax.rsqrt(arithmetic.mean_plus_eps(total, head_dim, options.eps))
             ws = [arithmetic.effective_weight(w, options.norm_beta) for w in weights.get(name, [])]
+            ws = ws[: len(x32)]
             ys = [x * inv_rms * w for x, w in zip(x32, ws, strict=True)] if ws else [x * inv_rms for x in x32]
-            if kind.rotation is not None:
+            if kind.rotation is not None and not is_rotated_first:
                 ys = layout.rotate(ys, [_widened(*loaded) for loaded in angles], arithmetic)
             for columns, y, in_tile in zip(layout.columns, ys, in_tiles[name], strict=False):
                 token, head, _ = rows_at(columns.shape[1])
