@@ -9,7 +9,9 @@ IEEE's division takes a kernel dozens of instructions, and a call for numbers of
   quotient. No quotient of two numbers of 24 bits is closer than 2^-49 to the middle between two float32, unless it is
   subnormal and its code 0. So it rounds as the quotient does.
 - The kernels take `Divisor`, once for a row, and correct an approximate quotient twice (Markstein's theorem): 7
-  instructions for an element, float32 alone. A GPU's conversions to and from float64 are slow.
+  instructions for an element, float32 alone.
+- Where memory binds, Mosaic GPU's takes the product in float64 too: 3 instructions and fewer registers, of which the
+  conversions to and from float64 are slow.
 """
 
 from typing import Any, NamedTuple
@@ -27,6 +29,12 @@ PTX_MINUS_RECIPROCAL = (
     "{ .reg .f64 d, r, e, t; cvt.f64.f32 d, $1; rcp.approx.ftz.f64 r, d; neg.f64 d, d; "
     "fma.rn.f64 e, d, r, 0d3FF0000000000000; fma.rn.f64 t, e, e, e; fma.rn.f64 r, r, t, r; neg.f64 r, r; "
     "cvt.rn.f32.f64 $0, r; }"
+)
+# 1 / $1 in float64 within 2^-52, or the infinity, zero or NaN that it is; refined as above.
+PTX_RECIPROCAL = (
+    "{ .reg .f64 s, r, e, t, p; .reg .pred special; cvt.f64.f32 s, $1; rcp.approx.ftz.f64 r, s; neg.f64 s, s; "
+    "fma.rn.f64 e, s, r, 0d3FF0000000000000; fma.rn.f64 t, e, e, e; fma.rn.f64 p, r, t, r; "
+    "testp.notanumber.f64 special, e; selp.f64 p, r, p, special; mov.f64 $0, p; }"
 )
 _NAN = 0x7F
 _MANTISSA, _BIAS = 23, 127  # of float32

@@ -491,6 +491,18 @@ MUTATIONS = [
             tests_of("fp8_cache", "test_quotients_that_are_ties[mosaic_gpu]"),
         ),
         (
+            "codes: 1 / scale as it is first approximated",
+            "fma.rn.f64 p, r, t, r;",
+            "mov.f64 p, r;",
+            tests_of("fp8_cache", "test_quotients_that_are_ties[mosaic_gpu late]"),
+        ),
+        (
+            "codes: 1 / scale is NaN for scales that are 0 or infinite",
+            "selp.f64 p, r, p, special;",
+            "",
+            tests_of("fp8_cache", "test_every_number_and_every_scale[mosaic_gpu late-float16-float8_e4m3fn]"),
+        ),
+        (
             "codes: numbers are not cut off before they are divided",
             "min.NaN.xorsign.abs.f32 n, n, 0f49800000; ",
             "",
@@ -1087,8 +1099,8 @@ MUTATIONS = [
         ),
         (
             "mosaic cache: v at k's place",
-            "return cls(start + place.first if place.first else start, slot.exists, scale, divisor)",
-            "return cls(start, slot.exists, scale, divisor)",
+            "return cls(start + place.first if place.first else start, slot.exists, divisor)",
+            "return cls(start, slot.exists, divisor)",
             cache_by("mosaic_gpu", "-cache_axes=bhs(cd)"),
         ),
         (
@@ -1099,14 +1111,14 @@ MUTATIONS = [
         ),
         (
             "mosaic codes: rows undivided",
-            "lanes = [[quotient(lane, divisor) for lane in of_vector] for of_vector in lanes]",
+            "lanes = [quotient(lane, self.divisor) for lane in lanes]",
             "pass",
             CODES["mosaic_gpu"],
         ),
         (
             "mosaic codes: the first head's scale for all",
-            "scale = scale + head.resized(64) if place.scale.per_head else scale",
-            "pass",
+            "(scales + head.resized(64) if place.scale.per_head else scales)",
+            "scales",
             CODES_OF_HEADS["mosaic_gpu"],
         ),
         (

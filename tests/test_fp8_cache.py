@@ -48,11 +48,16 @@ def flushed(x: np.ndarray) -> np.ndarray:
     return np.where(np.abs(x) < LEAST, np.copysign(np.float32(0), x), x)
 
 
+LATE = MosaicForward("halves", 1, "after_gate", cast_first=False)
+
+
 @pytest.mark.parametrize("in_cache", fp8.NAMES)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "mosaic_gpu late"])
 def test_every_number_and_every_scale(implementation, dtype, in_cache):
     """v holds every number in each head, and each head has a scale of its own: three a call, for the interpreters."""
+    implementation, *late = implementation.split()
+    config = {"config": LATE} if late else {}
     numbers = every_pattern(dtype).reshape(-1, 1, 512)
     num_tokens, num_kv_heads = len(numbers), 3
     case = CachedCase(
@@ -66,7 +71,8 @@ def test_every_number_and_every_scale(implementation, dtype, in_cache):
     )
     v = np.broadcast_to(numbers, (num_tokens, num_kv_heads, 512))
     data = cached.data_of(case)._replace(v=v.reshape(num_tokens, -1), slots=np.arange(num_tokens, dtype=np.int32))
-    inputs, function = cached.inputs_of(case, data=data), kernel("forward", implementation, case.options, False)
+    function = kernel("forward", implementation, case.options, False, **config)
+    inputs = cached.inputs_of(case, data=data)
     keeps = has_gpu() or implementation == "mosaic_gpu"  # whose interpreter is NumPy
     groups = SCALES.reshape(-1, num_kv_heads)
     if implementation == "triton" and not has_gpu():
@@ -79,7 +85,7 @@ def test_every_number_and_every_scale(implementation, dtype, in_cache):
             np.testing.assert_array_equal(np.asarray(in_place).view(np.uint8).reshape(want.shape), want)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "mosaic_gpu late"])
 def test_quotients_that_are_ties(implementation):
     """19 * 49 divided by 49 is a tie, which goes up to 20. By a product with 1 / 49 it would be less, and 18."""
     ties = np.tile(np.arange(17, 32, 2), 8)
@@ -89,7 +95,9 @@ def test_quotients_that_are_ties(implementation):
         finite=True,
         scale_per_head=(False, False),
     )
-    function, data = kernel("forward", implementation, case.options, False), cached.data_of(case)
+    implementation, *late = implementation.split()
+    config = {"config": dataclasses.replace(LATE, rows_per_warp=4)} if late else {}
+    function, data = kernel("forward", implementation, case.options, False, **config), cached.data_of(case)
     for divisor in (41, 47, 49, 55, 61):
         x = (ties * divisor).astype(np.float16).reshape(1, -1)
         inputs = cached.inputs_of(case, data=data._replace(v=x, slots=np.ones(1, np.int32)))

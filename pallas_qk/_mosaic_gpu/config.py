@@ -17,8 +17,9 @@ class MosaicForward:
     with x; "after_gate", once the gate (or v) is stored; "after_sum", once the squares are summed. With nothing to
     copy, "after_gate" means "first" and takes 31 registers (sm_90a, D = 256, "halves").
     `k_first` says that programs of k rows come before all others instead of evenly among them.
-    `cast_first` says that rows for a cache of another dtype are cast whether or not their token has a slot, by scales
-    that are loaded early: ptxas then casts v while it waits for the sum of k. It takes registers.
+    `cast_first` says that rows for a cache of another dtype are cast whether or not their token has a slot, codes of 8
+    bits in float32: ptxas then casts v while it waits for the sum of k. Else they are cast where they are stored, codes
+    in float64, which takes fewer registers.
     """
 
     layout: str  # "chunks", "halves" or "row"
@@ -57,8 +58,10 @@ def mosaic_forward(spec: Spec, *, gate_copied: bool = True, by_slot: bool = Fals
     T = 16; with the gate in place 1.12 against 1.20 for k rows among the others at T = 1, where the op without a cache
     takes 1.07). Chunks lose their lead with it (1.52 against 1.66 us at T = 64). Not timed: T = 128.
 
-    Codes of 8 bits: cast first but for halves where memory binds (1.28 us where the op with a cache of 16 bits takes
-    1.12 at T = 1, 2.56 where it takes 2.46 at 256; 147.5 where it takes 145.0 at 16384).
+    Codes of 8 bits, and in the same run a cache of 16 bits: cast first they take 1.28 us where that takes 1.12 at
+    T = 1, 2.56 where it takes 2.46 at 256, and 147.5 where it takes 145.0 at 16384; else 1.60, 2.82, and 142.5 where it
+    takes 144.5. So halves cast first below 16384 rows. Chunks gain nothing else (with the gate in place 80.2 us at
+    16384 both ways).
     """
     d, r, num_rows = spec.head_dim, spec.rotary_dim, spec.num_tokens * spec.num_q_heads
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(d)))

@@ -4,14 +4,14 @@ Lanes travel between registers and memory as words: 32 bits with one or two lane
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
 
-from pallas_qk._fp8 import PTX_MINUS_RECIPROCAL, PTX_PAIRS, Divisor, ptx_quotient
+from pallas_qk._fp8 import PTX_MINUS_RECIPROCAL, PTX_PAIRS, PTX_RECIPROCAL, Divisor, ptx_quotient
 
 WARP, WARPGROUP = 32, 128  # threads
 ACCESS_BYTES = 16  # the widest load or store of a thread
@@ -239,8 +239,22 @@ def divisor_of(scale: Int) -> Divisor:
     return Divisor(minus_factor, divisor, ptx(PTX_MINUS_RECIPROCAL, "=f,f", kind, divisor))
 
 
-def quotient(lane: Value, by: Divisor) -> Value:
+class Reciprocal(NamedTuple):
+    """Of a scale, in float64."""
+
+    value: Value
+
+
+def reciprocal_of(scale: Int) -> Reciprocal:
+    """From the bits of a float32 scale."""
+    return Reciprocal(ptx(PTX_RECIPROCAL, "=d,f", ir.F64Type.get(), scale.as_float()))
+
+
+def quotient(lane: Value, by: Divisor | Reciprocal) -> Value:
     """The float32 nearest to lane / scale, where its code isn't 0 or the largest."""
+    if isinstance(by, Reciprocal):
+        product = "{ .reg .f64 x; cvt.f64.f32 x, $1; mul.rn.f64 x, x, $2; cvt.rn.f32.f64 $0, x; }"
+        return ptx(product, "=f,f,d", lane.type, lane, by.value)
     code = ptx_quotient("$1", Divisor("$2", "$3", "$4"), "$0")
     return ptx(f"{{ .reg .f32 n, q, e; {code} }}", "=f,f,f,f,f", lane.type, lane, *by)
 

@@ -18,6 +18,7 @@ from pallas_qk._mosaic_gpu.emit import (
     ACCESS_BYTES,
     Int,
     Pointer,
+    Reciprocal,
     Value,
     butterfly,
     constant,
@@ -28,6 +29,7 @@ from pallas_qk._mosaic_gpu.emit import (
     narrow,
     ptx,
     quotient,
+    reciprocal_of,
     select,
     when,
     widen,
@@ -160,8 +162,7 @@ class Target(NamedTuple):
 
     start: Pointer
     exists: Int | None = None  # None: it always is
-    scale: Pointer | None = None  # of codes of 8 bits
-    divisor: Divisor | None = None  # the scale's, where it is loaded early
+    divisor: Divisor | Reciprocal | None = None  # of codes of 8 bits
 
     @classmethod
     def of(
@@ -178,32 +179,30 @@ class Target(NamedTuple):
         if place.slots is None:
             return cls(RowsIn(array, place, num_heads).row(row))
         assert slot is not None
-        offset, head, scale, divisor = slot.offset(place.slots), row % num_heads, None, None
+        offset, head, divisor = slot.offset(place.slots), row % num_heads, None
         start = array + (offset + head.resized(64) * place.head)
         if place.scale is not None:
-            scale = getattr(inputs, place.scale.array)
-            scale = scale + head.resized(64) if place.scale.per_head else scale
-            divisor = divisor_of(*scale.load(1)) if cast_first else None
-        return cls(start + place.first if place.first else start, slot.exists, scale, divisor)
+            scales = getattr(inputs, place.scale.array)
+            (word,) = (scales + head.resized(64) if place.scale.per_head else scales).load(1)
+            divisor = divisor_of(word) if cast_first else reciprocal_of(word)
+        return cls(start + place.first if place.first else start, slot.exists, divisor)
 
     def store(self, vectors: list[Vector], words: list[list[Int]], dtype: jnp.dtype, *, cast_first: bool) -> None:
         """Each vector's words of `dtype`, cast to the array's. See `MosaicForward.cast_first`."""
-        if cast_first:
-            words = self._cast(words, dtype)
-        with contextlib.nullcontext() if self.exists is None else when(self.exists):
-            if not cast_first:
-                words = self._cast(words, dtype)
-            for v, of_vector in zip(vectors, words, strict=True):
-                v.store(self.start, of_vector)
 
-    def _cast(self, words: list[list[Int]], dtype: jnp.dtype) -> list[list[Int]]:
-        if dtype == self.start.dtype:
-            return words
-        lanes = [widen(of_vector, dtype) for of_vector in words]
-        if self.scale is not None:
-            divisor = self.divisor or divisor_of(*self.scale.load(1))
-            lanes = [[quotient(lane, divisor) for lane in of_vector] for of_vector in lanes]
-        return [narrow(of_vector, self.start.dtype) for of_vector in lanes]
+        def cast(of_vector: list[Int]) -> list[Int]:
+            if dtype == self.start.dtype:
+                return of_vector
+            lanes = widen(of_vector, dtype)
+            if self.divisor is not None:
+                lanes = [quotient(lane, self.divisor) for lane in lanes]
+            return narrow(lanes, self.start.dtype)
+
+        if cast_first:
+            words = [cast(of_vector) for of_vector in words]
+        with contextlib.nullcontext() if self.exists is None else when(self.exists):
+            for v, of_vector in zip(vectors, words, strict=True):
+                v.store(self.start, of_vector if cast_first else cast(of_vector))
 
 
 def _limit(value: Int, size: int) -> int:
