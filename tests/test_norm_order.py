@@ -200,6 +200,18 @@ def test_the_public_gradient_is_the_kernel_s():
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("implementation", GPU_IMPLEMENTATIONS)
+def test_a_row_that_is_rotated_first_is_rounded(implementation):
+    """As plain XLA rounds it; the same row that isn't rounded there has other elements in every fiftieth place."""
+    size = SIZES[0]
+    got = forward_of(implementation, size, *size.arguments())[0]
+    rounded, unrounded = (
+        forward_of("xla", dataclasses.replace(size, round_norm=each), *size.arguments())[0] for each in (True, False)
+    )
+    assert (np.asarray(got) != np.asarray(rounded)).mean() < 0.002
+    assert (np.asarray(got) != np.asarray(unrounded)).mean() > 0.02
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_position_past_the_table_spoils_its_token_alone(implementation):
     size = SIZES[0]
