@@ -14,7 +14,7 @@ from pallas_qk._options import Options
 from tests.compare import assert_same, assert_within
 from tests.devices import mesh_of, put
 from tests.lowering import GPU_IMPLEMENTATIONS
-from tests.run import cached_kernel, has_gpu, primitives
+from tests.run import cached_kernel, has_gpu, primitives, quick_jit
 from tests.tolerances import ROUNDOFF, SMALLEST
 
 IMPLEMENTATIONS = ("xla", *GPU_IMPLEMENTATIONS)
@@ -84,6 +84,17 @@ def run(implementation: str, size: Size, q_gate, k, q_weight, k_weight):
     return [jnp.asarray(x).reshape(size.num_tokens, -1) for x in (outputs.q, outputs.k, outputs.gate)]
 
 
+@quick_jit
+def pulled_back(x, weight, cotangent):
+    """The gradients of rows (T, heads, D) and of their weight."""
+
+    def of_rows(x, weight):
+        rms = jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+        return x / rms * (weight + 1).reshape(1, 1, -1)
+
+    return jax.vjp(of_rows, x, weight)[1](cotangent)
+
+
 OPTIONS = Options(rotary_dim=0, eps=1e-6, norm_beta=1.0, rotation=None)
 
 
@@ -117,18 +128,13 @@ def test_gradients_are_those_of_the_norm(implementation, size):
         )
     )
     got = cached_kernel("backward", implementation, OPTIONS, False)(inputs, _rows.Outputs(q=dq, k=dk, gate=dgate))
-
-    def of_rows(x, weight):
-        rms = jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
-        return x / rms * (weight + 1).reshape(1, 1, -1)
-
+    (q, k), got = map(np.asarray, heads), jax.tree.map(np.asarray, got)
     with jax.enable_x64(True):
         for x, weight, cotangent, rows, of_weight in (
-            (heads[0][..., : size.head_dim], weights[0], dq, got.q[..., : size.head_dim], got.q_weight),
-            (heads[1], weights[1], dk, got.k, got.k_weight),
+            (q[..., : size.head_dim], weights[0], dq, got.q[..., : size.head_dim], got.q_weight),
+            (k, weights[1], dk, got.k, got.k_weight),
         ):
-            wide = [jnp.asarray(np.asarray(a).astype(np.float64)) for a in (x, weight, cotangent)]
-            want = jax.vjp(of_rows, *wide[:2])[1](wide[2])
+            want = pulled_back(*(np.asarray(a).astype(np.float64) for a in (x, weight, cotangent)))
             for name, a, b in zip(("rows", "weight"), (rows, of_weight), want, strict=True):
                 unit, b = 2 * ROUNDOFF[str(a.dtype)], np.asarray(b)
                 assert_within(name, a, b, unit * np.abs(b) + 2.0**-16 * np.max(np.abs(b)))
