@@ -52,11 +52,19 @@ def assert_each(got, want):
     assert_same(got, [np.stack(outputs) for outputs in zip(*want, strict=True)])
 
 
-SUBSETS = [batched for n in range(1, 7) for batched in itertools.combinations(NAMES, n)]
+# Activations alone in every way, constants alone in every way, and all without each; each combination compiles anew.
+SUBSETS = [
+    batched
+    for n in range(1, 7)
+    for batched in itertools.combinations(NAMES, n)
+    if n >= 5 or CONSTANTS.issuperset(batched) or CONSTANTS.isdisjoint(batched)
+]
 
 
-def test_every_combination_is_there():
-    assert len(SUBSETS) == 2**6 - 1
+def test_any_two_are_batched_together_apart_and_not_at_all():
+    for pair in itertools.combinations(NAMES, 2):
+        there = {tuple(name in batched for name in pair) for batched in SUBSETS}
+        assert there == set(itertools.product((False, True), repeat=2))
 
 
 @pytest.mark.parametrize("batched", SUBSETS, ids="+".join)
