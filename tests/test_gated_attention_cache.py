@@ -43,6 +43,9 @@ def decode(cache, hidden=None):
     return gated_attention.decode(parameters, hidden, cache.lengths[:, None], table, config, cache)
 
 
+jitted_prefill, jitted_decode = jax.jit(prefill), jax.jit(decode)
+
+
 def filled(lengths) -> KVCache:
     """A cache of 6 places."""
     rng = np.random.default_rng(0)
@@ -96,9 +99,8 @@ def test_a_refused_cache_is_not_given_up():
 
 @pytest.mark.parametrize("length", [6, 7, 2**31 - 1, -1, -6])
 def test_a_full_sequence_inside_jit_is_nan_and_its_neighbours_keep_their_bits(length):
-    step = jax.jit(decode)
-    want, want_cache = step(filled([3, 1, 5]))
-    got, cache = step(filled([3, length, 5]))
+    want, want_cache = jitted_decode(filled([3, 1, 5]))
+    got, cache = jitted_decode(filled([3, length, 5]))
     assert np.isnan(got[1]).all() and np.isfinite(want).all()
     np.testing.assert_array_equal(cache.lengths, [4, 6, 6])
     before = filled([3, length, 5])
@@ -106,18 +108,17 @@ def test_a_full_sequence_inside_jit_is_nan_and_its_neighbours_keep_their_bits(le
         np.testing.assert_array_equal(x[1], old[1])
         np.testing.assert_array_equal(x[::2], y[::2])
     np.testing.assert_array_equal(got[::2], want[::2])
-    assert np.isnan(step(cache)[0][1:]).all(), "what was full isn't any more"
+    assert np.isnan(jitted_decode(cache)[0][1:]).all(), "what was full isn't any more"
 
 
 @pytest.mark.parametrize("length", [6, 9, 0, -2])
 def test_a_bad_prompt_inside_jit_is_nan_from_then_on(length):
-    run = jax.jit(prefill)
-    want, want_cache = run(jnp.array([3, 2, 5]))
-    got, cache = run(jnp.array([3, length, 5]))
+    want, want_cache = jitted_prefill(jnp.array([3, 2, 5]))
+    got, cache = jitted_prefill(jnp.array([3, length, 5]))
     assert np.isnan(got[1]).all() and np.isfinite(want).all()
     np.testing.assert_array_equal(got[::2], want[::2])
-    token, _ = jax.jit(decode)(cache)
-    want_token, _ = jax.jit(decode)(want_cache)
+    token, _ = jitted_decode(cache)
+    want_token, _ = jitted_decode(want_cache)
     assert np.isnan(token[1]).all() and np.isfinite(want_token).all()
     np.testing.assert_array_equal(token[::2], want_token[::2])
 
