@@ -4,6 +4,7 @@ Without a GPU Triton's interpreter runs the kernel. `test_tree` and `test_parity
 """
 
 import collections
+import itertools
 import re
 import subprocess
 import sys
@@ -210,10 +211,19 @@ def options_near(case, tensors, platform, **options):
     return got
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@ROTATIONS
-@ROUND_NORM
-@EVERY_SIZE
+# The interpreter takes its time: all options of each size in one dtype each, by turns, so that any two meet.
+@pytest.mark.parametrize(
+    "dtype, rotation, round_norm, sizes",
+    [
+        (dtype, *options)
+        for dtype, options in zip(
+            itertools.cycle(("float16", "bfloat16", "float32")),
+            itertools.product(("halves", "pairs"), (True, False), OPTION_SIZES),
+            strict=False,
+        )
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
+)
 def test_oracle_of_every_option_equals_the_reference(dtype, rotation, round_norm, sizes):
     case = Case(3, 3, 2, dtype=dtype, norm_beta=1.0, **sizes)
     tensors = [x if x is None else x.cpu() for x in option_tensors(case, seed=6)]
