@@ -24,6 +24,7 @@ from benchmarks.xplane import Kernel, MeasurementError
 from tests import forms
 from tests.cases import Case, make_inputs
 from tests.gradients import outputs_and_gradients
+from tests.run import quick_jit
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or importlib.util.find_spec("torch") is None,
@@ -530,7 +531,7 @@ def test_a_decode_step_appends_to_the_cache_and_attends_to_what_lies_there(name,
     state = state._replace(positions=jnp.array([0, 3, 7], jnp.int32))
     ((keys, values),) = state.caches
 
-    step_of_form = jax.jit(functools.partial(decode.step, name, LAYER, decode.FORMS[form]))
+    step_of_form = quick_jit(functools.partial(decode.step, name, LAYER, decode.FORMS[form]))
 
     def step(values=values):
         after = step_of_form(parameters, state._replace(caches=((keys, values),)))
@@ -558,16 +559,16 @@ def test_a_decode_step_appends_to_the_cache_and_attends_to_what_lies_there(name,
 def test_every_form_of_a_decode_step_computes_one_thing(as_users_run_it):
     """Layers unrolled and scanned, caches written by the op or after it; those of 8 bits nearly."""
 
-    def hidden(form: str):
+    def hidden(form: str, jit=quick_jit):
         form = decode.FORMS[form]
         parameters, state = decode.initial(LAYER, form, 3)
-        step = jax.jit(functools.partial(decode.step, "xla", LAYER, form))
+        step = jit(functools.partial(decode.step, "xla", LAYER, form))
         for _ in range(2):
             state = step(parameters, state)
         return state.hidden
 
-    want = hidden("set-xla")
-    np.testing.assert_array_equal(hidden("op-xla"), want)
+    want = hidden("set-xla", jax.jit)
+    np.testing.assert_array_equal(hidden("op-xla", jax.jit), want)
     np.testing.assert_allclose(hidden("example-xla"), want, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(hidden("op-xla-scanned"), hidden("op-xla-unrolled"), rtol=1e-4, atol=1e-4)
     off = np.abs(np.asarray(hidden("fp8-xla") - want)).max()
