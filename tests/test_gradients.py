@@ -104,17 +104,20 @@ def test_a_weight_of_zero_has_a_gradient(weight):
     assert np.abs(np.asarray(moved[0])).max() > 0.1
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+MROPE = dataclasses.replace(TINY, mrope_section=(2, 1, 1), norm_beta=1.0)
+PAIRS = dataclasses.replace(TINY, rotation="pairs", round_norm=False)
+
+
 @pytest.mark.parametrize(
-    "case",
+    "case, name",
     [
-        TINY,
-        dataclasses.replace(TINY, mrope_section=(2, 1, 1), norm_beta=1.0),
-        dataclasses.replace(TINY, rotation="pairs", round_norm=False),
+        *((TINY, name) for name in TRANSFORMS),
+        # The others are made of these.
+        *((case, name) for case in (MROPE, PAIRS) for name in ("jvp", "linear_transpose", "grad of grad", "jvp of grad")),
     ],
-    ids=lambda case: case.id,
+    ids=lambda value: value.id if isinstance(value, Case) else value,
 )
-def test_every_mode_and_order(implementation, name, case):
+def test_every_mode_and_order(implementation, case, name):
     """float32 against the same derivatives of the definition in float64.
 
     2^-14: first derivatives come within 2^-22 of the largest element, each further one multiplies it by sums of D.
