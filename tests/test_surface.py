@@ -224,9 +224,22 @@ def test_a_single_head_is_read_by_the_number_of_positions_axes(gathered):
 # Derivatives
 
 
-@pytest.mark.parametrize("transform", ["jvp", "grad of grad", "jvp of grad", "linear_transpose"])
-@pytest.mark.parametrize("name", ["in place", "packed, in place", "packed, no gate", "rows, no gate", "rows, packed"])
-def test_every_mode_and_order(transform, name):
+@pytest.mark.parametrize(
+    "name, transform",
+    [  # each by a derivative of the first order and one of the second
+        ("in place", "jvp"),
+        ("in place", "grad of grad"),
+        ("packed, in place", "linear_transpose"),
+        ("packed, in place", "jvp of grad"),
+        ("packed, no gate", "jvp"),
+        ("packed, no gate", "grad of grad"),
+        ("rows, no gate", "linear_transpose"),
+        ("rows, no gate", "jvp of grad"),
+        ("rows, packed", "jvp"),
+        ("rows, packed", "grad of grad"),
+    ],
+)
+def test_every_mode_and_order(name, transform):
     """In float32, as functions of the contract's arrays and v, against the same derivatives of the plain form."""
     plain = dataclasses.replace(PLAIN, num_tokens=3, dtype="float32")
     case, inputs = of_form(FORMS[name], plain), inputs_of(plain)
@@ -399,8 +412,10 @@ def test_sharded(on_the_host, name, mode):
         check(case, args, cotangents, specs_of(case, *layout), on, outputs, gradients)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["in place", "rows, copied"])
+@pytest.mark.parametrize(
+    "name, mode",
+    [*(("in place", mode) for mode in MODES), ("rows, copied", "auto"), ("rows, copied", "explicit, set_mesh")],
+)
 def test_sharded_with_heads_and_two_leading_axes(on_the_host, name, mode):
     """(batch, sequence, heads, D), each of the first three over an axis of its own."""
     case, lead = of_form(FORMS[name], WIDE), (4, 4)
