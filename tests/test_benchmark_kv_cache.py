@@ -425,7 +425,7 @@ def test_verify_compares_every_layout_by_both_ways_in_and_slots_of_every_kind():
     "call",
     [
         *(small(call) for call in (*VERIFIED[3:10:3], *VERIFIED[-14:-6], *VERIFIED[-5:-3])),
-        *(small(call) for call in VERIFIED if call.scales and call.cache_axes in AXES[::5]),
+        *(small(call) for call in VERIFIED if call.scales and call.cache_axes in AXES[::11]),
         *(small(call) for call in VERIFIED if has_options(call.case) and not call.scales),
     ],
     ids=lambda x: x.id,
@@ -468,8 +468,13 @@ def test_a_code_of_k_differs_only_where_k_does(monkeypatch, changed, k_is_there,
 
 
 @needs_triton
-@pytest.mark.parametrize("in_cache", [None, "float8_e4m3fn"])
-@pytest.mark.parametrize("spoil", ["q", "k", "v", "gate", "a row of k", "a row of v", "what no slot names"])
+@pytest.mark.parametrize(
+    "spoil, in_cache",
+    [
+        *itertools.product(["", "k", "a row of k", "a row of v", "what no slot names"], [None, FP8]),
+        *itertools.product(["q", "v", "gate"], [None]),  # whatever the cache's dtype
+    ],
+)
 def test_verify_fails_where_a_cache_is_wrong(monkeypatch, on_the_host, capsys, spoil, in_cache):
     call = CachedCase(Case(6, 2, 1, 64, 32, "float16"), "b s h d", in_cache, return_kv=True)
     slots = cached.slots_of(call)
@@ -487,11 +492,11 @@ def test_verify_fails_where_a_cache_is_wrong(monkeypatch, on_the_host, capsys, s
         name, at = places.get(spoil, (spoil, (2,)))
         return outputs._replace(**{name: getattr(outputs, name).at[at].add(1)})
 
-    assert verify.verify([call], ("xla",), "cpu") == 0
-    assert "promises broken in 0 cases" in capsys.readouterr().out
-    monkeypatch.setattr(cached, "outputs_of", outputs_of)
-    assert verify.verify([call], ("xla",), "cpu") == 1
-    assert "promises broken in 1 cases" in capsys.readouterr().out
+    if spoil:
+        monkeypatch.setattr(cached, "outputs_of", outputs_of)
+    num_broken = int(bool(spoil))
+    assert verify.verify([call], ("xla",), "cpu") == num_broken
+    assert f"promises broken in {num_broken} cases" in capsys.readouterr().out
 
 
 # --- on a GPU -----------------------------------------------------------------------------------------------------
