@@ -62,14 +62,20 @@ def run(case: CachedCase, mode: str, specs):
         return compiled(*args), compiled.as_text()
 
 
-@pytest.mark.parametrize("mode", MODES)
+FORMS = {
+    "as k": (HEADS, NHD),
+    "over another axis": ((None, "data"), BOTH),
+    "whole": (WHOLE, NHD),
+    "8 bits": (HEADS, FP8),
+}
+
+
 @pytest.mark.parametrize(
-    "q, case",
-    [(HEADS, NHD), ((None, "data"), BOTH), (WHOLE, NHD), (HEADS, FP8)],
-    ids=["as k", "over another axis", "whole", "8 bits"],
+    "form, mode", [(form, mode) for form in FORMS for mode in (MODES if form == "as k" else OF_BOTH_KINDS)]
 )
-def test_heads(q, case, mode):
+def test_heads(form, mode):
     """Of q over any axes, of k, v and the cache over one; no collective, and the cache stays sharded."""
+    q, case = FORMS[form]
     got, text = run(case, mode, specs_of(case, q, HEADS, OF_CACHE))
     assert_same(got, wanted(case))
     assert not collectives(text) and "input_output_alias" in text.partition("\n")[0]
