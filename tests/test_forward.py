@@ -26,16 +26,22 @@ def test_equals_the_definition(implementation, case):
     assert_defined(run(implementation, case, inputs), case, inputs)
 
 
-@pytest.mark.parametrize("layout", ["chunks", "halves", "row"])
+PARTLY = Case(5, 3, 2, head_dim=64, rotary_dim=16)
+WHOLLY = Case(5, 4, 1, 128, 128, mrope_section=(24, 20, 20), dtype="float16", cache_dtype="float32")
+
+
 @pytest.mark.parametrize(
-    "case",
+    "layout, case, rows",  # any two together
     [
-        Case(5, 3, 2, head_dim=64, rotary_dim=16),
-        Case(5, 4, 1, 128, 128, mrope_section=(24, 20, 20), dtype="float16", cache_dtype="float32"),
+        ("chunks", PARTLY, 4),
+        ("chunks", WHOLLY, 1),
+        ("halves", PARTLY, 1),
+        ("halves", WHOLLY, 4),
+        ("row", PARTLY, 4),
+        ("row", WHOLLY, 1),
     ],
-    ids=lambda case: case.id,
+    ids=lambda value: value.id if isinstance(value, Case) else str(value),
 )
-@pytest.mark.parametrize("rows", [1, 4])
 def test_every_layout_gives_the_same_bits(layout, case, rows):
     inputs = make_inputs(case)
     got = run("triton", case, inputs, config=TritonForward(layout, rows_per_program=rows))
