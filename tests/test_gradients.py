@@ -113,7 +113,11 @@ PAIRS = dataclasses.replace(TINY, rotation="pairs", round_norm=False)
     [
         *((TINY, name) for name in TRANSFORMS),
         # The others are made of these.
-        *((case, name) for case in (MROPE, PAIRS) for name in ("jvp", "linear_transpose", "grad of grad", "jvp of grad")),
+        *(
+            (case, name)
+            for case in (MROPE, PAIRS)
+            for name in ("jvp", "linear_transpose", "grad of grad", "jvp of grad")
+        ),
     ],
     ids=lambda value: value.id if isinstance(value, Case) else value,
 )
