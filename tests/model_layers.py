@@ -193,6 +193,14 @@ def with_causal_mask(layer, hidden, embedding):
     return layer(hidden, position_embeddings=embedding, attention_mask=mask)
 
 
+def with_own_rotation(layer, hidden, embedding):
+    """Of a layer that computes its cosines and sines itself."""
+    del layer.rotary_emb
+    layer.rotary_emb = torch.nn.Module()
+    layer.rotary_emb.forward = lambda values, positions: embedding
+    return layer(hidden)
+
+
 def of_atoms(rotary, hidden, positions):
     """From places in space and the residue's number."""
     return rotary(positions[:3].movedim(0, -1) / 8, positions[3], hidden.dtype)
@@ -211,6 +219,8 @@ SPLIT = HYBRID | {"rope_parameters": dict.fromkeys(LAYER_TYPES, ROPE)}
 PARTIAL = HYBRID | {"rope_parameters": dict.fromkeys(LAYER_TYPES, ROPE | {"partial_rotary_factor": 0.5})}
 SLIDING, FULL = ({"layer_type": name, "index": index} for index, name in enumerate(LAYER_TYPES[:2]))
 GATED = {"sizes": mrope(0.5, 2, 1, 1), "axes": 3}
+
+HUNYUAN = {"norms": ("query_layernorm", "key_layernorm")}
 
 INDEXER = {
     "indexer_n_heads": 2,
@@ -265,7 +275,15 @@ LAYERS: dict[str, Layer] = {
     "glm4_moe": Layer("Glm4Moe", sizes={"use_qk_norm": True}),
     "glm5_next vision": vision("Glm5Next", sizes={"num_heads": 4}),
     "glm_ocr vision": vision("GlmOcr", sizes={"num_heads": 4}),
+    "hunyuan_v1_dense": Layer("HunYuanDenseV1", **HUNYUAN),
+    "hunyuan_v1_moe": Layer("HunYuanMoEV1", **HUNYUAN),
     "hy_v3": Layer("HYV3"),
+    "idefics self-attention": Layer(
+        "Idefics",
+        build=lambda attention, config, index: attention(64, 4, config=config, qk_layer_norms=True, layer_idx=index),
+        norms=("q_layer_norm", "k_layer_norm"),
+        forward=with_own_rotation,
+    ),
     "inkling": text(
         "Inkling",
         attention="Attention",
@@ -322,5 +340,6 @@ LAYERS: dict[str, Layer] = {
     "qwen4_exp": text("Qwen4Exp", forward=with_causal_mask, **GATED | {"sizes": GATED["sizes"] | INDEXER}),
     "sapiens2": Layer("Sapiens2", rotary="RopePositionEmbedding", embed=of_patches, sizes={"image_size": 16}),
     "step3p7": Layer("Step3p7", config="TextConfig", sizes=PARTIAL, **FULL),
+    "timesfm2_5": Layer("TimesFm2_5"),
     "t5gemma2": Layer("T5Gemma2", attention="SelfAttention", config="TextConfig", sizes=SPLIT, **FULL),
 }
