@@ -80,8 +80,8 @@ def fused_qk_rmsnorm_rope_gate(
       round_norm: if False, what lies between norm and rotation stays in float32, and every element is rounded once.
         float32 activations take it and nothing changes.
       norm_order: "norm_first", or "rotation_first": x is rotated in float32, rounded unless `round_norm` is False, and
-        then normalised by the mean of squares of the rotated row (HunYuan, TimesFM). A position past the table then
-        makes all of the token's rows NaN.
+        then normalised by the mean of squares of the rotated row (HunYuan, TimesFM). A position past the table that a
+        frequency reads then makes all elements of the token's heads of q and k NaN.
       implementation: None takes the first that runs (see `default_implementation`). "mosaic_gpu": the Pallas kernel on
         the Mosaic GPU backend, NVIDIA GPUs from Hopper on. "triton": the Pallas kernel on the Triton backend, NVIDIA
         GPUs from Ampere on. "xla": plain XLA, any platform. A name never falls back.
@@ -100,16 +100,17 @@ def fused_qk_rmsnorm_rope_gate(
 
     Numerics:
       The norm is computed in float32, with the sum of squares in one fixed order, and rounded to the dtype of `q_gate`.
-      The rotation is computed in float32 and rounded once more. Weights and table are widened to float32, which is
+      The rotation is computed in float32 and rounded once more. `norm_order` exchanges the two, and with `round_norm`
+      False the first doesn't round. Weights and table are widened to float32, which is
       exact. A token's result depends neither on the other tokens nor on whether the call is inside `jax.jit`.
       "mosaic_gpu" and "triton" give the bits of the Triton kernel that serving stacks run, for float32 where D is above
       32. "xla" on a GPU does so for 16-bit activations and tables where D is a power of two. With other 16-bit
       activations it differs by a unit or two in the last place, in at most 4 elements of 10^4 (the most seen is 41 of
       10^6, float16 with a float32 table). float32 results lie within 2e-6 everywhere up to D = 2048.
       A negative position reads row 0 of the table, with mRoPE in the frequencies that read it. A position past the
-      table gives NaN in the elements that read it and nowhere else. Positions are compared in their own dtype, and no
-      address outside the table is formed. NumPy's 64-bit positions keep this without x64 only where they are given to
-      this function: JAX narrows the arguments of a jit or vmap around it.
+      table gives NaN in the elements that read it and nowhere else (but see `norm_order`). Positions are compared in
+      their own dtype, and no address outside the table is formed. NumPy's 64-bit positions keep this without x64 only
+      where they are given to this function: JAX narrows the arguments of a jit or vmap around it.
 
     Derivatives:
       q_gate, k, both weights and the table have derivatives in reverse and forward mode and of any order; rounding
@@ -388,8 +389,9 @@ def default_implementation(
       >>> pallas_qk.default_implementation(4096, 16, 2, 256, 64, "bfloat16", platform="cpu").name
       'xla'
     """
+    _checks.check_static_integer("rotary_dim", rotary_dim)
     num_q_heads, num_kv_heads, head_dim, rotary_dim = _checks.check_sizes(
-        num_q_heads, num_kv_heads, head_dim, rotary_dim, rotated=not isinstance(rotary_dim, int) or rotary_dim != 0
+        num_q_heads, num_kv_heads, head_dim, rotary_dim, rotated=rotary_dim != 0
     )
     num_tokens = _checks.check_num_tokens(num_tokens)
     dtype = _checks.check_dtype("dtype", dtype)

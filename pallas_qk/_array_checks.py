@@ -134,12 +134,6 @@ def check_arrays(function: Function, inputs: Inputs, sizes: Sizes) -> bool:
         arrays[name] = getattr(inputs, name)
     if inputs.cos_sin_cache is not None:
         arrays["cos_sin_cache"] = inputs.cos_sin_cache
-    elif mrope or inputs.positions is not None:
-        got = "mrope_section" if mrope else "positions"
-        raise ValueError(
-            f"positions and mrope_section must be left out where cos_sin_cache is None, got {got}. "
-            "Pass None for them where nothing is rotated, or pass the table."
-        )
     if inputs.positions is not None:
         arrays["positions"] = inputs.positions
     elif mrope:

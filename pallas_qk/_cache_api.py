@@ -18,7 +18,7 @@ class CacheOutputs(NamedTuple):
     gate: jax.Array | None  #: unchanged, in the shape of `q`; None for q without gates
     kv_cache: tuple[jax.Array, jax.Array] | jax.Array  #: with the tokens' rows, in the form in which it was given
     k: jax.Array | None  #: normalised and rotated; (..., Hkv*D) or (..., Hkv, D); None unless `return_kv`
-    v: jax.Array | None  #: unchanged, in the shape of `k`; None unless `return_kv`
+    v: jax.Array | None  #: unchanged unless `v_norm`, in the shape of `k`; None unless `return_kv`
 
 
 def fused_qkv_rmsnorm_rope_gate_cache(

@@ -39,11 +39,14 @@ def call(
     rotated = inputs.cos_sin_cache is not None
     num_q_heads, num_kv_heads, head_dim, rotary_dim = _checks.check_sizes(*sizes, rotated=rotated)
     rotation_by_name, by_order = _checks.check_rotation(rotation), _checks.check_norm_order(norm_order)
+    norm_beta = _checks.check_norm_beta(norm_beta)
     _checks.check_weights(inputs.q_weight is not None, inputs.k_weight is not None, norm_beta)
+    if not rotated:
+        _checks.check_no_table(inputs.positions is not None, mrope_section is not None)
     options = Options(
         rotary_dim=rotary_dim,
         eps=_checks.check_eps(eps),
-        norm_beta=_checks.check_norm_beta(norm_beta),
+        norm_beta=norm_beta,
         mrope_section=_checks.check_mrope_section(mrope_section, rotary_dim),
         mrope_layout=_checks.check_mrope_layout(mrope_layout),
         rotation=rotation_by_name if rotated else None,

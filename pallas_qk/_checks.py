@@ -182,6 +182,15 @@ def check_weights(has_q_weight: bool, has_k_weight: bool, norm_beta: float) -> N
         )
 
 
+def check_no_table(has_positions: bool, has_mrope_section: bool) -> None:
+    if has_positions or has_mrope_section:
+        got = "mrope_section" if has_mrope_section else "positions"
+        raise ValueError(
+            f"positions and mrope_section must be left out where cos_sin_cache is None, got {got}. "
+            "Pass None for them where nothing is rotated, or pass the table."
+        )
+
+
 def check_copy_gate(copy_gate: bool) -> bool:
     if not isinstance(copy_gate, bool):
         raise TypeError(

@@ -222,7 +222,7 @@ ERRORS = {
         "positions and mrope_section must be left out where cos_sin_cache is None, got positions.",
     ),
     "mrope_section": (
-        {"mrope_section": (0, 0, 0)},
+        {"mrope_section": (11, 11, 10)},
         "positions and mrope_section must be left out where cos_sin_cache is None, got mrope_section.",
     ),
     "no rotary_dim": (
@@ -255,6 +255,7 @@ def test_one_head_is_an_axis_of_heads():
 
 def test_the_choice_without_a_rotation():
     choice = pallas_qk.default_implementation(4, 16, 2, 256, 0, "bfloat16", platform="cpu")
+    assert choice == pallas_qk.default_implementation(4, 16, 2, 256, np.int64(0), "bfloat16", platform="cpu")
     assert choice.name == "xla"
 
 

@@ -244,6 +244,11 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
         ValueError,
         "norm_beta must be 0 without weights, got 1.0.",
     ),
+    "beta of another type": (
+        {"q_weight": None, "k_weight": None, "norm_beta": "1"},
+        TypeError,
+        "norm_beta must be a real number known when tracing, got '1' of type str.",
+    ),
     "v_norm": ({"v_norm": 1}, TypeError, "v_norm must be a bool known when tracing, got 1 of type int."),
 }
 
