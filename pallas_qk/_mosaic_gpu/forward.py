@@ -180,7 +180,9 @@ def _forward_thread(
                 for place in kind.targets
             ]
 
-        targets = {name: targets_of(kind) for name, kind in (normed | copied).items()}
+        targets = {name: targets_of(kind) for name, kind in normed.items()}
+        if options.scale_per_head is not None:  # scales are loaded with x
+            targets |= {name: targets_of(kind) for name, kind in copied.items()}
         own = len(layout.bases)  # the vectors behind are partners that are only loaded
         xs = {
             name: [widen(v.load(source(kind)), dtype) for v in (vectors if kind.rotation else vectors[:own])]
@@ -199,7 +201,7 @@ def _forward_thread(
 
         load_weights("first")
         for name, copy in copies.items():
-            for target in targets[name]:
+            for target in targets.get(name) or targets_of(copied[name]):
                 target.store(wide_vectors, copy, dtype, cast_first=config.cast_first)
         # Loaded after a store they might alias, the weights keep ptxas from moving that store, and the loads before it,
         # below the sum.
