@@ -471,10 +471,11 @@ def timed(
     """Each of the `programs`, timed, and what its command buffers hold."""
     if FORMS[form].write == "op" and implementation not in pallas_qk.IMPLEMENTATIONS:
         raise NotImplementedError(f"an op that writes caches is of {pallas_qk.IMPLEMENTATIONS}, got {implementation!r}")
-    sizes = layer.num_q_heads, layer.num_kv_heads, layer.head_dim, layer.rotary_dim
-    chosen = pallas_qk.default_implementation(num_tokens, *sizes, layer.dtype).name
-    if FORMS[form].write == "example" and implementation != chosen:
-        raise NotImplementedError(f"the example takes {chosen!r} here, got {implementation!r}")
+    if FORMS[form].write == "example":
+        sizes = layer.num_q_heads, layer.num_kv_heads, layer.head_dim, layer.rotary_dim
+        chosen = pallas_qk.default_implementation(num_tokens, *sizes, layer.dtype).name
+        if implementation != chosen:
+            raise NotImplementedError(f"the example takes {chosen!r} here, got {implementation!r}")
     found = []
     for name in programs:
         parameters, state = initial(layer, FORMS[form], num_tokens)

@@ -389,7 +389,6 @@ def default_implementation(
       >>> pallas_qk.default_implementation(4096, 16, 2, 256, 64, "bfloat16", platform="cpu").name
       'xla'
     """
-    _checks.check_static_integer("rotary_dim", rotary_dim)
     num_q_heads, num_kv_heads, head_dim, rotary_dim = _checks.check_sizes(
         num_q_heads, num_kv_heads, head_dim, rotary_dim, rotated=rotary_dim != 0
     )

@@ -10,7 +10,7 @@ import numpy as np
 
 from pallas_qk import _cache_axes, _fp8
 from pallas_qk._array_checks import Function, check_array, check_integers, check_shape, unboxed
-from pallas_qk._checks import DTYPES, describe
+from pallas_qk._checks import DTYPES, check_bool, describe
 
 
 def check_cache_axes(cache_axes: str) -> str:
@@ -25,12 +25,7 @@ def check_cache_axes(cache_axes: str) -> str:
 
 
 def check_return_kv(return_kv: bool) -> bool:
-    if not isinstance(return_kv, bool):
-        raise TypeError(
-            f"return_kv must be a bool known when tracing, got {describe(return_kv)}. "
-            "Pass True for k and v as results beside the cache."
-        )
-    return return_kv
+    return check_bool("return_kv", return_kv, "Pass True for k and v as results beside the cache.")
 
 
 def three_arrays(qkv, *, gated: bool) -> tuple | None:

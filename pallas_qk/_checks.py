@@ -123,49 +123,35 @@ def check_mrope_section(mrope_section, rotary_dim: int) -> tuple[int, int, int] 
 
 
 def check_mrope_layout(mrope_layout: str) -> str:
-    if not _is_one_of(MROPE_LAYOUTS, mrope_layout):
-        names = " or ".join(map(repr, MROPE_LAYOUTS))
-        raise ValueError(
-            f"mrope_layout must be {names}, got {mrope_layout!r}. "
-            "Pass 'interleaved' for Qwen3-VL and Qwen3.5, 'sectioned' for Qwen2-VL and Qwen2.5-VL."
-        )
+    remedy = "Pass 'interleaved' for Qwen3-VL and Qwen3.5, 'sectioned' for Qwen2-VL and Qwen2.5-VL."
+    _check_name("mrope_layout", mrope_layout, MROPE_LAYOUTS, remedy)
     return mrope_layout
 
 
 def check_rotation(rotation: str) -> Literal["halves", "pairs"]:
-    if not _is_one_of(ROTATIONS, rotation):
-        raise ValueError(
-            f"rotation must be {' or '.join(map(repr, ROTATIONS))}, got {rotation!r}. "
-            "Pass 'halves' for elements j and j + rotary_dim // 2 (NeoX), 'pairs' for 2j and 2j + 1 (GPT-J)."
-        )
+    remedy = "Pass 'halves' for elements j and j + rotary_dim // 2 (NeoX), 'pairs' for 2j and 2j + 1 (GPT-J)."
+    _check_name("rotation", rotation, ROTATIONS, remedy)
     return cast(Literal["halves", "pairs"], rotation)
 
 
 def check_norm_order(norm_order: str) -> Literal["norm_first", "rotation_first"]:
-    if not _is_one_of(NORM_ORDERS, norm_order):
-        raise ValueError(
-            f"norm_order must be {' or '.join(map(repr, NORM_ORDERS))}, got {norm_order!r}. "
-            "Pass 'rotation_first' for models that rotate before the norm, such as HunYuan."
-        )
+    remedy = "Pass 'rotation_first' for models that rotate before the norm, such as HunYuan."
+    _check_name("norm_order", norm_order, NORM_ORDERS, remedy)
     return cast(Literal["norm_first", "rotation_first"], norm_order)
 
 
+def check_bool(name: str, value: bool, remedy: str) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool known when tracing, got {describe(value)}. {remedy}")
+    return value
+
+
 def check_round_norm(round_norm: bool) -> bool:
-    if not isinstance(round_norm, bool):
-        raise TypeError(
-            f"round_norm must be a bool known when tracing, got {describe(round_norm)}. "
-            "Pass False to keep float32 between norm and rotation."
-        )
-    return round_norm
+    return check_bool("round_norm", round_norm, "Pass False to keep float32 between norm and rotation.")
 
 
 def check_v_norm(v_norm: bool) -> bool:
-    if not isinstance(v_norm, bool):
-        raise TypeError(
-            f"v_norm must be a bool known when tracing, got {describe(v_norm)}. "
-            "Pass True for a v that is normalised without a weight."
-        )
-    return v_norm
+    return check_bool("v_norm", v_norm, "Pass True for a v that is normalised without a weight.")
 
 
 def check_weights(has_q_weight: bool, has_k_weight: bool, norm_beta: float) -> None:
@@ -192,12 +178,8 @@ def check_no_table(has_positions: bool, has_mrope_section: bool) -> None:
 
 
 def check_copy_gate(copy_gate: bool) -> bool:
-    if not isinstance(copy_gate, bool):
-        raise TypeError(
-            f"copy_gate must be a bool known when tracing, got {describe(copy_gate)}. "
-            "Pass False to leave the gate where it lies, for XLA to fuse into what reads it."
-        )
-    return copy_gate
+    remedy = "Pass False to leave the gate where it lies, for XLA to fuse into what reads it."
+    return check_bool("copy_gate", copy_gate, remedy)
 
 
 def check_implementation(implementation: str | None, known: tuple[str, ...]) -> None:
@@ -206,6 +188,11 @@ def check_implementation(implementation: str | None, known: tuple[str, ...]) -> 
         raise ValueError(
             f"implementation must be None or one of {names}, got {implementation!r}. None picks the first that runs."
         )
+
+
+def _check_name(name: str, value: str, names: tuple[str, ...], remedy: str) -> None:
+    if not _is_one_of(names, value):
+        raise ValueError(f"{name} must be {' or '.join(map(repr, names))}, got {value!r}. {remedy}")
 
 
 def _is_one_of(names: tuple[str, ...], value) -> bool:

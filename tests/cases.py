@@ -123,7 +123,13 @@ def random_normal(shape: tuple[int, ...], dtype, seed: int) -> jax.Array:
     """float32 normals rounded to `dtype`, on the default device."""
     if math.prod(shape) > DRAWN_BY_NUMPY:
         return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32).astype(jnp.dtype(dtype)))
+    return random_normals([shape], dtype, seed)[0]
+
+
+def random_normals(shapes, dtype, seed: int = 0) -> list[jax.Array]:
+    """float32 normals of one generator, one array after another, rounded to `dtype`."""
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.standard_normal(shape, np.float32).astype(jnp.dtype(dtype))) for shape in shapes]
 
 
 def numpy_inputs(case: Case, seed: int = 0) -> Inputs:

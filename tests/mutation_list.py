@@ -230,14 +230,14 @@ MUTATIONS = [
         ),
         (
             "checks: a rotation that is an array",
-            "if not _is_one_of(ROTATIONS, rotation):",
-            "if rotation not in ROTATIONS:",
+            "if not _is_one_of(names, value):",
+            "if value not in names:",
             BAD_CALL,
         ),
         (
             "checks: round_norm as a number",
-            "if not isinstance(round_norm, bool):",
-            "if round_norm not in (True, False):",
+            "if not isinstance(value, bool):",
+            "if value not in (True, False):",
             BAD_CALL,
         ),
         (

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
-from pallas_qk import _implementations
+import pallas_qk
+from pallas_qk import _implementations, _rows
 from pallas_qk._options import Options
-from pallas_qk._rows import Gradients
 from tests import forms
 from tests.cases import Case, Inputs
 from tests.lowering import HOPPER_SMS
@@ -48,6 +48,20 @@ def run(implementation: str, case: Case, inputs: Inputs, **config) -> tuple[jax.
     return tuple(_flat(x) for x in jax.tree.leaves(outputs))
 
 
+def run_arrays(implementation: str, arrays, static: dict, options: Options) -> list[jax.Array]:
+    """(q_out, k_out, gate_out), flat: `run` for the arrays and static arguments of `fused_qk_rmsnorm_rope_gate`.
+
+    The interpreter takes `options` instead of `static`.
+    """
+    if implementation == "xla" or has_gpu():
+        return list(pallas_qk.fused_qk_rmsnorm_rope_gate(*arrays, **static, implementation=implementation))
+    q_gate, k, *others, positions = arrays
+    heads = [x.reshape(len(x), static[n], -1) for x, n in ((q_gate, "num_q_heads"), (k, "num_kv_heads"))]
+    inputs = _rows.Inputs(*heads, *others, None if positions is None else jnp.atleast_2d(positions))
+    outputs = cached_kernel("forward", implementation, options, False)(inputs)
+    return [_flat(x) for x in (outputs.q, outputs.k, outputs.gate)]
+
+
 def run_backward(
     implementation: str,
     case: Case,
@@ -67,10 +81,10 @@ def run_backward(
     cotangents = forms.split_heads(case, forms.as_outputs(case, cotangents))
     options = dataclasses.replace(forms.options(case), round_dweights=round_dweights)
     function = cached_kernel("backward", implementation, options, case.num_tokens == 0, num_sms, **config)
-    gradients: Gradients = function(operands, cotangents)
+    gradients: _rows.Gradients = function(operands, cotangents)
     q, k, *weights = (x if x is None else (x.shape, x.dtype) for x in operands[:4])
-    wanted = Gradients(q, k, *((shape, dtype if round_dweights else jnp.float32) for shape, dtype in weights))
-    found = Gradients(*(x if x is None else (x.shape, x.dtype) for x in gradients))
+    wanted = _rows.Gradients(q, k, *((shape, dtype if round_dweights else jnp.float32) for shape, dtype in weights))
+    found = _rows.Gradients(*(x if x is None else (x.shape, x.dtype) for x in gradients))
     assert found == wanted, (found, wanted)
     return [*map(_flat, jax.tree.leaves(gradients[:2])), *map(jnp.asarray, gradients[2:])]
 

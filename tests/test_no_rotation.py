@@ -11,10 +11,11 @@ import pytest
 import pallas_qk
 from pallas_qk import _rows
 from pallas_qk._options import Options
+from tests.cases import random_normals
 from tests.compare import assert_same, assert_within
 from tests.devices import mesh_of, put
 from tests.lowering import GPU_IMPLEMENTATIONS
-from tests.run import cached_kernel, has_gpu, primitives, quick_jit
+from tests.run import cached_kernel, primitives, quick_jit, run_arrays
 from tests.tolerances import ROUNDOFF, SMALLEST
 
 IMPLEMENTATIONS = ("xla", *GPU_IMPLEMENTATIONS)
@@ -37,13 +38,9 @@ class Size:
 
     def arrays(self, *widths: int, seed: int = 0) -> list[jax.Array]:
         """Rows of some numbers of heads, and the weights."""
-        rng = np.random.default_rng(seed)
         shapes = [(self.num_tokens, width * self.head_dim) for width in widths] + [(self.head_dim,)] * 2
-        dtypes = [self.dtype] * len(widths) + ["float32"] * 2
-        return [
-            jnp.asarray(rng.standard_normal(s, np.float32).astype(jnp.dtype(d)))
-            for s, d in zip(shapes, dtypes, strict=True)
-        ]
+        *rows, q_weight, k_weight = random_normals(shapes, "float32", seed)
+        return [*(x.astype(self.dtype) for x in rows), q_weight, k_weight]
 
 
 SIZES = (
@@ -73,17 +70,6 @@ def assert_normed(size: Size, got: jax.Array, x: jax.Array, weight: jax.Array) -
     assert_within("rows", got, want, bound)
 
 
-def run(implementation: str, size: Size, q_gate, k, q_weight, k_weight):
-    """(q, k, gate), by the kernel's interpreter where there is no GPU."""
-    if implementation == "xla" or has_gpu():
-        static = size.static | {"implementation": implementation}
-        return pallas_qk.fused_qk_rmsnorm_rope_gate(q_gate, k, q_weight, k_weight, None, None, **static)
-    heads = [x.reshape(size.num_tokens, n, -1) for x, n in ((q_gate, size.num_q_heads), (k, size.num_kv_heads))]
-    inputs = _rows.Inputs(*heads, q_weight, k_weight, None, None)
-    outputs = cached_kernel("forward", implementation, OPTIONS, False)(inputs)
-    return [jnp.asarray(x).reshape(size.num_tokens, -1) for x in (outputs.q, outputs.k, outputs.gate)]
-
-
 @quick_jit
 def pulled_back(x, weight, cotangent):
     """The gradients of rows (T, heads, D) and of their weight."""
@@ -102,13 +88,13 @@ OPTIONS = Options(rotary_dim=0, eps=1e-6, norm_beta=1.0, rotation=None)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_rows_are_normalised_and_rounded_once(implementation, size):
     q_gate, k, *weights = size.arrays(2 * size.num_q_heads, size.num_kv_heads)
-    got = run(implementation, size, q_gate, k, *weights)
+    got = run_arrays(implementation, [q_gate, k, *weights, None, None], size.static, OPTIONS)
     q, gate = jnp.split(q_gate.reshape(size.num_tokens, size.num_q_heads, -1), 2, axis=-1)
     assert_normed(size, got[0], q.reshape(got[0].shape), weights[0])
     assert_normed(size, got[1], k, weights[1])
     assert_same(got[2], gate.reshape(got[2].shape))
     if implementation != "xla":  # the sum has one order everywhere
-        want = run("xla", size, q_gate, k, *weights)
+        want = run_arrays("xla", [q_gate, k, *weights, None, None], size.static, OPTIONS)
         differing = sum(int((np.asarray(a) != np.asarray(b)).sum()) for a, b in zip(got, want, strict=True))
         assert differing <= (0.002 if size.dtype != "float32" else 1) * sum(x.size for x in want)
 
@@ -269,7 +255,7 @@ def test_bits_are_the_oracle_s(gpu, implementation, size):
     arrays = size.arrays(2 * size.num_q_heads, size.num_kv_heads)
     tensors = map(to_torch, jax.block_until_ready(arrays))
     want = to_jax(triton_oracle.fused_qk_rmsnorm_rope_gate(*tensors, None, None, rotary_dim=0, **size.static))
-    got = run(implementation, size, *arrays)
+    got = run_arrays(implementation, [*arrays, None, None], size.static, OPTIONS)
     if size.dtype == "float32" and size.head_dim <= 32:  # see `benchmarks.agreement.promise`
         for a, b in zip(got, want, strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6)

@@ -10,11 +10,11 @@ import pytest
 import pallas_qk
 from pallas_qk import _rows
 from pallas_qk._options import Options
-from tests.cases import cos_sin_table
+from tests.cases import cos_sin_table, random_normals
 from tests.compare import assert_same, assert_within
 from tests.devices import mesh_of, put
 from tests.lowering import GPU_IMPLEMENTATIONS, on_gpu
-from tests.run import cached_kernel, has_gpu, primitives
+from tests.run import cached_kernel, primitives, run_arrays
 from tests.tolerances import ROUNDOFF, SMALLEST
 
 IMPLEMENTATIONS = ("xla", *GPU_IMPLEMENTATIONS)
@@ -48,9 +48,7 @@ class Size:
         return Options(**kept | {"round_norm": self.round_norm or self.dtype == "float32"})
 
     def rows(self, *heads: int, seed: int = 0) -> list[jax.Array]:
-        rng = np.random.default_rng(seed)
-        shapes = [(self.num_tokens, n, self.head_dim) for n in heads]
-        return [jnp.asarray(rng.standard_normal(s, np.float32).astype(jnp.dtype(self.dtype))) for s in shapes]
+        return random_normals([(self.num_tokens, n, self.head_dim) for n in heads], self.dtype, seed)
 
     def others(self) -> list[jax.Array]:
         """Weights, a table with an attention factor, and positions."""
@@ -106,24 +104,14 @@ def rotate(size: Size, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.nd
     return np.concatenate([rotated.reshape(*x.shape[:-1], 2 * half), x[..., 2 * half :]], axis=-1)
 
 
-def forward_of(implementation: str, size: Size, q_gate, k, *others) -> list:
-    """(q, k, gate), flat; by the kernel's interpreter where there is no GPU."""
-    t = size.num_tokens
-    if implementation == "xla" or has_gpu():
-        return list(
-            pallas_qk.fused_qk_rmsnorm_rope_gate(q_gate, k, *others, **size.static, implementation=implementation)
-        )
-    *weights_and_table, positions = others
-    heads = q_gate.reshape(t, size.num_q_heads, -1), k.reshape(t, size.num_kv_heads, -1)
-    inputs = _rows.Inputs(*heads, *weights_and_table, jnp.atleast_2d(positions))
-    outputs = cached_kernel("forward", implementation, size.options, False)(inputs)
-    return [jnp.asarray(x).reshape(t, -1) for x in (outputs.q, outputs.k, outputs.gate)]
+def run(implementation: str, size: Size, arrays) -> list:
+    return run_arrays(implementation, arrays, size.static, size.options)
 
 
 @pytest.mark.parametrize("implementation, size", RUNS, ids=str)
 def test_the_norm_is_of_what_is_rotated(implementation, size):
     q_gate, k, q_weight, k_weight, table, positions = size.arguments()
-    got = forward_of(implementation, size, q_gate, k, q_weight, k_weight, table, positions)
+    got = run(implementation, size, [q_gate, k, q_weight, k_weight, table, positions])
     cos, sin = angles(size, table, positions)
     q_and_gate = np.asarray(q_gate).reshape(size.num_tokens, size.num_q_heads, 2, size.head_dim)
     of_k = np.asarray(k).reshape(size.num_tokens, size.num_kv_heads, size.head_dim)
@@ -204,9 +192,9 @@ def test_the_public_gradient_is_the_kernel_s():
 def test_a_row_that_is_rotated_first_is_rounded(implementation):
     """As plain XLA rounds it; the same row that isn't rounded there has other elements in every fiftieth place."""
     size = SIZES[0]
-    got = forward_of(implementation, size, *size.arguments())[0]
+    got = run(implementation, size, size.arguments())[0]
     rounded, unrounded = (
-        forward_of("xla", dataclasses.replace(size, round_norm=each), *size.arguments())[0] for each in (True, False)
+        run("xla", dataclasses.replace(size, round_norm=each), size.arguments())[0] for each in (True, False)
     )
     assert (np.asarray(got) != np.asarray(rounded)).mean() < 0.002
     assert (np.asarray(got) != np.asarray(unrounded)).mean() > 0.02
@@ -216,14 +204,14 @@ def test_a_row_that_is_rotated_first_is_rounded(implementation):
 def test_a_position_past_the_table_spoils_its_token_alone(implementation):
     size = SIZES[0]
     *arrays, positions = size.arguments()
-    want = forward_of(implementation, size, *arrays, positions)
-    got = forward_of(implementation, size, *arrays, positions.at[2].set(64))
+    want = run(implementation, size, [*arrays, positions])
+    got = run(implementation, size, [*arrays, positions.at[2].set(64)])
     for a, b in zip(got[:2], want[:2], strict=True):
         assert np.isnan(np.asarray(a[2], np.float32)).all()
         assert_same(jnp.delete(a, 2, axis=0), jnp.delete(b, 2, axis=0))
     assert_same(got[2], want[2])
-    padded = forward_of(implementation, size, *arrays, positions.at[2].set(-1))
-    assert_same(padded, forward_of(implementation, size, *arrays, positions.at[2].set(0)))
+    padded = run(implementation, size, [*arrays, positions.at[2].set(-1)])
+    assert_same(padded, run(implementation, size, [*arrays, positions.at[2].set(0)]))
 
 
 @pytest.mark.parametrize("size", [SIZES[0], SIZES[3], SIZES[7]], ids=str)
@@ -303,7 +291,7 @@ def of_the_oracle(size: Size, device: str):
 def test_the_interpreted_oracle_agrees(on_the_host):
     size = SIZES[3]
     pytest.importorskip("triton", reason="runs the oracle")
-    for a, b in zip(of_the_oracle(size, "cpu"), forward_of("xla", size, *size.arguments()), strict=True):
+    for a, b in zip(of_the_oracle(size, "cpu"), run("xla", size, size.arguments()), strict=True):
         differing = np.asarray(a) != np.asarray(b)
         assert differing.mean() < 0.01
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=2e-3, atol=1e-3)
@@ -317,4 +305,4 @@ def test_the_interpreted_oracle_agrees(on_the_host):
     ids=str,
 )
 def test_bits_are_the_oracle_s(gpu, implementation, size):
-    assert_same(forward_of(implementation, size, *size.arguments()), of_the_oracle(size, "cuda"))
+    assert_same(run(implementation, size, size.arguments()), of_the_oracle(size, "cuda"))

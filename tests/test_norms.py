@@ -10,7 +10,7 @@ import pytest
 import pallas_qk
 from pallas_qk import _rows
 from pallas_qk._options import Options
-from tests.cases import cos_sin_table
+from tests.cases import cos_sin_table, random_normals
 from tests.compare import assert_same, assert_within
 from tests.devices import mesh_of, put
 from tests.lowering import GPU_IMPLEMENTATIONS
@@ -51,9 +51,7 @@ class Size:
         return [cos_sin_table(64, self.rotary_dim, self.dtype), jnp.asarray(positions)]
 
     def rows(self, *heads: int, seed: int = 0) -> list[jax.Array]:
-        rng = np.random.default_rng(seed)
-        shapes = [(self.num_tokens, n * self.head_dim) for n in heads]
-        return [jnp.asarray(rng.standard_normal(s, np.float32).astype(jnp.dtype(self.dtype))) for s in shapes]
+        return random_normals([(self.num_tokens, n * self.head_dim) for n in heads], self.dtype, seed)
 
     def weights(self) -> list[jax.Array]:
         rng = np.random.default_rng(3)
