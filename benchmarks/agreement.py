@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_qk._rows import Outputs
-from tests import tolerances
+from tests import forms, tolerances
 from tests.cached import CachedCase, arrays_of, by_slot, has_place, written
 from tests.cases import Case
 from tests.compare import Comparison, bits_of, compare_bits, compare_outputs
@@ -85,6 +85,12 @@ def promise(implementation: str, case: Case, num_elements: int, platform: str) -
         count = tolerances.max_differing(case, num_elements, platform)
         return Promise(count, 1.0, tolerances.max_pair_ulps(case, platform))
     return Promise(0)
+
+
+def in_form(case: Case, got, want) -> list:
+    """q_out, k_out and gate_out of a call in the form of `case`; what the form doesn't have is the wanted one."""
+    by_name = dict(zip(forms.output_names(case), got, strict=True))
+    return [by_name.get(*x) for x in zip(("q", "k", "gate"), want, strict=True)]
 
 
 def agreement(implementation: str, case: Case, got, want, *, platform: str) -> Agreement:

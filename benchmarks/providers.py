@@ -117,8 +117,8 @@ PROVIDERS: dict[str, Builder] = {"oracle": oracle, **{name: functools.partial(_j
 
 
 def torch_inputs(inputs: Inputs) -> list[Any]:
-    """The same memory as torch tensors."""
-    return [to_torch(array) for array in jax.block_until_ready(list(inputs))]
+    """The same memory as torch tensors, None for an array that there isn't."""
+    return [x if x is None else to_torch(x) for x in jax.block_until_ready(list(inputs))]
 
 
 def to_torch(array: Any) -> Any:

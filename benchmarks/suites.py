@@ -172,6 +172,23 @@ def parity_gpu() -> list[Case]:
         Case(4096, 12, 2, 128, 128, f16, rotation="pairs", round_norm=False, mrope_section=(24, 20, 20)),
         Case(2048, 16, 2, rotation="pairs", round_norm=False, cache_dtype=f32),
         Case(1025, 3, 1, 80, 40, f32, rotation="pairs", round_norm=False, mrope_section=(8, 6, 6)),
+        Case(129, 5, 2, 80, 0, f16, weight_dtype=f32),
+        Case(127, 3, 1, 65, 0, f32, norm_beta=1.0),
+        Case(2048, 4, 2, 512, 0),
+        Case(4096, 16, 2, rotary_dim=0, gate="in_place"),
+        Case(129, 5, 2, 64, 32, f16, norm_order="rotation_first", attention_factor=1.1386294361119891),
+        Case(127, 3, 1, 96, 6, rotation="pairs", norm_order="rotation_first"),
+        Case(1025, 8, 2, 128, 128, f32, norm_order="rotation_first", round_norm=False),
+        Case(2048, 4, 2, 512, 512, norm_order="rotation_first", cache_dtype=f32),
+        Case(4096, 16, 2, dtype=f16, norm_order="rotation_first", round_norm=False, mrope_section=INTERLEAVED),
+        Case(4096, 16, 2, norm_order="rotation_first", weight_dtype=f32, norm_beta=1.0),
+        Case(4096, 12, 2, 80, 40, norm_order="rotation_first"),
+        Case(129, 5, 2, 128, 64, f16, weights=False, mrope_section=INTERLEAVED),
+        Case(4096, 16, 2, weights=False),
+        Case(1025, 3, 1, 80, 40, f32, weights=False, gate="in_place"),
+        Case(127, 3, 2, 128, 64, q_alone=True),
+        Case(4096, 16, 2, dtype=f16, q_alone=True, weights=False),
+        Case(1025, 5, 2, 512, 512, f32, q_alone=True, rotation="pairs"),
     ]
     return small + large + float32 + options
 
@@ -248,6 +265,12 @@ def parity_cached_gpu() -> list[CachedCase]:
             block_size=32,
             return_kv=True,
         ),
+        CachedCase(Case(129, 16, 2, packed=True, v_norm=True), "b h s (c d)", num_blocks=20, return_kv=True),
+        CachedCase(Case(200, 5, 2, 128, 128, f16, v_norm=True, weights=False), return_kv=True, num_blocks=60),
+        CachedCase(Case(129, 4, 1, 512, 512, v_norm=True, gate=None), "b s (h c) d", e4m3, return_kv=True),
+        CachedCase(Case(129, 5, 2, 128, 0, f16, packed=True, v_norm=True), kv_dtype=bf16, return_kv=True),
+        CachedCase(Case(129, 16, 2, norm_order="rotation_first", packed=True), "b h s (c d)", num_blocks=20),
+        CachedCase(Case(64, 5, 2, 64, 32, f16, norm_order="rotation_first", round_norm=False), kv_dtype=e5m2),
     ]
     return layouts + codes + dtypes + options + slots + others
 
@@ -260,6 +283,8 @@ def parity_cached_cpu() -> list[CachedCase]:
     options = [
         CachedCase(dataclasses.replace(packed[1], rotation="pairs", round_norm=False)),
         CachedCase(dataclasses.replace(packed[0], rotation="pairs"), "b h s (c d)", fp8.NAMES[0], return_kv=True),
+        CachedCase(dataclasses.replace(packed[1], rotary_dim=0, v_norm=True), return_kv=True),
+        CachedCase(dataclasses.replace(packed[0], norm_order="rotation_first", weights=False), return_kv=True),
     ]
     return layouts + [CachedCase(case, axes, in_cache, return_kv=True) for case, axes, in_cache in codes] + options
 
@@ -282,6 +307,11 @@ def parity_cpu() -> list[Case]:
         Case(9, 3, 1, 128, 128, "float16", round_norm=False, mrope_section=(24, 20, 20)),
         Case(2, 3, 1, 64, 32, round_norm=False),
         Case(9, 3, 1, 64, 6, "float16", rotation="pairs", round_norm=False),
+        Case(3, 3, 1, 64, 0, "float16", norm_beta=1.0),
+        Case(9, 3, 1, 64, 32, "float16", norm_order="rotation_first"),
+        Case(5, 3, 1, 96, 6, "float32", rotation="pairs", norm_order="rotation_first"),
+        Case(5, 3, 1, 64, 32, "float16", weights=False),
+        Case(5, 3, 1, 64, 32, "float16", q_alone=True),
     ]
 
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from benchmarks.agreement import Agreement, agreement, cached_agreement
+from benchmarks.agreement import Agreement, agreement, cached_agreement, in_form
 from benchmarks.progress import progress, say
-from benchmarks.providers import PROVIDERS, cached_oracle, oracle, to_jax, to_torch, torch_inputs
+from benchmarks.providers import PROVIDERS, cached_oracle, from_torch, oracle, to_jax, to_torch, torch_inputs
 from pallas_qk._rows import Outputs
-from tests import cached, strategies
+from tests import cached, forms, strategies
 from tests.cached import CachedCase
 from tests.cases import Case, make_inputs
 
@@ -57,7 +57,7 @@ def compare_op(case: Case, platform: str) -> Compare:
 
     def compare(name: str) -> Agreement:
         got = jax.block_until_ready(PROVIDERS[name](case, inputs)())
-        return agreement(name, case, got, want, platform=platform)
+        return agreement(name, case, in_form(case, got, want), want, platform=platform)
 
     return compare
 
@@ -67,8 +67,10 @@ def compare_cached(form: CachedCase, platform: str) -> Compare:
     case, data = form.case, cached.data_of(form)
     # Clones: the oracle writes into the caches, and JAX takes its arrays for immutable.
     v, *caches, slots = (to_torch(x).clone() for x in (data.v, *data.before, data.slots))
+    if case.v_norm:
+        _, v, _ = oracle(forms.of_v(case), forms.inputs_of_v(case, jnp.asarray(data.v)))()
     q, k, gate, *written = to_jax(cached_oracle(form, torch_inputs(data.inputs), v, caches, slots)())
-    want = Outputs(q, k, jnp.asarray(data.v), gate, *written)
+    want = Outputs(q, k, from_torch(v), gate, *written)
 
     def compare(name: str) -> Agreement:
         op = jax.jit(cached.op(form, name), donate_argnums=5)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 
 from pallas_qk import _checks, _fp8, _implementations
-from pallas_qk._array_checks import FUNCTIONS
+from pallas_qk._array_checks import Function, as_called
 from pallas_qk._call import call
 from pallas_qk._implementations import Choice
 from pallas_qk._options import Spec
@@ -14,7 +14,7 @@ from pallas_qk._rows import Inputs
 
 def fused_qk_rmsnorm_rope_gate(
     q_gate: jax.Array,
-    k: jax.Array,
+    k: jax.Array | None,
     q_weight: jax.Array | None,
     k_weight: jax.Array | None,
     cos_sin_cache: jax.Array | None,
@@ -33,7 +33,7 @@ def fused_qk_rmsnorm_rope_gate(
     round_norm: bool = True,
     norm_order: str = "norm_first",
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """Normalises and rotates q and k per head and splits off the gate, in one pass over memory.
 
     Per head, x is a row of D elements, w its weight and p its token's position. RMSNorm in float32, rounded to x's
@@ -51,20 +51,21 @@ def fused_qk_rmsnorm_rope_gate(
     Args:
       q_gate: (..., Hq*2*D) or (..., Hq, 2*D), each head [q | gate]; float16, bfloat16 or float32. Leading
         axes may have size 0.
-      k: (..., Hkv*D) or (..., Hkv, D), in the form of `q_gate`; its dtype.
+      k: (..., Hkv*D) or (..., Hkv, D), in the form of `q_gate`; its dtype. None for q alone, as in layers that read
+        the keys of another layer.
       q_weight: (D,); float16, bfloat16 or float32, whatever `q_gate` has. None for a norm without weights, which reads
         none.
-      k_weight: (D,); float16, bfloat16 or float32. None exactly where `q_weight` is.
+      k_weight: (D,); float16, bfloat16 or float32. None exactly where `q_weight` or `k` is.
       cos_sin_cache: (max_pos, R), each row [cos | sin]; float16, bfloat16 or float32. Without positions (..., R), the
         row of each token. None where nothing is rotated: the norm and the split alone, rounded once.
       positions: (...) or, exactly when `mrope_section` is given, (3, ...): rows of time, height and width positions.
         Any integer dtype, any order. A negative position marks padding: it reads row 0 of the table. A position past
         the table gives NaN, see Numerics. None where `cos_sin_cache` has the row of each token, or is None. With one
-        head, (tokens, 1, 2*D) is ambiguous; the rank of positions, or of those rows, decides. Without either the head
-        is an axis.
+        head, (tokens, 1, 2*D) is ambiguous; the rank of positions, or of those rows, decides. Without either, the form
+        of `k` does.
       eps: added to the mean of squares; a Python number.
       num_q_heads: query heads in `q_gate`.
-      num_kv_heads: key heads in `k`.
+      num_kv_heads: key heads in `k`; 0 exactly where `k` is None.
       head_dim: elements of a head.
       rotary_dim: elements of a head that are rotated, from the first; even and at most `head_dim`. 0, or left out,
         exactly where `cos_sin_cache` is None.
@@ -87,8 +88,8 @@ def fused_qk_rmsnorm_rope_gate(
         GPUs from Ampere on. "xla": plain XLA, any platform. A name never falls back.
 
     Returns:
-      q_out (..., Hq*D) or (..., Hq, D), k_out in the shape of `k`, and gate_out in that of q_out, in the dtype of
-      `q_gate`; the gate is raw.
+      q_out (..., Hq*D) or (..., Hq, D), k_out in the shape of `k` or None, and gate_out in the shape of q_out, in the
+      dtype of `q_gate`; the gate is raw.
 
     Raises:
       ValueError: a shape or a value breaks a rule above, or a head is cut across devices. Where the compiler alone
@@ -147,7 +148,7 @@ def fused_qk_rmsnorm_rope_gate(
       ((5, 4096), (5, 512), (5, 4096))
     """
     outputs = call(
-        FUNCTIONS["fused_qk_rmsnorm_rope_gate"],
+        Function("fused_qk_rmsnorm_rope_gate"),
         Inputs(q_gate, k, q_weight, k_weight, cos_sin_cache, positions),
         "copied" if _checks.check_copy_gate(copy_gate) else "in_place",
         eps,
@@ -165,7 +166,7 @@ def fused_qk_rmsnorm_rope_gate(
 
 def fused_qk_rmsnorm_rope(
     q: jax.Array,
-    k: jax.Array,
+    k: jax.Array | None,
     q_weight: jax.Array | None,
     k_weight: jax.Array | None,
     cos_sin_cache: jax.Array | None,
@@ -183,7 +184,7 @@ def fused_qk_rmsnorm_rope(
     round_norm: bool = True,
     norm_order: str = "norm_first",
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None]:
     """`fused_qk_rmsnorm_rope_gate` for q without gates, as in Qwen3, Gemma 3 and other models that normalise q and k.
 
     Args:
@@ -192,7 +193,7 @@ def fused_qk_rmsnorm_rope(
     The other arguments, errors, numerics, derivatives and sharding are those of `fused_qk_rmsnorm_rope_gate`.
 
     Returns:
-      q_out and k_out, in the shapes and the dtype of `q` and `k`.
+      q_out and k_out, in the shapes and the dtype of `q` and `k`; k_out is None where `k` is.
 
     Example:
       >>> import jax.numpy as jnp
@@ -205,7 +206,7 @@ def fused_qk_rmsnorm_rope(
       ((2, 5, 16, 128), (2, 5, 8, 128))
     """
     outputs = call(
-        FUNCTIONS["fused_qk_rmsnorm_rope"],
+        Function("fused_qk_rmsnorm_rope"),
         Inputs(q, k, q_weight, k_weight, cos_sin_cache, positions),
         None,
         eps,
@@ -222,7 +223,7 @@ def fused_qk_rmsnorm_rope(
 
 
 def fused_qkv_rmsnorm_rope_gate(
-    qkv: jax.Array,
+    qkv: jax.Array | tuple[jax.Array, jax.Array, jax.Array],
     q_weight: jax.Array | None,
     k_weight: jax.Array | None,
     cos_sin_cache: jax.Array | None,
@@ -246,20 +247,22 @@ def fused_qkv_rmsnorm_rope_gate(
     """`fused_qk_rmsnorm_rope_gate` for q, gate, k and v from one projection, which it takes apart without a copy.
 
     Args:
-      qkv: (..., Hq*2*D + 2*Hkv*D): [q | gate] of each query head, then k and then v of each key head.
+      qkv: (..., Hq*2*D + 2*Hkv*D): [q | gate] of each query head, then k and then v of each key head. Or a tuple of
+        three arrays of one dtype: q_gate (..., Hq*2*D), k and v (..., Hkv*D); or, each with an axis of heads, q_gate
+        (..., Hq, 2*D), k and v (..., Hkv, D). One array may be k and v, as in Gemma 4; its gradients add.
       v_norm: whether each head of v is normalised, without a weight and without norm_beta, as in Gemma 4.
 
     The other arguments, errors, numerics and derivatives are those of `fused_qk_rmsnorm_rope_gate`; the gradient of
-    `qkv` is one array, written by the one backward kernel.
+    a packed `qkv` is one array, written by the one backward kernel.
 
     Returns:
-      q_out (..., Hq*D), k_out (..., Hkv*D), v_out (..., Hkv*D), which is v as it is unless
-      `v_norm`, and gate_out (..., Hq*D).
+      q_out (..., Hq*D), k_out (..., Hkv*D), v_out (..., Hkv*D), which is v as it is unless `v_norm`, and gate_out
+      (..., Hq*D); with an axis of heads where three arrays have one.
 
     Sharding:
-      Leading axes only: the parts of the packed axis don't end where its shards do. Where a sharding of that axis is
-      known while tracing it is refused, elsewhere the compiler gathers it. In `jax.shard_map` a device may hold the
-      heads that are packed for it.
+      Of three arrays, that of `fused_qk_rmsnorm_rope_gate`. Of a packed one, leading axes only: the parts of its last
+      axis don't end where shards do. Where a sharding of that axis is known while tracing it is refused, elsewhere the
+      compiler gathers it. In `jax.shard_map` a device may hold the heads that are packed for it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -271,9 +274,10 @@ def fused_qkv_rmsnorm_rope_gate(
       >>> [x.shape for x in outputs]
       [(5, 4096), (5, 512), (5, 512), (5, 4096)]
     """
+    function, (q, k, v) = as_called("fused_qkv_rmsnorm_rope_gate", qkv)
     outputs = call(
-        FUNCTIONS["fused_qkv_rmsnorm_rope_gate"],
-        Inputs(qkv, None, q_weight, k_weight, cos_sin_cache, positions),
+        function,
+        Inputs(q, k, q_weight, k_weight, cos_sin_cache, positions, v),
         "copied" if _checks.check_copy_gate(copy_gate) else "in_place",
         eps,
         (num_q_heads, num_kv_heads, head_dim, rotary_dim),
@@ -290,7 +294,7 @@ def fused_qkv_rmsnorm_rope_gate(
 
 
 def fused_qkv_rmsnorm_rope(
-    qkv: jax.Array,
+    qkv: jax.Array | tuple[jax.Array, jax.Array, jax.Array],
     q_weight: jax.Array | None,
     k_weight: jax.Array | None,
     cos_sin_cache: jax.Array | None,
@@ -313,13 +317,16 @@ def fused_qkv_rmsnorm_rope(
     """`fused_qkv_rmsnorm_rope_gate` for q without gates, as Qwen3 and Gemma 3 have it.
 
     Args:
-      qkv: (..., Hq*D + 2*Hkv*D): q of each query head, then k and then v of each key head.
+      qkv: (..., Hq*D + 2*Hkv*D): q of each query head, then k and then v of each key head. Or a tuple of three arrays
+        of one dtype: q (..., Hq*D), k and v (..., Hkv*D); or, each with an axis of heads, q (..., Hq, D), k and v
+        (..., Hkv, D).
 
     The other arguments, errors, numerics and derivatives are those of `fused_qk_rmsnorm_rope_gate`. v_norm and sharding
     are those of `fused_qkv_rmsnorm_rope_gate`.
 
     Returns:
-      q_out (..., Hq*D), k_out (..., Hkv*D) and v_out (..., Hkv*D), which is v as it is unless `v_norm`.
+      q_out (..., Hq*D), k_out (..., Hkv*D) and v_out (..., Hkv*D), which is v as it is unless `v_norm`; with an axis of
+      heads where three arrays have one.
 
     Example:
       >>> import jax.numpy as jnp
@@ -331,9 +338,10 @@ def fused_qkv_rmsnorm_rope(
       >>> q_out.shape, k_out.shape, v_out.shape
       ((5, 2048), (5, 1024), (5, 1024))
     """
+    function, (q, k, v) = as_called("fused_qkv_rmsnorm_rope", qkv)
     outputs = call(
-        FUNCTIONS["fused_qkv_rmsnorm_rope"],
-        Inputs(qkv, None, q_weight, k_weight, cos_sin_cache, positions),
+        function,
+        Inputs(q, k, q_weight, k_weight, cos_sin_cache, positions, v),
         None,
         eps,
         (num_q_heads, num_kv_heads, head_dim, rotary_dim),
@@ -367,7 +375,7 @@ def default_implementation(
     Args:
       num_tokens: the product of the leading axes, on one device; at least 0.
       num_q_heads: query heads.
-      num_kv_heads: key heads.
+      num_kv_heads: key heads; 0 for q alone.
       head_dim: elements of a head.
       rotary_dim: elements of a head that are rotated; 0 where nothing is.
       dtype: of the activations.
@@ -390,7 +398,7 @@ def default_implementation(
       'xla'
     """
     num_q_heads, num_kv_heads, head_dim, rotary_dim = _checks.check_sizes(
-        num_q_heads, num_kv_heads, head_dim, rotary_dim, rotated=rotary_dim != 0
+        num_q_heads, num_kv_heads, head_dim, rotary_dim, rotated=rotary_dim != 0, q_alone=num_kv_heads == 0
     )
     num_tokens = _checks.check_num_tokens(num_tokens)
     dtype = _checks.check_dtype("dtype", dtype)

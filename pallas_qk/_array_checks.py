@@ -52,59 +52,55 @@ def _conversion(value) -> str:
 
 
 class Function(NamedTuple):
-    """What a public function calls its first array, and what errors say of it."""
+    """A public function, given one packed array, or q, k and, where it has one, v; and what errors say of it."""
 
     name: str
-    array: str
-    sizes: str  # of the first array's last axes
-    other: str  # the function for the other form
-    packed: bool = False  # whether q, k and v are this array
-    instead: str = ""  # of a packed array that can't be sharded
+    packed: bool = False
+
+    @property
+    def gated(self) -> bool:
+        return "_gate" in self.name
+
+    @property
+    def separate_v(self) -> bool:
+        return "_qkv_" in self.name and not self.packed
+
+    @property
+    def array(self) -> str:
+        """The first."""
+        return "qkv" if self.packed else "q_gate" if self.gated else "q"
+
+    @property
+    def sizes(self) -> str:
+        """Of the first array's last axes."""
+        rows = "2 * head_dim" if self.gated else "head_dim"
+        if not self.packed:
+            return f"num_q_heads, {rows}, as one axis or two"
+        q = "q and gate of each head" if self.gated else "q"
+        return f"num_q_heads * {rows} + 2 * num_kv_heads * head_dim, [{q} | k | v]"
+
+    @property
+    def other(self) -> str:
+        """The function for the other form."""
+        if self.gated:
+            return f"{self.name.replace('_gate', '')} takes q without gates"
+        return f"{self.name.replace('_rope', '_rope_gate')} takes q with gates"
+
+    @property
+    def instead(self) -> str:
+        """Of a packed array that can't be sharded."""
+        return f"{'q_gate' if self.gated else 'q'}, k and v as a tuple"
 
 
-FUNCTIONS = {
-    function.name: function
-    for function in (
-        Function(
-            "fused_qk_rmsnorm_rope_gate",
-            "q_gate",
-            "num_q_heads, 2 * head_dim, as one axis or two",
-            "fused_qk_rmsnorm_rope takes q without gates",
-        ),
-        Function(
-            "fused_qk_rmsnorm_rope",
-            "q",
-            "num_q_heads, head_dim, as one axis or two",
-            "fused_qk_rmsnorm_rope_gate takes q with gates",
-        ),
-        Function(
-            "fused_qkv_rmsnorm_rope_gate",
-            "qkv",
-            "num_q_heads * 2 * head_dim + 2 * num_kv_heads * head_dim, [q and gate of each head | k | v]",
-            "fused_qkv_rmsnorm_rope takes qkv without gates",
-            True,
-            "q_gate and k to fused_qk_rmsnorm_rope_gate",
-        ),
-        Function(
-            "fused_qkv_rmsnorm_rope",
-            "qkv",
-            "num_q_heads * head_dim + 2 * num_kv_heads * head_dim, [q | k | v]",
-            "fused_qkv_rmsnorm_rope_gate takes qkv with gates",
-            True,
-            "q and k to fused_qk_rmsnorm_rope",
-        ),
-    )
-}
-
-
-def cached(name: str, *, gated: bool, packed: bool) -> Function:
-    """A public function that writes a KV cache, given one packed array or three."""
-    other = "fused_qkv_rmsnorm_rope_gate_cache takes q with gates"
-    if gated:
-        other = "fused_qkv_rmsnorm_rope_cache takes q without gates"
-    three = "q_gate, k and v" if gated else "q, k and v"
-    plain = FUNCTIONS[f"fused_qk{'v' * packed}_rmsnorm_rope{'_gate' * gated}"]
-    return plain._replace(name=name, other=other, instead=f"{three} as a tuple" if packed else "")
+def as_called(name: str, qkv) -> tuple[Function, tuple]:
+    """The function of this name for what it is given, and q, k and v: a packed array is in the place of q, alone."""
+    if not isinstance(qkv, list | tuple):
+        return Function(name, packed=True), (qkv, None, None)
+    function = Function(name)
+    if len(qkv) != 3:
+        names = "(q_gate, k, v)" if function.gated else "(q, k, v)"
+        raise TypeError(f"qkv must be one array or the three of {names}, got {len(qkv)} of them. Pass one or three.")
+    return function, tuple(qkv)
 
 
 class Sizes(NamedTuple):
@@ -155,7 +151,7 @@ def check_arrays(function: Function, inputs: Inputs, sizes: Sizes) -> bool:
     if inputs.positions is not None:
         _check_positions_dtype(inputs.positions.dtype)
 
-    lead, split = _check_first(function, inputs, sources["q"], mrope)
+    lead, split = _check_first(function, inputs, sources["q"], head_dim, mrope)
     for name in activations[1:]:
         source = sources[name]
         shape = (source.token // source.head, source.head) if split else (source.token,)
@@ -197,24 +193,29 @@ def check_integers(name: str, dtype) -> None:
         raise TypeError(f"{name} must be integers, got {dtype}. Cast them with astype(jnp.int32).")
 
 
-def _check_first(function: Function, inputs: Inputs, source: Source, mrope: bool) -> tuple[tuple[int, ...], bool]:
+def _check_first(
+    function: Function, inputs: Inputs, source: Source, head_dim: int, mrope: bool
+) -> tuple[tuple[int, ...], bool]:
     """The leading axes, and whether heads have an axis of their own.
 
     A single head fits both readings of (..., 1, width); the number of axes of the positions, or of a gathered table,
-    then tells the leading ones. Without either it is an axis of heads.
+    then tells the leading ones. Without either, k tells: one head of k is the same array in both readings.
     """
-    _, name, sizes, other, *_ = function
+    name, remedy = function.array, f"{function.sizes}; {function.other}"
     q, flat = inputs.q, (source.token,)
     if source.heads is None:
-        _check_trailing(name, q, [flat], f"{sizes}; {other}")
+        _check_trailing(name, q, [flat], remedy)
         return q.shape[:-1], False
     split = source.token // source.head, source.head
-    _check_trailing(name, q, [flat, split], f"{sizes}; {other}")
+    _check_trailing(name, q, [flat, split], remedy)
     fits_split = q.shape[-2:] == split
-    if fits_split and q.shape[-1:] == flat and inputs.cos_sin_cache is not None:
-        table = inputs.positions is None
-        num_lead = inputs.cos_sin_cache.ndim - 1 if table else inputs.positions.ndim - mrope
-        fits_split = num_lead == q.ndim - 2
+    if fits_split and q.shape[-1:] == flat:
+        if inputs.cos_sin_cache is not None:
+            table = inputs.positions is None
+            num_lead = inputs.cos_sin_cache.ndim - 1 if table else inputs.positions.ndim - mrope
+            fits_split = num_lead == q.ndim - 2
+        elif inputs.k is not None:
+            fits_split = inputs.k.shape[-1:] == (head_dim,)
     return q.shape[: -2 if fits_split else -1], fits_split
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 
 from pallas_qk import _cache_checks, _checks
-from pallas_qk._array_checks import cached
+from pallas_qk._array_checks import as_called
 from pallas_qk._call import call
 from pallas_qk._rows import Inputs
 
@@ -220,10 +220,8 @@ def _call(name: str, qkv, arrays: tuple, cache: tuple, gate: str | None, *values
     """`values` are the arguments of `call` that follow `gate`."""
     kv_cache, slot_mapping, cache_axes, layer, k_scale, v_scale, return_kv = cache
     cache_axes, return_kv = _cache_checks.check_cache_axes(cache_axes), _cache_checks.check_return_kv(return_kv)
-    separate = _cache_checks.three_arrays(qkv, gated=gate is not None)
-    q, k, v = separate or (qkv, None, None)
+    function, (q, k, v) = as_called(name, qkv)
     k_cache, v_cache = _cache_checks.arrays_of(kv_cache, cache_axes)
-    function = cached(name, gated=gate is not None, packed=separate is None)
     held = {"k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale, "v_scale": v_scale}
     inputs = Inputs(q, k, *arrays)._replace(v=v, slots=slot_mapping, layer=layer, **held)
     outputs = call(function, inputs, gate, *values, v_norm=v_norm, cache_axes=cache_axes, return_kv=return_kv)

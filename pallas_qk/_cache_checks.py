@@ -28,16 +28,6 @@ def check_return_kv(return_kv: bool) -> bool:
     return check_bool("return_kv", return_kv, "Pass True for k and v as results beside the cache.")
 
 
-def three_arrays(qkv, *, gated: bool) -> tuple | None:
-    """q, k and v given one by one; None where they are one array."""
-    if not isinstance(qkv, list | tuple):
-        return None
-    if len(qkv) != 3:
-        names = "(q_gate, k, v)" if gated else "(q, k, v)"
-        raise TypeError(f"qkv must be one array or the three of {names}, got {len(qkv)} of them. Pass one or three.")
-    return tuple(qkv)
-
-
 def arrays_of(kv_cache, cache_axes: str) -> tuple[Any, Any]:
     """k's array and v's, or the array of both and None."""
     if _cache_axes.holds_both(cache_axes):

@@ -37,10 +37,11 @@ def call(
     _mesh_checks.check_process()
     inputs = Inputs(*map(_array_checks.unboxed, inputs))
     rotated = inputs.cos_sin_cache is not None
-    num_q_heads, num_kv_heads, head_dim, rotary_dim = _checks.check_sizes(*sizes, rotated=rotated)
+    q_alone = inputs.k is None and not (function.packed or function.separate_v)
+    num_q_heads, num_kv_heads, head_dim, rotary_dim = _checks.check_sizes(*sizes, rotated=rotated, q_alone=q_alone)
     rotation_by_name, by_order = _checks.check_rotation(rotation), _checks.check_norm_order(norm_order)
     norm_beta = _checks.check_norm_beta(norm_beta)
-    _checks.check_weights(inputs.q_weight is not None, inputs.k_weight is not None, norm_beta)
+    _checks.check_weights(inputs.q_weight is not None, inputs.k_weight is not None, norm_beta, q_alone=q_alone)
     if not rotated:
         _checks.check_no_table(inputs.positions is not None, mrope_section is not None)
     options = Options(
@@ -56,6 +57,8 @@ def call(
         v_norm=_checks.check_v_norm(v_norm),
         gate=gate,
         packed=(num_q_heads, num_kv_heads) if function.packed else None,
+        q_alone=q_alone,
+        separate_v=function.separate_v,
         cache_axes=cache_axes,
         return_kv=return_kv,
     )
@@ -91,9 +94,13 @@ def call(
         norm_order=options.norm_order,
     )
     _implementations.check_supported(spec, implementation)
+    v = inputs.v
+    if is_v_unchanged := v is not None and not (cache_axes or options.v_norm):
+        options, inputs = dataclasses.replace(options, separate_v=False), inputs._replace(v=None)
     given = {name: x for name in _INTEGERS if (x := getattr(inputs, name)) is not None}
     inputs = inputs._replace(**{name: _array_checks.canonical_integers(x) for name, x in given.items()})
-    return _run(inputs, name=function.name, call=Call(options, implementation), split=split)
+    outputs = _run(inputs, name=function.name, call=Call(options, implementation), split=split)
+    return outputs._replace(v=jnp.asarray(v)) if is_v_unchanged else outputs
 
 
 _INTEGERS = ("positions", "slots", "layer")

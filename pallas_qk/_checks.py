@@ -17,12 +17,18 @@ _LARGEST = float(np.finfo(np.float32).max)  # the op computes in float32
 
 
 def check_sizes(
-    num_q_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int, *, rotated: bool = True
+    num_q_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int, *, rotated: bool = True, q_alone: bool = False
 ) -> tuple[int, ...]:
-    """The four sizes as Python ints. Where nothing is `rotated`, rotary_dim is 0."""
+    """The four sizes as Python ints. Where nothing is `rotated`, rotary_dim is 0, and num_kv_heads where q is alone."""
     sizes = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     for name, value in (sizes | {"rotary_dim": rotary_dim}).items():
         check_static_integer(name, value)
+    if q_alone:
+        if num_kv_heads != 0:
+            raise ValueError(
+                f"num_kv_heads must be 0 where k is None, got {num_kv_heads}. Pass 0 for q alone, or pass k."
+            )
+        del sizes["num_kv_heads"]
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}. Pass the number that this device's arrays hold.")
@@ -154,9 +160,12 @@ def check_v_norm(v_norm: bool) -> bool:
     return check_bool("v_norm", v_norm, "Pass True for a v that is normalised without a weight.")
 
 
-def check_weights(has_q_weight: bool, has_k_weight: bool, norm_beta: float) -> None:
-    """That both norms have weights, or neither."""
-    if has_q_weight != has_k_weight:
+def check_weights(has_q_weight: bool, has_k_weight: bool, norm_beta: float, *, q_alone: bool = False) -> None:
+    """That both norms have weights, or neither; of q alone, that there is none for k."""
+    if q_alone:
+        if has_k_weight:
+            raise ValueError("k_weight must be None where k is, got one. Leave it out for q alone, or pass k.")
+    elif has_q_weight != has_k_weight:
         got = "q_weight" if has_q_weight else "k_weight"
         raise ValueError(
             f"q_weight and k_weight must both be given or both be None, got {got} alone. "

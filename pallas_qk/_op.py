@@ -26,10 +26,12 @@ from pallas_qk._rows import (
     as_gradients,
     as_outputs,
     axes,
+    differentiated,
     kinds_in_outputs,
     on_heads,
     read_by_gradients,
     read_by_outputs,
+    weights_in,
 )
 
 
@@ -62,7 +64,7 @@ def result_types(results: Outputs | Gradients, options: Options, operands):
         ]
         like, reads = as_outputs(options, sources), read_by_outputs(options, *operands)
     else:
-        like, reads = inputs[:4], read_by_gradients(options, *operands)
+        like, reads = differentiated(inputs), read_by_gradients(options, *operands)
     for result, x, read in zip(results, like, reads, strict=True):
         if result is not None:
             varying = frozenset().union(*(y.manual_axis_type.varying for y in read if y is not None))
@@ -129,16 +131,17 @@ def _backward_batch(axis, args, dims, *, call: Call, tree, body):
 
     names = jax.tree.leaves(axes(call.options, *jax.tree.unflatten(tree, args)))
     outputs = list(batch(bind, names, axis, args, dims))
-    inputs, _ = jax.tree.unflatten(tree, args)
-    if inputs.q_weight is not None and has_batched_leading_axes(names, dims):
+    gradients = as_gradients(call.options, outputs)
+    num_weights = len(weights_in(gradients))
+    if num_weights and has_batched_leading_axes(names, dims):
         # The kernel sums over all tokens. Sums for each example are plain XLA, which drops them where nobody asks.
         def weights(*args):
-            gradients = on_heads(_reference.backward, call.options, *jax.tree.unflatten(tree, args))
-            return gradients.q_weight, gradients.k_weight
+            return weights_in(on_heads(_reference.backward, call.options, *jax.tree.unflatten(tree, args)))
 
-        activations = jax.typeof(outputs[0]).sharding  # the batch is their first axis
+        activations = jax.typeof(gradients.q).sharding  # the batch is their first axis
         sharding = activations.update(spec=PartitionSpec(activations.spec[0], None))
-        outputs[-2:] = compiler_partitioned(jax.vmap(weights, dims), (sharding, sharding))(*args)
+        summed = compiler_partitioned(jax.vmap(weights, dims), dict.fromkeys(weights_in(gradients), sharding))(*args)
+        outputs = jax.tree.leaves(gradients._replace(**summed))
     return outputs, [0] * len(outputs)
 
 

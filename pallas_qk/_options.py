@@ -17,10 +17,12 @@ class Options:
     rotation: Literal["halves", "pairs"] | None = "halves"  # see `_rows.Rows`
     round_norm: bool = True  # to the activations' dtype, between norm and rotation
     norm_order: Literal["norm_first", "rotation_first"] = "norm_first"  # of rows that are rotated
-    head_dim: int | None = None  # where q and k have no weights; else their length says it
+    head_dim: int | None = None  # where there are no weights; else their length says it
     v_norm: bool = False  # whether v is normalised, without a weight
     gate: str | None = "copied"  # by the kernel; "in_place": left in q, for XLA to slice; None: q has no gates
     packed: tuple[int, int] | None = None  # (num_q_heads, num_kv_heads) where q, k and v are one array
+    q_alone: bool = False  # there is neither k nor v
+    separate_v: bool = False  # v is an array of its own
     cache_axes: str = ""  # of the KV cache that k and v are written into; empty: there is none
     return_kv: bool = True  # whether k and v are results of their own
     # Of a cache of 8 bits, whether each kv head has a scale of its own, for k and for v; None: rows are cast.

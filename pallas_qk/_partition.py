@@ -23,11 +23,11 @@ from pallas_qk._primitive import without_mesh
 from pallas_qk._rows import (
     CACHES,
     Call,
-    Gradients,
     Inputs,
     Outputs,
     as_gradients,
     axes,
+    differentiated,
     gradient_types,
     head_dim_of,
     kinds_in_outputs,
@@ -35,6 +35,7 @@ from pallas_qk._rows import (
     on_heads,
     sources_of,
     split_axis,
+    weights_in,
 )
 
 
@@ -91,7 +92,7 @@ def _partitioned(direction: str, call: Call, tree, num_lead: int) -> Callable:
 
 def _all_axes(direction: str, options: Options, operands) -> tuple[list[str], list[str]]:
     """The axes of the operands and of the results."""
-    results: Any = Gradients(*operands[0][:4])
+    results: Any = differentiated(operands[0])
     if direction == "forward":
         results = Outputs(**dict.fromkeys(kinds_in_outputs(options), True))
     *of_operands, of_results = axes(options, *operands, results)
@@ -157,17 +158,17 @@ def partition(direction: str, call: Call, tree, mesh: Mesh, operands, results):
         return NamedSharding(mesh, PartitionSpec(*itertools.chain.from_iterable(parts)))
 
     def one_device(*leaves):
-        sums = tokens + heads["q"], tokens + heads["k"]
+        sums = {"q_weight": tokens + heads["q"], "k_weight": tokens + heads["k"]}
         with without_mesh():
-            if direction == "forward" or not any(sums):
+            if direction == "forward" or not any(sums.values()):
                 return on_one_device(direction, call, tree, *leaves)
             exact = call._replace(options=dataclasses.replace(call.options, round_dweights=False))
             gradients = as_gradients(call.options, on_one_device(direction, exact, tree, *leaves))
             types = gradient_types(jax.tree.unflatten(tree, leaves)[0], call.options)
             summed = {}
-            for name, over in zip(("q_weight", "k_weight"), sums, strict=True):
-                if (x := getattr(gradients, name)) is not None:
-                    summed[name] = (lax.psum(x, over) if over else x).astype(getattr(types, name).dtype)
+            for name, x in weights_in(gradients).items():
+                over = sums[name]
+                summed[name] = (lax.psum(x, over) if over else x).astype(getattr(types, name).dtype)
             return jax.tree.leaves(gradients._replace(**summed))
 
     operand_axes, result_axes = _all_axes(direction, call.options, trees)

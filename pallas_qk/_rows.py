@@ -55,7 +55,7 @@ class Inputs(NamedTuple):
     """What the op reads; None where a call has no such array. A tree may also say something of each array."""
 
     q: Any  # (T, Hq, D); with gates (T, Hq, 2*D), each head [q | gate]; packed (T, elements of [q heads | k | v])
-    k: Any  # (T, Hkv, D); None where it lies in a packed q
+    k: Any  # (T, Hkv, D); None where it lies in a packed q, or q is alone
     q_weight: Any  # (D,)
     k_weight: Any  # (D,)
     cos_sin_cache: Any  # (max_pos, R); without positions (T, R), the row of each token; None where nothing is rotated
@@ -81,15 +81,17 @@ class Outputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What the backward returns."""
+    """What the backward returns; of each array what `Inputs` says. Weights: see `Options.round_dweights`."""
 
-    q: Any  # as Inputs.q
-    k: Any  # as Inputs.k
-    q_weight: Any  # (D,), see `Options.round_dweights`
-    k_weight: Any  # (D,)
+    q: Any
+    k: Any
+    v: Any
+    q_weight: Any
+    k_weight: Any
 
 
 CACHES = ("k_cache", "v_cache")  # of Inputs, which Outputs has again
+WEIGHTS = ("q_weight", "k_weight")  # of Inputs and Gradients
 
 
 class Call(NamedTuple):
@@ -109,7 +111,7 @@ def rows_of(
     q_width = num_q_heads * q_head
     if options.packed is None:
         q, k = Place("q", q_head, q_width), Place("k", d, kv_width)
-        v = Place("v", d, kv_width) if options.cache_axes else None
+        v = Place("v", d, kv_width) if options.separate_v else None
     else:
         token = q_width + 2 * kv_width
         q, k, v = (
@@ -119,8 +121,9 @@ def rows_of(
         )
     rows = {
         "q": Rows("q", q, (Place("q", d, num_q_heads * d),), True, q_weight, rotation),
-        "k": Rows("k", k, (Place("k", d, kv_width),) if options.return_kv else (), True, k_weight, rotation),
     }
+    if not options.q_alone:
+        rows["k"] = Rows("k", k, (Place("k", d, kv_width),) if options.return_kv else (), True, k_weight, rotation)
     if v is not None:
         rows["v"] = Rows("k", v, (Place("v", d, kv_width),) if options.return_kv else (), options.v_norm)
     if options.gate is not None:
@@ -196,7 +199,7 @@ def sources_of(rows: Mapping[str, Rows]) -> dict[str, Source]:
 
 def spec_of(inputs: Inputs, options: Options) -> Spec:
     """The sizes of a call of one device's arrays."""
-    num_q_heads, num_kv_heads = options.packed or (inputs.q.shape[1], inputs.k.shape[1])
+    num_q_heads, num_kv_heads = options.packed or (inputs.q.shape[1], 0 if options.q_alone else inputs.k.shape[1])
     head_dim = head_dim_of(inputs, options)
     still_open = (size for x in jax.tree.leaves(inputs) for size in x.shape if not isinstance(size, int))
     return Spec(
@@ -244,13 +247,22 @@ def empty(outputs: Outputs) -> Outputs:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x, outputs)
 
 
+def differentiated(inputs: Inputs) -> Gradients:
+    """The arrays whose gradients the backward returns."""
+    return Gradients(*(getattr(inputs, name) for name in Gradients._fields))
+
+
 def gradient_types(inputs: Inputs, options: Options) -> Gradients:
     """The types of what a kernel's backward writes."""
-    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), Gradients(*inputs[:4]))
-    if options.round_dweights or inputs.q_weight is None:
+    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), differentiated(inputs))
+    if options.round_dweights:
         return types
-    weight = jax.ShapeDtypeStruct(inputs.q_weight.shape, jnp.float32)
-    return types._replace(q_weight=weight, k_weight=weight)
+    return types._replace(**{name: x.update(dtype=jnp.float32) for name, x in weights_in(types).items()})
+
+
+def weights_in(arrays: Gradients) -> dict[str, Any]:
+    """Those of the weights, by name."""
+    return {name: x for name in WEIGHTS if (x := getattr(arrays, name)) is not None}
 
 
 def flat_output_types(inputs: Inputs, options: Options) -> Outputs:
@@ -283,8 +295,9 @@ def kinds_in_outputs(options: Options) -> dict[str, list[Rows]]:
 def as_gradients(options: Options, leaves: Sequence) -> Gradients:
     """The arrays that have rows, and the weights."""
     kinds = kinds_of(options)
-    names = [*sources_of(kinds), *(kind.weight for kind in kinds.values() if kind.weight is not None)]
-    return Gradients(**dict.fromkeys(Gradients._fields) | dict(zip(names, leaves, strict=True)))
+    names = {*sources_of(kinds), *(kind.weight for kind in kinds.values())}
+    given = [name for name in Gradients._fields if name in names]
+    return Gradients(**dict.fromkeys(Gradients._fields) | dict(zip(given, leaves, strict=True)))
 
 
 # What results depend on.
@@ -347,7 +360,7 @@ def axes(options: Options, *trees: Any) -> tuple[Any, ...]:
     of = {
         Inputs: Inputs(q, k, "lane", "lane", table, "row ...", names["v"], *in_cache),
         Outputs: Outputs("... q", "... k", "... k", "... q", k_cache, v_cache),
-        Gradients: Gradients(q, k, "lane", "lane"),
+        Gradients: Gradients(q, k, names["v"], "lane", "lane"),
     }
 
     def of_tree(tree):

@@ -84,6 +84,7 @@ class CachedCase:
             scale_per_head = self.scales[0].size > 1, self.scales[1].size > 1
         return dataclasses.replace(
             forms.options(self.case),
+            separate_v=not self.case.packed,
             cache_axes=self.cache_axes,
             return_kv=self.return_kv,
             scale_per_head=scale_per_head,
@@ -182,8 +183,10 @@ def _cast(x: np.ndarray, scale: np.ndarray | None, dtype: np.dtype) -> np.ndarra
 def expected(
     cached: CachedCase, plain: _rows.Outputs, seed: int = 0, data: Data | None = None, write: Callable = write
 ) -> _rows.Outputs:
-    """What the call gives where the op without a cache gives `plain`, all (T, heads, D)."""
+    """What the call gives where the op without a cache gives `plain`, all (T, heads, D), v too if it is normalised."""
     case, data = cached.case, data or data_of(cached, seed)
+    if case.v_norm:
+        data = data._replace(v=np.asarray(plain.v).reshape(data.v.shape))
     after = write(cached, plain.k, data)
     outputs = _rows.Outputs(plain.q, gate=plain.gate, **dict(zip(_rows.CACHES, after, strict=False)))
     v = data.v.reshape(case.num_tokens, case.num_kv_heads, case.head_dim)
@@ -243,6 +246,8 @@ def op(cached: CachedCase, implementation: str | None = None, **static: Any):
     static = defaults | static | {"cache_axes": cached.cache_axes, "return_kv": cached.return_kv}
     if case.gate == "in_place":
         static["copy_gate"] = False
+    if case.v_norm:
+        static["v_norm"] = True
     function = getattr(pallas_qk, f"fused_qkv_rmsnorm_rope{'_gate' if case.gate else ''}_cache")
 
     def run(*arrays, layer=None):

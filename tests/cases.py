@@ -6,6 +6,7 @@ T num_tokens, Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -21,7 +22,7 @@ class Case:
     num_q_heads: int = 16
     num_kv_heads: int = 2
     head_dim: int = 256
-    rotary_dim: int = 64
+    rotary_dim: int = 64  # 0: nothing is rotated, without table and positions
     dtype: str = "bfloat16"
     weight_dtype: str | None = None
     cache_dtype: str | None = None
@@ -35,10 +36,15 @@ class Case:
     # The form of the call, see tests/forms.py; the inputs of `make_inputs` and the definition are those of the first.
     gate: str | None = "copied"  # "in_place": copy_gate=False; None: q without gates
     packed: bool = False  # q, k and v in one array
+    separate_v: bool = False  # v given beside q and k
+    q_alone: bool = False  # without k
+    weights: bool = True  # else none is given, and the inputs have ones in their place
     gathered: bool = False  # a row of the table for each token instead of positions
     mrope_layout: str = "interleaved"
     rotation: Literal["halves", "pairs"] = "halves"
     round_norm: bool = True
+    norm_order: Literal["norm_first", "rotation_first"] = "norm_first"
+    v_norm: bool = False  # of v, where there is one
     attention_factor: float = 1.0  # of cos and sin in the table, as YaRN has it
     negated_sines: bool = False  # in the table: a rotation the other way round
 
@@ -68,7 +74,9 @@ class Case:
         } | {
             field.name: value
             for field in dataclasses.fields(self)
-            if field.name in ("rotation", "round_norm") and (value := getattr(self, field.name)) != field.default
+            if field.name in ("rotation", "round_norm", "norm_order")
+            and (value := getattr(self, field.name)) != field.default
+            and (value := getattr(self, field.name)) != field.default
         }
 
     @property
@@ -85,11 +93,15 @@ class Inputs:
     k: jax.Array
     q_weight: jax.Array
     k_weight: jax.Array
-    cos_sin_cache: jax.Array
-    positions: jax.Array
+    cos_sin_cache: jax.Array | None  # None where nothing is rotated
+    positions: jax.Array | None
 
     def __iter__(self):
         return iter(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    def map(self, function: Callable) -> "Inputs":
+        """`function` of each array that there is."""
+        return Inputs(*(x if x is None else function(x) for x in self))
 
 
 def cos_sin_table(max_position: int, rotary_dim: int, dtype, theta: float = 1e7) -> jax.Array:
@@ -107,8 +119,10 @@ def _table(angles: np.ndarray, dtype, cos_factor: float = 1.0, sin_factor: float
     return table.astype(np.float32).astype(jnp.dtype(dtype))
 
 
-def table_of(case: Case, angles: np.ndarray | None = None) -> np.ndarray:
+def table_of(case: Case, angles: np.ndarray | None = None) -> np.ndarray | None:
     """The case's table; `angles` (max_position, R/2) stand in for those of `cos_sin_table`."""
+    if not case.rotary_dim:
+        return None
     if angles is None:
         angles = _angles(case.max_position, case.rotary_dim)
     sin_factor = -case.attention_factor if case.negated_sines else case.attention_factor
@@ -159,8 +173,10 @@ def _scaled(case: Case, q_gate, k, weights, cache, positions) -> Inputs:
     """The inputs from standard normals and positions, of NumPy or of JAX."""
     dtype, weight_dtype = jnp.dtype(case.dtype), jnp.dtype(case.weight_dtype or case.dtype)
     q_gate, k = ((case.scale * x).astype(dtype) for x in (q_gate, k))
-    q_weight, k_weight = (case.weight_scale * (1 + 0.2 * weights) - case.norm_beta).astype(weight_dtype)
-    return Inputs(q_gate, k, q_weight, k_weight, cache, positions.astype(case.positions_dtype))
+    weights = case.weight_scale * (1 + 0.2 * weights) - case.norm_beta if case.weights else 0 * weights + 1
+    q_weight, k_weight = weights.astype(weight_dtype)
+    positions = positions.astype(case.positions_dtype) if case.rotary_dim else None
+    return Inputs(q_gate, k, q_weight, k_weight, cache, positions)
 
 
 def _positions_shape(case: Case) -> tuple[int, ...]:
@@ -173,9 +189,9 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     Positions are random, in random order and repeated; with mRoPE the three rows differ.
     """
     if case.num_outputs <= DRAWN_BY_NUMPY:
-        return Inputs(*map(jnp.asarray, numpy_inputs(case, seed)))
+        return numpy_inputs(case, seed).map(jnp.asarray)
     q_gate, k, q_weight, k_weight, _, positions = _random_arrays(jax.random.key(seed), case)
-    return Inputs(q_gate, k, q_weight, k_weight, jnp.asarray(table_of(case)), positions)
+    return Inputs(q_gate, k, q_weight, k_weight, table_of(case), positions).map(jnp.asarray)
 
 
 def make_cotangents(case: Case, seed: int = 0) -> tuple[jax.Array, ...]:
@@ -223,6 +239,18 @@ SMALL_CASES = (
     Case(3, 2, 1, head_dim=64, rotary_dim=32, dtype="float32", round_norm=False),
     Case(5, 4, 2, head_dim=128, rotary_dim=64, mrope_section=(16, 8, 8), round_norm=False, rotation="pairs"),
     Case(4, 2, 1, head_dim=64, rotary_dim=32, dtype="float16", attention_factor=1.1386294361119891, negated_sines=True),
+)
+
+# Without a rotation, and with the rotation first.
+ORDER_CASES = (
+    Case(5, 3, 2, rotary_dim=0, norm_beta=1.0),
+    Case(7, 3, 2, head_dim=80, rotary_dim=0, dtype="float16", weight_dtype="float32"),
+    Case(4, 2, 3, head_dim=512, rotary_dim=0, dtype="float32", weight_dtype="float16"),
+    Case(5, 3, 2, norm_order="rotation_first", norm_beta=1.0, attention_factor=1.25),
+    Case(6, 3, 2, head_dim=96, rotary_dim=6, dtype="float16", rotation="pairs", norm_order="rotation_first"),
+    Case(4, 2, 1, 512, 512, round_norm=False, norm_order="rotation_first", weight_dtype="float32"),
+    Case(5, 4, 2, 128, 64, "float16", mrope_section=(16, 8, 8), norm_order="rotation_first"),
+    Case(3, 2, 1, 64, 4, "float32", norm_order="rotation_first", cache_dtype="bfloat16"),
 )
 
 # Each kind of vector that a thread of the Mosaic GPU kernels may hold, and sections that end inside one.

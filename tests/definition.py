@@ -49,12 +49,11 @@ def lanes_in_halves(case: Case) -> np.ndarray:
 
 def define(case: Case, inputs: Inputs) -> Defined:
     """Positions must lie inside the table."""
-    q_gate, k, q_weight, k_weight, cache, positions = (np.asarray(x).astype(np.float64) for x in inputs)
-    positions = np.asarray(inputs.positions).astype(np.int64)
+    q_gate, k, q_weight, k_weight, cache, _ = inputs.map(lambda x: np.asarray(x).astype(np.float64))
     half = case.rotary_dim // 2
     cos, sin = np.empty((case.num_tokens, half)), np.empty((case.num_tokens, half))
     for frequency, axis in enumerate(axes(case)):
-        rows = positions if case.mrope_section is None else positions[axis]
+        rows = np.atleast_2d(np.asarray(inputs.positions)).astype(np.int64)[axis]
         cos[:, frequency], sin[:, frequency] = cache[rows, frequency], cache[rows, half + frequency]
 
     q_and_gate = q_gate.reshape(case.num_tokens, case.num_q_heads, 2, case.head_dim)
@@ -66,24 +65,35 @@ def define(case: Case, inputs: Inputs) -> Defined:
 
 
 def _norm_and_rope(case: Case, x, weight, cos, sin):
-    half, rotary_dim = case.rotary_dim // 2, case.rotary_dim
     lanes = lanes_in_halves(case)
-    y = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + case.eps) * (weight + case.norm_beta)
-    y = y[..., lanes]
-    y1, y2 = y[..., :half], y[..., half:rotary_dim]
-    out = np.concatenate([y1 * cos - y2 * sin, y1 * sin + y2 * cos, y[..., rotary_dim:]], axis=-1)
-    # y is rounded to the activations' dtype (relative error u), then out is; the float32 arithmetic in between adds
-    # at most 16 float32 roundoffs of the terms' size: the tree's 9 additions halved by the root, rsqrt 4, products
-    # and rotation.
-    size1 = abs(y1 * cos) + abs(y2 * sin)
-    size2 = abs(y1 * sin) + abs(y2 * cos)
-    size = np.concatenate([size1, size2, abs(y[..., rotary_dim:])], axis=-1)
-    roundoff = ROUNDOFF[case.dtype]
+    x, weight = x[..., lanes], weight[lanes] + case.norm_beta  # in halves: the norm doesn't ask where its lanes lie
+    # What lies between norm and rotation is rounded to the activations' dtype (relative error u), then out is; the
+    # float32 arithmetic adds at most 16 float32 roundoffs of the terms' size: the tree's 9 additions halved by the
+    # root, rsqrt 4, products and rotation. rsqrt's float32 argument keeps eps only to its own roundoff, part of the 16.
+    roundoff, steps = ROUNDOFF[case.dtype], 16 * ROUNDOFF["float32"]
     round_trip = roundoff if case.dtype != "float32" and case.round_norm else 0.0
-    # rsqrt's float32 argument keeps eps only to its own roundoff, which is part of the 16.
-    before_out = (1 + roundoff) * (round_trip + 16 * ROUNDOFF["float32"]) * size
-    bound, places = before_out + roundoff * abs(out) + 3 * SMALLEST[case.dtype], np.argsort(lanes)
+    if case.norm_order == "rotation_first" and case.rotary_dim:
+        z, size = _rotate(case, x, cos, sin)
+        factor = weight / np.sqrt(np.mean(z * z, axis=-1, keepdims=True) + case.eps)
+        # The mean of squares is of what was rounded: an eighth of the largest error covers it.
+        rounding = round_trip * (abs(z) + np.max(abs(z)) / 8) + 2 * SMALLEST[case.dtype] * (round_trip > 0)
+        out, before_out = z * factor, (rounding + 1.25 * steps * size) * abs(factor)
+    else:
+        y = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + case.eps) * weight
+        out, size = _rotate(case, y, cos, sin)
+        before_out = (round_trip + steps) * size
+    bound = (1 + roundoff) * before_out + roundoff * abs(out) + 3 * SMALLEST[case.dtype]
+    places = np.argsort(lanes)
     return out[..., places], bound[..., places]
+
+
+def _rotate(case: Case, x, cos, sin) -> tuple[np.ndarray, np.ndarray]:
+    """x, whose partners lie R/2 apart, rotated, and the size of the terms."""
+    half, rotary_dim = case.rotary_dim // 2, case.rotary_dim
+    x1, x2, rest = x[..., :half], x[..., half:rotary_dim], x[..., rotary_dim:]
+    rotated = np.concatenate([x1 * cos - x2 * sin, x1 * sin + x2 * cos, rest], axis=-1)
+    sizes = abs(x1 * cos) + abs(x2 * sin), abs(x1 * sin) + abs(x2 * cos), abs(rest)
+    return rotated, np.concatenate(sizes, axis=-1)
 
 
 def assert_defined(got, case: Case, inputs: Inputs) -> None:

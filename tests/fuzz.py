@@ -33,10 +33,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_qk._rows import Outputs
+from pallas_qk import _implementations
+from pallas_qk._options import Spec, Target
+from pallas_qk._rows import Gradients, Outputs
 from tests import cached, forms, fp8, gpu_memory, gradients, strategies
 from tests.cached import CachedCase, Data
-from tests.cases import Case
+from tests.cases import Case, Inputs
 from tests.compare import assert_same, assert_within
 from tests.definition import define
 from tests.run import cached_kernel, has_gpu, run, run_backward
@@ -67,20 +69,17 @@ def check_forward(case: Case, seed: int, implementations=IMPLEMENTATIONS) -> int
     inputs = strategies.make_inputs(case, seed, special=has_gpu())
     past = strategies.lanes_past(case, inputs)
     plain, safe = strategies.resolved(case, inputs)
-    if has_gpu():
-        from benchmarks.providers import oracle, to_jax
-
-        want = to_jax(oracle(plain, safe)())
-    else:
-        want = define(plain, safe)
+    want = wanted(plain, safe)
     num_elements = 0
     for name in implementations:
+        if not runs(name, case):
+            continue
         got = dict(zip(forms.output_names(case), run(name, case, inputs), strict=True))
         num_elements += sum(x.size for x in got.values())
-        for rows in ("q", "k"):
+        for rows in {"q", "k"} & got.keys():
             got[rows] = _blanked(f"{name}: {rows}_out", got[rows], past)
         if "v" in got:
-            _assert_bits(f"{name}: v_out", got["v"], forms.values(case))
+            check_v(name, case, got.pop("v"))
         if has_gpu():
             _assert_agrees(name, plain, got, want, past)
         else:
@@ -88,6 +87,36 @@ def check_forward(case: Case, seed: int, implementations=IMPLEMENTATIONS) -> int
             if "gate" in got:
                 _assert_bits(f"{name}: gate_out", got["gate"], forms.split_gates(case, safe.q_gate)[1])
     return num_elements
+
+
+def wanted(plain: Case, inputs: Inputs):
+    """What the oracle gives, elsewhere the definition."""
+    if not has_gpu():
+        return define(plain, inputs)
+    from benchmarks.providers import oracle, to_jax
+
+    return to_jax(oracle(plain, inputs)())
+
+
+def runs(name: str, case: Case) -> bool:
+    """Whether the implementation takes the case on a Hopper."""
+    sizes = case.num_tokens, case.num_q_heads, case.num_kv_heads, case.head_dim, case.rotary_dim
+    rotation, norm_order = (case.rotation, case.norm_order) if case.rotary_dim else (None, "norm_first")
+    spec = Spec(*sizes, case.dtype, rotation=rotation, norm_order=norm_order)
+    return _implementations.unsupported(name, spec, Target((9, 0))) is None
+
+
+def check_v(name: str, case: Case, got: jax.Array) -> None:
+    v = forms.values(case)
+    if not case.v_norm:
+        _assert_bits(f"{name}: v_out", got, v)
+        return
+    of_v, inputs = forms.of_v(case), forms.inputs_of_v(case, v)
+    want, past = wanted(of_v, inputs), np.zeros((case.num_tokens, case.head_dim), bool)
+    if has_gpu():
+        _assert_agrees(name, of_v, {"q": want[0], "k": got}, want, past)
+    else:
+        _assert_defined(name, {"k": got}, want, past)
 
 
 def _blanked(name: str, x: jax.Array, past: np.ndarray) -> jax.Array:
@@ -126,7 +155,7 @@ def _assert_agrees(name: str, case: Case, got: dict[str, jax.Array], want, past:
     from benchmarks.agreement import agreement
 
     wanted = [_blank(x, past)[0] for x in want[:2]]
-    found = [got["q"], got["k"]]
+    found = [got["q"], got.get("k", wanted[1])]
     if name == "xla":  # which NaN comes out is the compiler's affair
         wanted, found = ([jnp.where(jnp.isnan(x), jnp.nan, x).astype(x.dtype) for x in xs] for xs in (wanted, found))
     result = agreement(name, case, [*found, got.get("gate", want[2])], [*wanted, want[2]], platform="gpu")
@@ -136,6 +165,8 @@ def _assert_agrees(name: str, case: Case, got: dict[str, jax.Array], want, past:
 
 def _assert_defined(name: str, got: dict[str, jax.Array], want, past: np.ndarray) -> None:
     for rows, exact, bound in (("q", want.q_out, want.q_bound), ("k", want.k_out, want.k_bound)):
+        if rows not in got:
+            continue
         where = np.tile(past, exact.shape[1] // past.shape[1])
         with _mismatch(name):
             assert_within(f"{rows}_out", got[rows], np.where(where, 0.0, exact), bound)
@@ -143,18 +174,22 @@ def _assert_defined(name: str, got: dict[str, jax.Array], want, past: np.ndarray
 
 def check_cached(call: CachedCase, seed: int, implementations=IMPLEMENTATIONS) -> int:
     """Compares a call that writes a KV cache with the one that writes none, and that one; the number of elements."""
-    num_elements = check_forward(call.case, seed, implementations)
+    # Normalised v is a result of the call without a cache where v is given beside q and k.
+    case = dataclasses.replace(call.case, separate_v=call.case.v_norm and not call.case.packed)
+    num_elements = check_forward(case, seed, implementations)
     for name in implementations:
+        if not runs(name, case):
+            continue
         if name == "triton" and not has_gpu() and call.case.dtype == "float32":
             continue  # in each of the two programs XLA's CPU compiler fuses products into sums as it likes
         data = data_of(name, call, seed)
-        plain = dict(zip(forms.output_names(call.case), run(name, call.case, data.inputs), strict=True))
-        plain = forms.split_heads(call.case, Outputs(**plain | {"v": None}))
+        plain = dict(zip(forms.output_names(case), run(name, case, data.inputs, v=jnp.asarray(data.v)), strict=True))
+        plain = forms.split_heads(case, Outputs(**plain))
         want = cached.expected(call, plain, data=data, write=_write_by_oracle if has_gpu() else cached.write)
         got = run_cached(name, call, data)
         for rows in ("q", "k", "v", "gate"):
             if (x := getattr(got, rows)) is not None:
-                any_nan = name == "xla" and rows in ("q", "k")
+                any_nan = name == "xla" and (rows in ("q", "k") or (rows == "v" and case.v_norm))
                 _assert_bits(f"{name}: {rows}_out", *_canonical(any_nan, x, getattr(want, rows)))
                 num_elements += x.size
         at, is_cast = cached.written(call, data.slots), call.cache_dtype != jnp.dtype(call.case.dtype)
@@ -164,7 +199,7 @@ def check_cached(call: CachedCase, seed: int, implementations=IMPLEMENTATIONS) -
             "kv", *(cached.by_slot(call, cached.arrays_of(y), np) for y in (got, want)), strict=True
         ):
             num_elements += x.size
-            any_nan = not codes and (is_cast or (name == "xla" and kind == "k"))
+            any_nan = not codes and (is_cast or (name == "xla" and (kind == "k" or case.v_norm)))
             _assert_bits(f"{name}: {kind} in the cache", *_canonical(any_nan, x[at], wanted[at]))
             _assert_bits(f"{name}: what no slot names in {kind}'s cache", *(_with(y, at, 0) for y in (x, wanted)))
     return num_elements
@@ -211,6 +246,7 @@ def _write_by_oracle(call: CachedCase, k: jax.Array, data: Data) -> list[jax.Arr
 def check_backward(case: Case, seed: int, implementations=IMPLEMENTATIONS) -> int:
     """Compares the gradients of both kernels with plain XLA's at positions inside the table; the number of elements."""
     case = gradient_case(case)
+    implementations = [name for name in implementations if runs(name, case)]
     inputs = strategies.make_inputs(case, seed)
     cotangents = forms.cotangents_of(case, seed)
     rounded = {"round_dweights": bool((seed + case.num_tokens) % 2)}  # the weights' gradients, to the weights' dtype
@@ -220,7 +256,7 @@ def check_backward(case: Case, seed: int, implementations=IMPLEMENTATIONS) -> in
     for name in implementations:
         got = split_gradients(case, run_backward(name, case, inputs, cotangents, **rounded))
         num_elements += sum(x.size for x in got.values())
-        for copied in {"v", "gate"} & got.keys():
+        for copied in {"gate", *({"v"} if not case.v_norm else ())} & got.keys():
             _assert_bits(f"{name}: d{copied}", got.pop(copied), want[copied])
         for rows, x in got.items():
             with _mismatch(f"{name}: d{rows}"):
@@ -237,18 +273,16 @@ def gradient_case(case: Case) -> Case:
 
 def split_gradients(case: Case, found) -> dict[str, jax.Array]:
     """By what they are gradients of, from a list in the case's form; all but the weights' are (T, heads*D)."""
-    *activations, q_weight, k_weight = found
-    named = {"q_weight": q_weight, "k_weight": k_weight}
-    q = activations[0]
+    given = forms.given(case)
+    names = [name for name in Gradients._fields if getattr(given, name)]
+    named = dict(zip(names, found, strict=True))
+    q = named["q"]
     if case.packed:
         q_end, kv_width = q.shape[1] - 2 * case.num_kv_heads * case.head_dim, case.num_kv_heads * case.head_dim
-        named |= {"k": q[:, q_end : q_end + kv_width], "v": q[:, q_end + kv_width :]}
-        q = q[:, :q_end]
-    else:
-        named["k"] = activations[1]
+        named |= {"q": q[:, :q_end], "k": q[:, q_end : q_end + kv_width], "v": q[:, q_end + kv_width :]}
     if case.gate is None:
-        return named | {"q": q}
-    return named | dict(zip(("q", "gate"), forms.split_gates(case, q), strict=True))
+        return named
+    return named | dict(zip(("q", "gate"), forms.split_gates(case, named["q"]), strict=True))
 
 
 def check(call: Case | CachedCase, seed: int, implementations=IMPLEMENTATIONS, *, backward: bool = True) -> int:

@@ -32,15 +32,17 @@ def quick_jit(function):
     return jax.jit(function, compiler_options=None if has_gpu() else options)
 
 
-def run(implementation: str, case: Case, inputs: Inputs, **config) -> tuple[jax.Array, ...]:
+def run(
+    implementation: str, case: Case, inputs: Inputs, *, v: jax.Array | None = None, **config
+) -> tuple[jax.Array, ...]:
     """(q_out, k_out, gate_out), or what the case's form has of q_out, k_out, v_out and gate_out; all (T, heads*D).
 
     The public function, or the kernel executed by its interpreter without a GPU. `config` goes to the kernel's own
-    `forward` and takes that path on a GPU too.
+    `forward` and takes that path on a GPU too. `v` takes the place of `forms.values`.
     """
     if implementation == "xla" or (has_gpu() and not config):
-        return forms.op(case, implementation)(*forms.arguments(case, inputs))
-    operands = forms.split_heads(case, forms.inputs_of(case, inputs))
+        return forms.op(case, implementation)(*forms.arguments(case, inputs, v))
+    operands = forms.split_heads(case, forms.inputs_of(case, inputs, v))
     outputs = cached_kernel("forward", implementation, forms.options(case), case.num_tokens == 0, **config)(operands)
     if case.gate == "in_place":
         assert outputs.gate is None
@@ -82,11 +84,12 @@ def run_backward(
     options = dataclasses.replace(forms.options(case), round_dweights=round_dweights)
     function = cached_kernel("backward", implementation, options, case.num_tokens == 0, num_sms, **config)
     gradients: _rows.Gradients = function(operands, cotangents)
-    q, k, *weights = (x if x is None else (x.shape, x.dtype) for x in operands[:4])
-    wanted = _rows.Gradients(q, k, *((shape, dtype if round_dweights else jnp.float32) for shape, dtype in weights))
-    found = _rows.Gradients(*(x if x is None else (x.shape, x.dtype) for x in gradients))
+    wanted = {name: (x.shape, x.dtype) for name in gradients._fields if (x := getattr(operands, name)) is not None}
+    if not round_dweights:
+        wanted |= {name: (wanted[name][0], jnp.float32) for name in _rows.WEIGHTS if name in wanted}
+    found = {name: (x.shape, x.dtype) for name, x in gradients._asdict().items() if x is not None}
     assert found == wanted, (found, wanted)
-    return [*map(_flat, jax.tree.leaves(gradients[:2])), *map(jnp.asarray, gradients[2:])]
+    return [jnp.asarray(x) if x.ndim == 1 else _flat(x) for x in jax.tree.leaves(gradients)]
 
 
 def _flat(x) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from tests import cached, fp8
+from tests import cached, forms, fp8
 from tests.cached import CachedCase, Data
 from tests.cases import Case, Inputs, table_of
 from tests.definition import axes, lanes_in_halves
@@ -84,15 +84,23 @@ WIDE = Sizes(
 @st.composite
 def cases(draw, sizes: Sizes) -> Case:
     """One configuration of the op in one of its forms."""
+
+    def seldom() -> bool:
+        return draw(st.sampled_from([False, False, False, True]))
+
     num_q_heads, num_kv_heads = draw(st.sampled_from(sizes.heads))
     head_dim, rotary_dim = draw(st.sampled_from(sizes.dims))
+    rotary_dim = 0 if seldom() else rotary_dim
     most_tokens = max(1, sizes.most_elements // ((2 * num_q_heads + num_kv_heads) * head_dim))
-    gathered = draw(st.sampled_from([False, False, False, True]))
+    gathered = rotary_dim > 0 and seldom()
     mrope_section, mrope_layout = None, "interleaved"
-    if not gathered and draw(st.booleans()):
+    if rotary_dim and not gathered and draw(st.booleans()):
         mrope_section = draw(_sections(rotary_dim // 2))
         mrope_layout = draw(st.sampled_from(["interleaved", "sectioned"]))
     packed = draw(st.sampled_from([False, False, True]))
+    separate_v = not packed and seldom()  # as it is, it passes by the kernels
+    q_alone = not (packed or separate_v) and seldom()
+    weights = not seldom()
     gates = ["copied", "in_place", None] if packed else ["copied", "copied", "in_place", None]
     scale, weight_scale, eps = draw(_scales())
     return Case(
@@ -106,17 +114,22 @@ def cases(draw, sizes: Sizes) -> Case:
         cache_dtype=draw(st.sampled_from([None, *DTYPES])),
         positions_dtype="int32" if gathered else draw(st.sampled_from(POSITION_DTYPES)),
         mrope_section=mrope_section,
-        norm_beta=draw(st.sampled_from([0.0, 1.0, 0.5])),
+        norm_beta=draw(st.sampled_from([0.0, 1.0, 0.5])) if weights else 0.0,
         eps=eps,
         max_position=draw(st.sampled_from(sizes.max_positions)),
         scale=scale,
         weight_scale=weight_scale,
         gate=draw(st.sampled_from(gates)),
         packed=packed,
+        separate_v=separate_v,
+        q_alone=q_alone,
+        weights=weights,
         gathered=gathered,
         mrope_layout=mrope_layout,
         rotation=draw(st.sampled_from(["halves", "halves", "pairs"])),
         round_norm=draw(st.sampled_from([True, True, False])),
+        norm_order=draw(st.sampled_from(["norm_first", "norm_first", "rotation_first"])),
+        v_norm=separate_v or (packed and draw(st.booleans())),
         attention_factor=draw(st.sampled_from([1.0, 1.0, 1.1386294361119891, 0.75])),
         negated_sines=draw(st.sampled_from([False, False, False, True])),
     )
@@ -125,7 +138,7 @@ def cases(draw, sizes: Sizes) -> Case:
 @st.composite
 def cached_cases(draw, sizes: Sizes) -> CachedCase:
     """A call that writes a KV cache: any layout and dtype, places for all tokens or some, a layer inside or outside."""
-    case = draw(cases(sizes))
+    case = dataclasses.replace(draw(cases(sizes)), separate_v=False, q_alone=False, v_norm=draw(st.booleans()))
     cache_axes, num_layers = draw(_cache_axes()), 3
     # With an integer that holds no slot outside the cache, each token has one.
     slots_dtype = draw(st.sampled_from(POSITION_DTYPES))
@@ -212,11 +225,12 @@ def make_inputs(case: Case, seed: int = 0, *, special: bool = False) -> Inputs:
                 token, head, lane = (rng.integers(0, size) for size in rows.shape)
                 rows[token, head, slice(None) if value == 0.0 else lane] = value
     weights = case.weight_scale * (1 + 0.2 * normal(2, d)) - np.float32(case.norm_beta)
+    weights = weights if case.weights else np.ones_like(weights)
     # Angles of any size: a frequency's neighbours in the table, and those of another row, differ from its own.
     angles = rng.uniform(0, 2 * np.pi, (case.max_position, case.rotary_dim // 2))
     flat = [x.reshape(num_tokens, -1) for x in (q_gate, k)]
-    others = *weights.astype(weight_dtype), table_of(case, angles), _positions(case, rng)
-    return Inputs(*map(jnp.asarray, (*flat, *others)))
+    positions = _positions(case, rng) if case.rotary_dim else None
+    return Inputs(*flat, *weights.astype(weight_dtype), table_of(case, angles), positions).map(jnp.asarray)
 
 
 def _positions(case: Case, rng: np.random.Generator) -> np.ndarray:
@@ -280,15 +294,21 @@ def is_past(case: Case, positions: np.ndarray) -> np.ndarray:
 
 def inside(case: Case, inputs: Inputs) -> Inputs:
     """The inputs with every position inside the table: 0 for negative ones and for those past it."""
+    if inputs.positions is None:
+        return inputs
     positions = np.asarray(inputs.positions)
     positions = np.where(is_past(case, positions) | (positions < 0), 0, positions).astype(positions.dtype)
     return dataclasses.replace(inputs, positions=jnp.asarray(positions))
 
 
 def lanes_past(case: Case, inputs: Inputs) -> np.ndarray:
-    """(T, D): the lanes whose frequency reads a position past the table."""
+    """(T, D): the lanes that depend on a position past the table, through their frequency or, rotated first, any."""
+    if inputs.positions is None:
+        return np.zeros((case.num_tokens, case.head_dim), bool)
     past = is_past(case, np.atleast_2d(np.asarray(inputs.positions)))
     pairs = past[axes(case)].T
+    if case.norm_order == "rotation_first":
+        return np.repeat(pairs.any(axis=1, keepdims=True), case.head_dim, axis=1)
     rest = np.zeros((case.num_tokens, case.head_dim - case.rotary_dim), bool)
     return np.concatenate([pairs, pairs, rest], axis=1)[:, np.argsort(lanes_in_halves(case))]
 
@@ -299,9 +319,9 @@ def resolved(case: Case, inputs: Inputs) -> tuple[Case, Inputs]:
     The oracle knows interleaved sections alone. For others the table gets the row of each token, which all of its
     positions read.
     """
-    plain = dataclasses.replace(
-        case, gate="copied", packed=False, gathered=False, mrope_layout="interleaved", positions_dtype="int32"
-    )
+    plain = dataclasses.replace(forms.plain(case), mrope_layout="interleaved", positions_dtype="int32")
+    if inputs.positions is None:
+        return plain, inputs
     positions = np.asarray(inside(case, inputs).positions).astype(np.int32)
     if case.mrope_layout == "interleaved":
         return plain, dataclasses.replace(inputs, positions=jnp.asarray(positions))

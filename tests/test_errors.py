@@ -243,9 +243,20 @@ BAD_CALLS = [
         copy_gate=0,
     ),
     bad(
-        TypeError,
-        "k must be a JAX or NumPy array, got None of type NoneType. Convert it with jnp.asarray.",
+        ValueError,
+        "num_kv_heads must be 0 where k is None, got 2. Pass 0 for q alone, or pass k.",
         k=None,
+    ),
+    bad(
+        ValueError,
+        "k_weight must be None where k is, got one. Leave it out for q alone, or pass k.",
+        k=None,
+        num_kv_heads=0,
+    ),
+    bad(
+        ValueError,
+        "num_kv_heads must be at least 1, got 0. Pass the number that this device's arrays hold.",
+        num_kv_heads=0,
     ),
     # A single head, read by the number of axes of the positions.
     bad(
@@ -293,11 +304,11 @@ OTHER_FUNCTIONS = {
 }
 QKV = (
     "qkv must have shape (..., 640), got {}. Its sizes: num_q_heads * 2 * head_dim + 2 * num_kv_heads * head_dim, "
-    "[q and gate of each head | k | v]; fused_qkv_rmsnorm_rope takes qkv without gates."
+    "[q and gate of each head | k | v]; fused_qkv_rmsnorm_rope takes q without gates."
 )
 QKV_WITHOUT_GATES = (
     "qkv must have shape (..., 448), got {}. Its sizes: num_q_heads * head_dim + 2 * num_kv_heads * head_dim, "
-    "[q | k | v]; fused_qkv_rmsnorm_rope_gate takes qkv with gates."
+    "[q | k | v]; fused_qkv_rmsnorm_rope_gate takes q with gates."
 )
 
 

@@ -12,7 +12,7 @@ import pallas_qk
 from pallas_qk._checks import check_norm_beta
 from pallas_qk._triton.config import TritonForward
 from tests import tolerances
-from tests.cases import SMALL_CASES, Case, Inputs, make_inputs
+from tests.cases import ORDER_CASES, SMALL_CASES, Case, Inputs, make_inputs
 from tests.compare import assert_same, compare_outputs
 from tests.definition import assert_defined
 from tests.forms import op
@@ -20,7 +20,7 @@ from tests.run import has_gpu, run
 from tests.tolerances import ROUNDOFF, SMALLEST_NORMAL
 
 
-@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [*SMALL_CASES, *ORDER_CASES], ids=lambda case: case.id)
 def test_equals_the_definition(implementation, case):
     inputs = make_inputs(case, seed=1)
     assert_defined(run(implementation, case, inputs), case, inputs)

@@ -28,14 +28,20 @@ FORMS = [
     for gate, packed, gathered in itertools.product(("copied", "in_place", None), (False, True), (False, True))
 ]
 IN_PLACE_PACKED = FORMS[7]
+WITHOUT_K = [
+    dataclasses.replace(PLAIN, q_alone=True),
+    dataclasses.replace(PLAIN, q_alone=True, gate=None, gathered=True),
+]
 # Triton's interpreter takes seconds a form: each kind of gate, apart and packed.
-EXECUTED = [("mosaic_gpu", case) for case in FORMS[1:]] + [("triton", FORMS[i]) for i in (1, 2, 4, 7, 9, 10)]
+EXECUTED = [("mosaic_gpu", case) for case in [*FORMS[1:], *WITHOUT_K]]
+EXECUTED += [("triton", case) for case in [*(FORMS[i] for i in (1, 2, 4, 7, 9, 10)), *WITHOUT_K[1:]]]
 
 
 def form_id(value) -> str:
     if not isinstance(value, Case):
         return str(value)
-    return f"{value.gate}-{'packed' if value.packed else 'apart'}-{'rows' if value.gathered else 'table'}"
+    rows = "packed" if value.packed else "alone" if value.q_alone else "apart"
+    return f"{value.gate}-{rows}-{'rows' if value.gathered else 'table'}"
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from pallas_qk._mosaic_gpu.config import MosaicForward
 from pallas_qk._mosaic_gpu.forward import FORWARD_NAME
 from pallas_qk._options import Spec, Target, next_power_of_2, tree_order
 from tests import forms, run
-from tests.cases import LAYOUT_CASES, SMALL_CASES, Case, Inputs, numpy_inputs
+from tests.cases import LAYOUT_CASES, ORDER_CASES, SMALL_CASES, Case, Inputs, numpy_inputs
 from tests.compare import assert_same
 from tests.definition import assert_defined, lanes_in_halves, mrope_axis
 from tests.lowering import lowered
@@ -82,7 +82,7 @@ def test_unsupported_says_why():
     assert "32 bits" in reason and f"got {2**31}" in reason
 
 
-@pytest.mark.parametrize("case", [*SMALL_CASES, *LAYOUT_CASES], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [*SMALL_CASES, *ORDER_CASES, *LAYOUT_CASES], ids=lambda case: case.id)
 def test_equals_the_definition(case):
     inputs = numpy_inputs(case, seed=1)
     got = executed(case, inputs)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests import strategies
-from tests.cases import SMALL_CASES, Case, make_inputs
+from tests.cases import ORDER_CASES, SMALL_CASES, Case, make_inputs
 from tests.compare import assert_same
 from tests.run import run
 
@@ -19,7 +19,7 @@ pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from benchmarks import suites
-from benchmarks.agreement import agreement
+from benchmarks.agreement import agreement, in_form
 from benchmarks.providers import oracle, to_jax
 from benchmarks.verify import compare_cached
 
@@ -42,13 +42,16 @@ def on_a_gpu(case: Case):
 
 def assert_agrees(implementation: str, case: Case, inputs, platform: str = "gpu") -> None:
     want = to_jax(oracle(case, inputs)())
-    result = agreement(implementation, case, run(implementation, case, inputs), want, platform=platform)
+    got = in_form(case, run(implementation, case, inputs), want)
+    result = agreement(implementation, case, got, want, platform=platform)
     assert result.kept, str(result)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "case", [on_a_gpu(c) for c in (*SMALL_CASES, *PEER_CASES, *suites.parity_gpu())], ids=lambda case: case.id
+    "case",
+    [on_a_gpu(c) for c in (*SMALL_CASES, *ORDER_CASES, *PEER_CASES, *suites.parity_gpu())],
+    ids=lambda case: case.id,
 )
 def test_agrees_on_a_gpu(gpu, implementation, case):
     assert_agrees(implementation, case, make_inputs(case, seed=2))

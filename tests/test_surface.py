@@ -36,6 +36,8 @@ FORMS = {
     "packed": {"packed": True},
     "packed, in place": {"packed": True, "gate": "in_place"},
     "packed, no gate": {"packed": True, "gate": None},
+    "q, k and v": {"separate_v": True},
+    "q, k and v, no gate": {"separate_v": True, "gate": None},
     **{
         f"rows, {name}": {"gathered": True, **changes}
         for name, changes in {
@@ -531,7 +533,8 @@ def test_the_gradient_of_a_packed_array_may_be_sharded_otherwise(on_the_host):
 
 PACKED_AXIS = (
     "qkv must hold its last axis whole on each device, got it over 2 devices: its parts don't end where shards do. "
-    "Shard its leading axes, pass {} to {}, or call inside jax.shard_map with each device's heads packed for it."
+    "Shard its leading axes, pass {}, k and v as a tuple, or call inside jax.shard_map with each device's heads packed "
+    "for it."
 )
 
 
@@ -540,8 +543,7 @@ PACKED_AXIS = (
 def test_a_sharded_packed_axis(on_the_host, mode, gate):
     """Refused where it is known; where the compiler chooses, gathered."""
     case = of_form({"packed": True, "gate": gate}, WIDE)
-    instead = ("q_gate and k", "fused_qk_rmsnorm_rope_gate") if gate else ("q and k", "fused_qk_rmsnorm_rope")
-    message = PACKED_AXIS.format(*instead)
+    message = PACKED_AXIS.format("q_gate" if gate else "q")
     args, cotangents, outputs, gradients = on_one_device(case)
     with mesh_of({"data": 4, "model": 2}, mode) as on:
         args = put(on, args, [("data", "model"), (), (), (), ("data",)])

@@ -14,7 +14,7 @@ import pytest
 
 from pallas_qk.dlpack import from_torch, to_torch
 from tests import tolerances
-from tests.cases import SMALL_CASES, Case, make_inputs
+from tests.cases import ORDER_CASES, SMALL_CASES, Case, make_inputs
 from tests.compare import assert_same, assert_within, compare_outputs
 from tests.definition import assert_defined, axes, define, mrope_axis
 
@@ -47,7 +47,7 @@ def function(request):
 
 
 def torch_inputs(case, seed=0):
-    return [to_torch(x) for x in make_inputs(case, seed)]
+    return [x if x is None else to_torch(x) for x in make_inputs(case, seed)]
 
 
 def call(function, case, tensors, **options):
@@ -83,7 +83,7 @@ def in_halves(case, outputs, rotation):
     return [*(x.unflatten(1, (-1, case.head_dim))[..., order].flatten(1) for x in outputs[:2]), outputs[2]]
 
 
-@pytest.mark.parametrize("case", [*SMALL_CASES, UNEVEN], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [*SMALL_CASES, *ORDER_CASES, UNEVEN], ids=lambda case: case.id)
 def test_reference_equals_the_definition(case):
     got = call(reference.fused_qk_rmsnorm_rope_gate, case, torch_inputs(case, seed=3))
     assert_defined([from_torch(x) for x in got], case, make_inputs(case, seed=3))
@@ -126,7 +126,7 @@ def test_oracle_equals_the_reference(case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [*ORACLE_CASES, *SMALL_CASES], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [*ORACLE_CASES, *SMALL_CASES, *ORDER_CASES], ids=lambda case: case.id)
 def test_compiled_oracle_equals_the_reference(gpu, case):
     tensors = torch_inputs(case, seed=4)
     got, want = (call(function, case, tensors) for function in FUNCTIONS.values())

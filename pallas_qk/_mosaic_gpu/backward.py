@@ -73,6 +73,7 @@ from pallas_qk._rows import (
     sharing,
     spec_of,
     weight_of,
+    weights_in,
 )
 from pallas_qk._target import num_sms
 
@@ -104,22 +105,21 @@ def backward(
         jax.ShapeDtypeStruct((rows, spec.head_dim), jnp.float32)
         for rows in (config.q_warps + config.k_warps, num_programs)
     )
-    has_weights = types.q_weight is not None
-    written_types = types
-    if has_weights and num_programs > 1:
-        written_types = types._replace(q_weight=of_programs, k_weight=of_programs)
+    weights, written_types = weights_in(types), types
+    if num_programs > 1:
+        written_types = types._replace(**dict.fromkeys(weights, of_programs))
     gradients, _ = launch(
         BACKWARD_NAME,
         thread,
         (inputs, cotangents),
-        (written_types, of_warps if has_weights else None),
+        (written_types, of_warps if weights else None),
         num_programs=num_programs,
         num_warpgroups=config.num_warpgroups,
     )
-    if not has_weights or num_programs == 1:
+    if not weights or num_programs == 1:
         return gradients
-    dq_weight, dk_weight = sum_rows([gradients.q_weight, gradients.k_weight], [types.q_weight, types.k_weight])
-    return gradients._replace(q_weight=dq_weight, k_weight=dk_weight)
+    summed = sum_rows(list(weights_in(gradients).values()), list(weights.values()))
+    return gradients._replace(**dict(zip(weights, summed, strict=True)))
 
 
 def _warps_per_program(config: MosaicBackward) -> int:
@@ -268,8 +268,9 @@ def _backward_thread(
     q_warps, k_warps, warps_per_program = config.q_warps, config.k_warps, _warps_per_program(config)
     warp = program * warps_per_program + warp_index()
     is_k, k_before = spread_k(warp, q_warps, k_warps)
-    with when(is_k):
-        walk(k_before, k_warps, "k", spec.num_kv_heads)
+    if k_warps:
+        with when(is_k):
+            walk(k_before, k_warps, "k", spec.num_kv_heads)
     with when(is_k.equals(0) & (warp < q_warps + k_warps)):
         walk(warp - k_before.minimum(k_warps), q_warps, "q", spec.num_q_heads)
 
@@ -278,11 +279,12 @@ def _backward_thread(
     # What other warps of the program wrote to global memory is there after the barrier.
     llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "bar.sync 0;", "~{memory}", has_side_effects=True)
     warps = [program * warps_per_program + i for i in range(warps_per_program)]
-    for start in range(0, 2 * head_dim, config.num_warpgroups * WARPGROUP):
+    sums = list(weights_in(gradients).values())  # of q, and of k where there is one
+    for start in range(0, len(sums) * head_dim, config.num_warpgroups * WARPGROUP):
         # One column of q's rows or of k's. Every row is loaded before the first addition.
         index = thread_index() + start
         of_k = (index < head_dim).equals(0)
-        with when(index < 2 * head_dim):
+        with when(index < len(sums) * head_dim):
             (column,) = select(of_k, [index + -head_dim], [index])
             terms = []
             for other in warps:
@@ -292,7 +294,7 @@ def _backward_thread(
                 counts = takes_k.equals(of_k) & (other < q_warps + k_warps)
                 terms += select(counts, [value], [f32(0.0)])
             total = functools.reduce(arith.addf, terms)
-            for which, array in ((0, gradients.q_weight), (1, gradients.k_weight)):
+            for which, array in enumerate(sums):
                 with when(of_k.equals(which)):
                     (array.row(program, head_dim) + column).store(narrow([total], array.dtype))
 

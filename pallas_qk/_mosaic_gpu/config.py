@@ -131,10 +131,12 @@ def mosaic_backward(spec: Spec, num_sms: int, *, num_axes: int, cache_itemsize: 
     rows_per_tile = 32 // threads
     q_tiles, k_tiles = (-(-spec.num_tokens * h // rows_per_tile) for h in (spec.num_q_heads, spec.num_kv_heads))
     resident = 4 * num_warpgroups * num_sms
-    k_warps = min(resident - 1, max(1, round(resident * spec.num_kv_heads / (spec.num_q_heads + spec.num_kv_heads))))
+    k_warps = round(resident * spec.num_kv_heads / (spec.num_q_heads + spec.num_kv_heads))
+    k_warps = min(resident - 1, max(min(1, k_tiles), k_warps))
     # No more warps than the longest share needs.
     q_warps, k_warps = (
-        -(-tiles // -(-tiles // warps)) for tiles, warps in ((q_tiles, resident - k_warps), (k_tiles, k_warps))
+        -(-tiles // -(-tiles // warps)) if tiles else 0
+        for tiles, warps in ((q_tiles, resident - k_warps), (k_tiles, k_warps))
     )
     warps = q_warps + k_warps
     if warps <= 4 * num_warpgroups:

@@ -249,8 +249,9 @@ def _forward_thread(
         is_k, k_before = program < k_programs, program
     else:
         is_k, k_before = spread_k(program, q_programs, k_programs)
-    with when(is_k):
-        treat(k_before, "k", spec.num_kv_heads)
+    if k_programs:
+        with when(is_k):
+            treat(k_before, "k", spec.num_kv_heads)
     with when(is_k.equals(0)):
         treat(program - k_before.minimum(k_programs), "q", spec.num_q_heads)
 

@@ -104,6 +104,8 @@ def spread_k(index: Int, q_count: int, k_count: int) -> tuple[Int, Int]:
 
     Every period-th does, so that k rows are spread evenly among q rows.
     """
+    if not k_count:
+        return constant(0, 1), constant(0)
     period = (q_count + k_count) // k_count
     group = index // period
     return (index % period).equals(period - 1) & (group < k_count), group

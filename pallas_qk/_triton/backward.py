@@ -13,7 +13,19 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_qk import _reference
 from pallas_qk._options import Options, Spec, next_power_of_2
-from pallas_qk._rows import Gradients, Inputs, Outputs, Rows, gradient_types, rows_for, sharing, spec_of, weight_of
+from pallas_qk._rows import (
+    Gradients,
+    Inputs,
+    Outputs,
+    Rows,
+    differentiated,
+    gradient_types,
+    rows_for,
+    sharing,
+    spec_of,
+    weight_of,
+    weights_in,
+)
 from pallas_qk._target import num_sms
 from pallas_qk._triton.arithmetic import Arithmetic, plain_arithmetic, ptx_arithmetic
 from pallas_qk._triton.config import TritonBackward, triton_backward
@@ -69,32 +81,34 @@ def backward(
     # One warp a program. What crosses warps goes through shared memory, and a kernel that uses any, 256 bytes even, is
     # launched with a carve-out that leaves 28 KB of L1 (H200, T = 16384, 16/2 heads: 196.9 against 182.6 us).
     has_weights = inputs.q_weight is not None
-    dq, dk, partials = pl.pallas_call(
+    inputs_in_heads = inputs._replace(q=q_in_heads)
+    of_rows = differentiated(inputs_in_heads)._replace(q_weight=None, k_weight=None)
+    gradients, partials = pl.pallas_call(
         kernel,
         grid=(num_programs,),
         out_shape=(
-            output(q_in_heads.shape, dtype),
-            None if inputs.k is None else output(inputs.k.shape, dtype),
+            jax.tree.map(lambda x: output(x.shape, dtype), of_rows),
             output((num_programs * partial_rows, spec.head_dim), jnp.float32) if has_weights else None,
         ),
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name=BACKWARD_NAME,
-    )(inputs._replace(q=q_in_heads), cotangents)
+    )(inputs_in_heads, cotangents)
+    gradients = gradients._replace(q=gradients.q.reshape(inputs.q.shape))
     if not has_weights:
-        return Gradients(dq.reshape(inputs.q.shape), dk, None, None)
-    dq_weight, dk_weight = sum_weights(partials, config.q_programs * partial_rows, types[2:], interpret)
-    return Gradients(dq.reshape(inputs.q.shape), dk, dq_weight, dk_weight)
+        return gradients
+    summed = sum_weights(partials, config.q_programs * partial_rows, weights_in(types), interpret)
+    return gradients._replace(**summed)
 
 
-def sum_weights(partials: jax.Array, q_rows: int, types, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    """The column sums (D,) of the first `q_rows` rows of partials and of the others, in the dtypes of `types`."""
+def sum_weights(partials: jax.Array, q_rows: int, types, interpret: bool) -> dict[str, jax.Array]:
+    """The column sums (D,) of the first `q_rows` rows of partials, for q, and of the others, for k, as `types`."""
     num_rows, head_dim = partials.shape
     tile_rows = min(next_power_of_2(max(q_rows, num_rows - q_rows)), _SUM_ROWS)
     return pl.pallas_call(
         functools.partial(_weight_sum_kernel, q_rows=q_rows),
-        grid=(2 * pl.cdiv(head_dim, _SUM_COLUMNS),),
-        out_shape=tuple(output(x.shape, x.dtype) for x in types),
+        grid=(len(types) * pl.cdiv(head_dim, _SUM_COLUMNS),),
+        out_shape=jax.tree.map(lambda x: output(x.shape, x.dtype), types),
         compiler_params=plt.CompilerParams(num_warps=max(1, tile_rows // _SUM_ROWS_OF_A_WARP), num_stages=1),
         interpret=interpret,
         name=WEIGHT_SUM_NAME,
@@ -104,8 +118,7 @@ def sum_weights(partials: jax.Array, q_rows: int, types, interpret: bool) -> tup
 def _backward_kernel(
     inputs: Inputs,
     cotangents: Outputs,
-    dq_ref,
-    dk_ref,
+    gradients: Gradients,
     partials_ref,
     *,
     rows: dict[str, Rows],
@@ -125,18 +138,18 @@ def _backward_kernel(
     forward = arithmetic._replace(rotate=functools.partial(_rotate, arithmetic))
     arithmetic = arithmetic._replace(rotate=functools.partial(_rotate_back, arithmetic))
     # Rows past the last are ones with cotangents of zero: a row of zeros has no finite 1 / rms where eps is 0.
-    one, zero = jnp.ones((), dq_ref.dtype), jnp.zeros((), dq_ref.dtype)
+    one, zero = jnp.ones((), inputs.q.dtype), jnp.zeros((), inputs.q.dtype)
     no_x = [one if e is None else jnp.where(e, one, zero) for e in exists]
 
     def walk(program, programs, slot, heads: str, num_heads: int):
         normed, copied = sharing(rows, heads)
-        gradients = {"q": dq_ref, "k": dk_ref}
         # What the forward reads at a kind's source, its gradient is written to: source and target are exchanged.
         sources = {
             name: rows_in(getattr(inputs, kind.source.array), rows, kind.source, spec) for name, kind in normed.items()
         }
         targets = {
-            name: rows_in(gradients[kind.source.array], rows, kind.source, spec) for name, kind in normed.items()
+            name: rows_in(getattr(gradients, kind.source.array), rows, kind.source, spec)
+            for name, kind in normed.items()
         }
 
         def rows_at(step, lanes):
@@ -185,7 +198,7 @@ def _backward_kernel(
             positions = load_positions(step + 1)
             for name, copy in copies.items():
                 place = copied[name].source
-                beside = rows_in(gradients[place.array], rows, place, spec)
+                beside = rows_in(getattr(gradients, place.array), rows, place, spec)
                 store(beside.ref, beside.at(*wide_place), copy, in_copied)
             # From L1. Loaded after a store that might alias them, they keep ptxas from sinking it, and with it the
             # loads before it, below the sums.
@@ -237,6 +250,9 @@ def _backward_kernel(
             store(partials_ref, (row, c), _add_pairs_of_rows(dweight), e)
 
     program, q_programs, k_programs = pl.program_id(0), config.q_programs, config.k_programs
+    if not k_programs:
+        walk(program, q_programs, program, "q", spec.num_q_heads)
+        return
     is_k, group = spread_k(program, q_programs, k_programs)
 
     @pl.when(is_k)
@@ -303,7 +319,7 @@ def _cos_and_sin(inputs: Inputs, positions, frequency, rotated, options: Options
     return cos, sin
 
 
-def _weight_sum_kernel(partials_ref, dq_weight_ref, dk_weight_ref, *, q_rows: int):
+def _weight_sum_kernel(partials_ref, sums: dict, *, q_rows: int):
     """One program: the sum of a few columns of q's partials, or of k's, in a fixed order."""
     all_rows, head_dim = partials_ref.shape
     num_groups = pl.cdiv(head_dim, _SUM_COLUMNS)
@@ -325,8 +341,10 @@ def _weight_sum_kernel(partials_ref, dq_weight_ref, dk_weight_ref, *, q_rows: in
 
     @pl.when(program < num_groups)
     def _():
-        sum_columns(0, q_rows, program, dq_weight_ref)
+        sum_columns(0, q_rows, program, sums["q_weight"])
 
-    @pl.when(program >= num_groups)
-    def _():
-        sum_columns(q_rows, all_rows - q_rows, program - num_groups, dk_weight_ref)
+    if "k_weight" in sums:
+
+        @pl.when(program >= num_groups)
+        def _():
+            sum_columns(q_rows, all_rows - q_rows, program - num_groups, sums["k_weight"])

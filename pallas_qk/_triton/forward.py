@@ -215,6 +215,9 @@ def _forward_kernel(
                 write(kind, token, head, columns, arithmetic.narrow(y), in_tile)
 
     program = pl.program_id(0)
+    if not k_programs:
+        treat(program, "q", spec.num_q_heads)
+        return
     is_k, group = spread_k(program, q_programs, k_programs)
 
     @pl.when(is_k)
