@@ -35,6 +35,7 @@ from benchmarks.progress import progress, say
 from benchmarks.providers import JAX_OPS
 from examples import gated_attention
 from pallas_qk import kv_cache
+from pallas_qk._options import Implementation
 from tests.cases import Case, cos_sin_table
 
 TOKENS = (1, 4, 16, 64)  # sequences: each step is a token of each
@@ -140,7 +141,7 @@ def initial(layer: Layer, form: Form, num_sequences: int, seed: int = 0) -> tupl
     return Parameters(cos_sin_table(layer.context, layer.rotary_dim, layer.dtype), of_layers), state
 
 
-def step(implementation: str, layer: Layer, form: Form, parameters: Parameters, state: State) -> State:
+def step(implementation: Implementation, layer: Layer, form: Form, parameters: Parameters, state: State) -> State:
     """One token of every sequence through the layers, each beside a residual; positions go round in the caches."""
     one = functools.partial(_through_layer, implementation, layer, form, parameters.table, state.positions)
     hidden: jax.Array = state.hidden
@@ -163,7 +164,7 @@ def step(implementation: str, layer: Layer, form: Form, parameters: Parameters, 
 
 
 def _through_layer(
-    implementation: str,
+    implementation: Implementation,
     layer: Layer,
     form: Form,
     cos_sin_cache: jax.Array,

@@ -1,6 +1,7 @@
 """The public functions without a KV cache."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -8,7 +9,7 @@ from pallas_qk import _checks, _fp8, _implementations
 from pallas_qk._array_checks import Function, as_called
 from pallas_qk._call import call
 from pallas_qk._implementations import Choice
-from pallas_qk._options import Spec
+from pallas_qk._options import Implementation, MropeLayout, NormOrder, RotationName, Spec
 from pallas_qk._rows import Inputs
 
 
@@ -20,20 +21,20 @@ def fused_qk_rmsnorm_rope_gate(
     cos_sin_cache: jax.Array | None,
     positions: jax.Array | None,
     eps: float,
-    num_q_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    rotary_dim: int = 0,
+    num_q_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    rotary_dim: int | None = None,
     mrope_section: Sequence[int] | None = None,
     norm_beta: float = 0.0,
     *,
     copy_gate: bool = True,
-    mrope_layout: str = "interleaved",
-    rotation: str = "halves",
+    mrope_layout: MropeLayout = "interleaved",
+    rotation: RotationName = "halves",
     round_norm: bool = True,
-    norm_order: str = "norm_first",
-    implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    norm_order: NormOrder = "norm_first",
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, Any, jax.Array]:
     """Normalises and rotates q and k per head and splits off the gate, in one pass over memory.
 
     Per head, x is a row of D elements, w its weight and p its token's position. RMSNorm in float32, rounded to x's
@@ -57,18 +58,20 @@ def fused_qk_rmsnorm_rope_gate(
         none.
       k_weight: (D,); float16, bfloat16 or float32. None exactly where `q_weight` or `k` is.
       cos_sin_cache: (max_pos, R), each row [cos | sin]; float16, bfloat16 or float32. Without positions (..., R), the
-        row of each token. None where nothing is rotated: the norm and the split alone, rounded once.
+        row of each token, whose leading axes broadcast. None where nothing is rotated: the norm and the split alone,
+        rounded once.
       positions: (...) or, exactly when `mrope_section` is given, (3, ...): rows of time, height and width positions.
-        Any integer dtype, any order. A negative position marks padding: it reads row 0 of the table. A position past
-        the table gives NaN, see Numerics. None where `cos_sin_cache` has the row of each token, or is None. With one
-        head, (tokens, 1, 2*D) is ambiguous; the rank of positions, or of those rows, decides. Without either, the form
-        of `k` does.
+        The leading axes broadcast as in NumPy: (sequence,) serves q_gate (batch, sequence, ...). Any integer dtype, any
+        order. A negative position marks padding: it reads row 0 of the table. A position past the table gives NaN, see
+        Numerics. None where `cos_sin_cache` has the row of each token, or is None. With one head, (tokens, 1, 2*D) is
+        ambiguous; the rank of positions, or of those rows, decides. Without either, the form of `k` does.
       eps: added to the mean of squares; a Python number.
-      num_q_heads: query heads in `q_gate`.
+      num_q_heads: query heads in `q_gate`. What is left out of the four sizes follows from the arrays, and what is
+        given is checked. A single head without an axis of its own must be given where `positions` broadcast.
       num_kv_heads: key heads in `k`; 0 exactly where `k` is None.
-      head_dim: elements of a head.
-      rotary_dim: elements of a head that are rotated, from the first; even and at most `head_dim`. 0, or left out,
-        exactly where `cos_sin_cache` is None.
+      head_dim: elements of a head, the length of the weights. It must be given where they are None.
+      rotary_dim: elements of a head that are rotated, from the first; even and at most `head_dim`. The width of the
+        table, and 0 exactly where there is none.
       mrope_section: three counts that sum to R/2, of the frequencies that read each row of `positions`.
       norm_beta: added to both weights in float32, 1.0 for Gemma-style weights; a Python number.
       copy_gate: if False, the kernel doesn't copy the gate: gate_out is an XLA slice of `q_gate`, which fuses into its
@@ -172,19 +175,19 @@ def fused_qk_rmsnorm_rope(
     cos_sin_cache: jax.Array | None,
     positions: jax.Array | None,
     eps: float,
-    num_q_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    rotary_dim: int = 0,
+    num_q_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    rotary_dim: int | None = None,
     mrope_section: Sequence[int] | None = None,
     norm_beta: float = 0.0,
     *,
-    mrope_layout: str = "interleaved",
-    rotation: str = "halves",
+    mrope_layout: MropeLayout = "interleaved",
+    rotation: RotationName = "halves",
     round_norm: bool = True,
-    norm_order: str = "norm_first",
-    implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
+    norm_order: NormOrder = "norm_first",
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, Any]:
     """`fused_qk_rmsnorm_rope_gate` for q without gates, as in Qwen3, Gemma 3 and other models that normalise q and k.
 
     Args:
@@ -229,27 +232,28 @@ def fused_qkv_rmsnorm_rope_gate(
     cos_sin_cache: jax.Array | None,
     positions: jax.Array | None,
     eps: float,
-    num_q_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    rotary_dim: int = 0,
+    num_q_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    rotary_dim: int | None = None,
     mrope_section: Sequence[int] | None = None,
     norm_beta: float = 0.0,
     *,
     copy_gate: bool = True,
-    mrope_layout: str = "interleaved",
-    rotation: str = "halves",
+    mrope_layout: MropeLayout = "interleaved",
+    rotation: RotationName = "halves",
     round_norm: bool = True,
-    norm_order: str = "norm_first",
+    norm_order: NormOrder = "norm_first",
     v_norm: bool = False,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """`fused_qk_rmsnorm_rope_gate` for q, gate, k and v from one projection, which it takes apart without a copy.
 
     Args:
-      qkv: (..., Hq*2*D + 2*Hkv*D): [q | gate] of each query head, then k and then v of each key head. Or a tuple of
-        three arrays of one dtype: q_gate (..., Hq*2*D), k and v (..., Hkv*D); or, each with an axis of heads, q_gate
-        (..., Hq, 2*D), k and v (..., Hkv, D). One array may be k and v, as in Gemma 4; its gradients add.
+      qkv: (..., Hq*2*D + 2*Hkv*D): [q | gate] of each query head, then k and then v of each key head; one number of
+        heads must be given. Or a tuple of three arrays of one dtype: q_gate (..., Hq*2*D), k and v (..., Hkv*D); or,
+        each with an axis of heads, q_gate (..., Hq, 2*D), k and v (..., Hkv, D). One array may be k and v, as in Gemma
+        4; its gradients add.
       v_norm: whether each head of v is normalised, without a weight and without norm_beta, as in Gemma 4.
 
     The other arguments, errors, numerics and derivatives are those of `fused_qk_rmsnorm_rope_gate`; the gradient of
@@ -300,26 +304,26 @@ def fused_qkv_rmsnorm_rope(
     cos_sin_cache: jax.Array | None,
     positions: jax.Array | None,
     eps: float,
-    num_q_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    rotary_dim: int = 0,
+    num_q_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    rotary_dim: int | None = None,
     mrope_section: Sequence[int] | None = None,
     norm_beta: float = 0.0,
     *,
-    mrope_layout: str = "interleaved",
-    rotation: str = "halves",
+    mrope_layout: MropeLayout = "interleaved",
+    rotation: RotationName = "halves",
     round_norm: bool = True,
-    norm_order: str = "norm_first",
+    norm_order: NormOrder = "norm_first",
     v_norm: bool = False,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`fused_qkv_rmsnorm_rope_gate` for q without gates, as Qwen3 and Gemma 3 have it.
 
     Args:
-      qkv: (..., Hq*D + 2*Hkv*D): q of each query head, then k and then v of each key head. Or a tuple of three arrays
-        of one dtype: q (..., Hq*D), k and v (..., Hkv*D); or, each with an axis of heads, q (..., Hq, D), k and v
-        (..., Hkv, D).
+      qkv: (..., Hq*D + 2*Hkv*D): q of each query head, then k and then v of each key head; one number of heads must be
+        given. Or a tuple of three arrays of one dtype: q (..., Hq*D), k and v (..., Hkv*D); or, each with an axis of
+        heads, q (..., Hq, D), k and v (..., Hkv, D).
 
     The other arguments, errors, numerics and derivatives are those of `fused_qk_rmsnorm_rope_gate`. v_norm and sharding
     are those of `fused_qkv_rmsnorm_rope_gate`.
@@ -366,8 +370,8 @@ def default_implementation(
     dtype,
     *,
     cache_dtype=None,
-    rotation: str = "halves",
-    norm_order: str = "norm_first",
+    rotation: RotationName = "halves",
+    norm_order: NormOrder = "norm_first",
     platform: str | None = None,
 ) -> Choice:
     """The implementation that `implementation=None` resolves to for these shapes, in each of the functions.

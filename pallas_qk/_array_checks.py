@@ -164,7 +164,7 @@ def check_arrays(function: Function, inputs: Inputs, sizes: Sizes) -> bool:
     leading = f"the leading axes of {first}"
     if inputs.positions is None:
         hint = f"{leading}, then rotary_dim; without positions the table has the row of each token"
-        check_shape("cos_sin_cache", inputs.cos_sin_cache, (*lead, rotary_dim), hint)
+        _check_broadcasts("cos_sin_cache", inputs.cos_sin_cache, lead, hint, back=(rotary_dim,))
         return split
     hint = "rotary_dim, each row [cos | sin]"
     check_shape("cos_sin_cache", inputs.cos_sin_cache, ("max_position", rotary_dim), hint)
@@ -173,9 +173,10 @@ def check_arrays(function: Function, inputs: Inputs, sizes: Sizes) -> bool:
         raise ValueError(f"cos_sin_cache must have at least one row, got shape {got}. Build it for max_position >= 1.")
     if mrope:
         hint = f"one row each for time, height and width, then {leading}; leave mrope_section out for a single row"
-        check_shape("positions", inputs.positions, (3, *lead), hint)
+        _check_broadcasts("positions", inputs.positions, lead, hint, front=(3,))
     else:
-        check_shape("positions", inputs.positions, lead, f"{leading}; three rows of positions need mrope_section")
+        hint = f"{leading}; three rows of positions need mrope_section"
+        _check_broadcasts("positions", inputs.positions, lead, hint)
     return split
 
 
@@ -213,7 +214,7 @@ def _check_first(
         if inputs.cos_sin_cache is not None:
             table = inputs.positions is None
             num_lead = inputs.cos_sin_cache.ndim - 1 if table else inputs.positions.ndim - mrope
-            fits_split = num_lead == q.ndim - 2
+            fits_split = num_lead != q.ndim - 1
         elif inputs.k is not None:
             fits_split = inputs.k.shape[-1:] == (head_dim,)
     return q.shape[: -2 if fits_split else -1], fits_split
@@ -232,6 +233,20 @@ def check_shape(name: str, array, shape: tuple[int | str, ...], remedy: str) -> 
     if not matches:
         inner = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
         raise ValueError(f"{name} must have shape ({inner}), got {tuple(array.shape)}. Its sizes: {remedy}.")
+
+
+def _check_broadcasts(
+    name: str, array, lead: tuple[int, ...], remedy: str, *, front: tuple[int, ...] = (), back: tuple[int, ...] = ()
+) -> None:
+    """That what lies between `front` and `back` in the shape broadcasts to `lead`."""
+    got = tuple(array.shape)
+    start, end = len(front), len(got) - len(back)
+    own = got[start:end]
+    fits = start <= end and got[:start] == front and got[end:] == back and len(own) <= len(lead)
+    if not fits or any(a not in (1, b) for a, b in zip(reversed(own), reversed(lead), strict=False)):
+        inner = ", ".join(map(str, shape := (*front, *lead, *back))) + ("," if len(shape) == 1 else "")
+        rule = f"{name} must have shape ({inner}), or one that broadcasts to it"
+        raise ValueError(f"{rule}, got {got}. Its sizes: {remedy}.")
 
 
 def canonical_integers(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:

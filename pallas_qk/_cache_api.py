@@ -8,6 +8,7 @@ import jax
 from pallas_qk import _cache_checks, _checks
 from pallas_qk._array_checks import as_called
 from pallas_qk._call import call
+from pallas_qk._options import Implementation, MropeLayout, NormOrder, RotationName
 from pallas_qk._rows import Inputs
 
 
@@ -30,10 +31,10 @@ def fused_qkv_rmsnorm_rope_gate_cache(
     kv_cache: tuple[jax.Array, jax.Array] | jax.Array,
     slot_mapping: jax.Array,
     eps: float,
-    num_q_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    rotary_dim: int = 0,
+    num_q_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    rotary_dim: int | None = None,
     mrope_section: Sequence[int] | None = None,
     norm_beta: float = 0.0,
     *,
@@ -43,12 +44,12 @@ def fused_qkv_rmsnorm_rope_gate_cache(
     v_scale: jax.Array | float | None = None,
     return_kv: bool = False,
     copy_gate: bool = True,
-    mrope_layout: str = "interleaved",
-    rotation: str = "halves",
+    mrope_layout: MropeLayout = "interleaved",
+    rotation: RotationName = "halves",
     round_norm: bool = True,
-    norm_order: str = "norm_first",
+    norm_order: NormOrder = "norm_first",
     v_norm: bool = False,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> CacheOutputs:
     """Does what `fused_qkv_rmsnorm_rope_gate` does, and writes k and v into a KV cache in the same launch.
 
@@ -56,9 +57,9 @@ def fused_qkv_rmsnorm_rope_gate_cache(
     of it where the call is eager, where the cache is not donated, or where its old value is read later.
 
     Args:
-      qkv: one packed array (..., Hq*2*D + 2*Hkv*D), as `fused_qkv_rmsnorm_rope_gate` takes it. Or a tuple of three
-        arrays of one dtype: q_gate (..., Hq*2*D), k and v (..., Hkv*D); or, each with an axis of heads, q_gate
-        (..., Hq, 2*D), k and v (..., Hkv, D).
+      qkv: one packed array (..., Hq*2*D + 2*Hkv*D), as `fused_qkv_rmsnorm_rope_gate` takes it, with one number of
+        heads. Or a tuple of three arrays of one dtype: q_gate (..., Hq*2*D), k and v (..., Hkv*D); or, each with an
+        axis of heads, q_gate (..., Hq, 2*D), k and v (..., Hkv, D).
       kv_cache: a pair of arrays, k's and v's, with one shape and dtype. Or one array of both, where `cache_axes` has a
         c. float16, bfloat16 or float32: rows of another dtype are cast to it, rounded to nearest even. Or
         float8_e4m3fn or float8_e5m2, with scales. The axes of heads and lanes have the sizes Hkv and D, every other
@@ -153,10 +154,10 @@ def fused_qkv_rmsnorm_rope_cache(
     kv_cache: tuple[jax.Array, jax.Array] | jax.Array,
     slot_mapping: jax.Array,
     eps: float,
-    num_q_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    rotary_dim: int = 0,
+    num_q_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    rotary_dim: int | None = None,
     mrope_section: Sequence[int] | None = None,
     norm_beta: float = 0.0,
     *,
@@ -165,19 +166,19 @@ def fused_qkv_rmsnorm_rope_cache(
     k_scale: jax.Array | float | None = None,
     v_scale: jax.Array | float | None = None,
     return_kv: bool = False,
-    mrope_layout: str = "interleaved",
-    rotation: str = "halves",
+    mrope_layout: MropeLayout = "interleaved",
+    rotation: RotationName = "halves",
     round_norm: bool = True,
-    norm_order: str = "norm_first",
+    norm_order: NormOrder = "norm_first",
     v_norm: bool = False,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> CacheOutputs:
     """`fused_qkv_rmsnorm_rope_gate_cache` for q without gates, as Qwen3 and Gemma 3 have it.
 
     Args:
-      qkv: one packed array (..., Hq*D + 2*Hkv*D), as `fused_qkv_rmsnorm_rope` takes it. Or a tuple of three arrays of
-        one dtype: q (..., Hq*D), k and v (..., Hkv*D); or, each with an axis of heads, q (..., Hq, D), k and v
-        (..., Hkv, D).
+      qkv: one packed array (..., Hq*D + 2*Hkv*D), as `fused_qkv_rmsnorm_rope` takes it, with one number of heads. Or a
+        tuple of three arrays of one dtype: q (..., Hq*D), k and v (..., Hkv*D); or, each with an axis of heads, q (...,
+        Hq, D), k and v (..., Hkv, D).
 
     The other arguments, errors, numerics and sharding are those of `fused_qkv_rmsnorm_rope_gate_cache`.
 

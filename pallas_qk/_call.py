@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_qk import _array_checks, _cache_checks, _checks, _implementations, _mesh_checks
 from pallas_qk._array_checks import Function
 from pallas_qk._implementations import IMPLEMENTATIONS
 from pallas_qk._options import Options, Spec
 from pallas_qk._rows import CACHES, Call, Inputs, Outputs, head_dim_of
+from pallas_qk._sizes import Sizes, filled
 
 
 def call(
@@ -20,7 +22,7 @@ def call(
     inputs: Inputs,
     gate: str | None,
     eps: float,
-    sizes: tuple[int, int, int, int],
+    sizes: Sizes,
     mrope_section: Sequence[int] | None,
     norm_beta: float,
     mrope_layout: str,
@@ -38,7 +40,8 @@ def call(
     inputs = Inputs(*map(_array_checks.unboxed, inputs))
     rotated = inputs.cos_sin_cache is not None
     q_alone = inputs.k is None and not (function.packed or function.separate_v)
-    num_q_heads, num_kv_heads, head_dim, rotary_dim = _checks.check_sizes(*sizes, rotated=rotated, q_alone=q_alone)
+    every = filled(function, inputs, sizes, q_alone=q_alone, mrope=mrope_section is not None)
+    num_q_heads, num_kv_heads, head_dim, rotary_dim = _checks.check_sizes(*every, rotated=rotated, q_alone=q_alone)
     rotation_by_name, by_order = _checks.check_rotation(rotation), _checks.check_norm_order(norm_order)
     norm_beta = _checks.check_norm_beta(norm_beta)
     _checks.check_weights(inputs.q_weight is not None, inputs.k_weight is not None, norm_beta, q_alone=q_alone)
@@ -115,8 +118,15 @@ def _run(inputs: Inputs, *, name: str, call: Call, split: bool) -> Outputs:
         x = getattr(inputs, integers)
         if x is not None and jnp.iinfo(x.dtype).bits < 8:
             inputs = inputs._replace(**{integers: x.astype(jnp.int32)})  # several lie in one byte
-    if call.options.mrope_section is None and inputs.positions is not None:
-        inputs = inputs._replace(positions=inputs.positions[None])
+    lead = inputs.q.shape[: -2 if split else -1]
+    if inputs.positions is not None:
+        positions = inputs.positions if call.options.mrope_section else inputs.positions[None]
+        missing = 1 + len(lead) - positions.ndim  # axes of `lead`, behind that of mRoPE
+        positions = lax.expand_dims(positions, range(1, 1 + missing))
+        inputs = inputs._replace(positions=jnp.broadcast_to(positions, (positions.shape[0], *lead)))
+    elif inputs.cos_sin_cache is not None:
+        of_each = jnp.broadcast_to(inputs.cos_sin_cache, (*lead, call.options.rotary_dim))
+        inputs = inputs._replace(cos_sin_cache=of_each)
     for one_axis in ("layer", "k_scale", "v_scale"):
         if (x := getattr(inputs, one_axis)) is not None:
             inputs = inputs._replace(**{one_axis: x.reshape(-1)})

@@ -2,17 +2,16 @@
 
 import numbers
 import operator
-from typing import Literal, cast
+from typing import cast, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_qk._options import MropeLayout, NormOrder, RotationName
+
 DTYPES = ("float16", "bfloat16", "float32")  # of activations, weights and tables, each for itself
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-MROPE_LAYOUTS = ("interleaved", "sectioned")
-ROTATIONS = ("halves", "pairs")
-NORM_ORDERS = ("norm_first", "rotation_first")
 _LARGEST = float(np.finfo(np.float32).max)  # the op computes in float32
 
 
@@ -30,8 +29,7 @@ def check_sizes(
             )
         del sizes["num_kv_heads"]
     for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}. Pass the number that this device's arrays hold.")
+        check_count(name, value)
     if not rotated:
         if rotary_dim != 0:
             raise ValueError(
@@ -50,6 +48,13 @@ def check_sizes(
 def check_static_integer(name: str, value: int) -> None:
     if not _is_integer(value):
         raise TypeError(f"{name} must be an integer known when tracing, got {describe(value)}. Pass a Python int.")
+
+
+def check_count(name: str, value: int) -> None:
+    """Of heads, or of elements of a head."""
+    check_static_integer(name, value)
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}. Pass the number that this device's arrays hold.")
 
 
 def check_num_tokens(num_tokens: int) -> int:
@@ -128,22 +133,22 @@ def check_mrope_section(mrope_section, rotary_dim: int) -> tuple[int, int, int] 
     return section
 
 
-def check_mrope_layout(mrope_layout: str) -> str:
+def check_mrope_layout(mrope_layout: str) -> MropeLayout:
     remedy = "Pass 'interleaved' for Qwen3-VL and Qwen3.5, 'sectioned' for Qwen2-VL and Qwen2.5-VL."
-    _check_name("mrope_layout", mrope_layout, MROPE_LAYOUTS, remedy)
-    return mrope_layout
+    _check_name("mrope_layout", mrope_layout, get_args(MropeLayout), remedy)
+    return cast(MropeLayout, mrope_layout)
 
 
-def check_rotation(rotation: str) -> Literal["halves", "pairs"]:
+def check_rotation(rotation: str) -> RotationName:
     remedy = "Pass 'halves' for elements j and j + rotary_dim // 2 (NeoX), 'pairs' for 2j and 2j + 1 (GPT-J)."
-    _check_name("rotation", rotation, ROTATIONS, remedy)
-    return cast(Literal["halves", "pairs"], rotation)
+    _check_name("rotation", rotation, get_args(RotationName), remedy)
+    return cast(RotationName, rotation)
 
 
-def check_norm_order(norm_order: str) -> Literal["norm_first", "rotation_first"]:
+def check_norm_order(norm_order: str) -> NormOrder:
     remedy = "Pass 'rotation_first' for models that rotate before the norm, such as HunYuan."
-    _check_name("norm_order", norm_order, NORM_ORDERS, remedy)
-    return cast(Literal["norm_first", "rotation_first"], norm_order)
+    _check_name("norm_order", norm_order, get_args(NormOrder), remedy)
+    return cast(NormOrder, norm_order)
 
 
 def check_bool(name: str, value: bool, remedy: str) -> bool:

@@ -6,15 +6,15 @@ import importlib
 import importlib.util
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 
 from pallas_qk import _reference
-from pallas_qk._options import Spec, Target
+from pallas_qk._options import Implementation, Spec, Target
 from pallas_qk._target import cuda_target
 
-IMPLEMENTATIONS = ("mosaic_gpu", "triton", "xla")
+IMPLEMENTATIONS = get_args(Implementation)
 
 _GPU_FOLDERS = {"mosaic_gpu": "pallas_qk._mosaic_gpu", "triton": "pallas_qk._triton"}
 _SINCE_JAX_0_11 = jax.__version_info__ >= (0, 11)

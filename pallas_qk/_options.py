@@ -4,6 +4,11 @@ import dataclasses
 import math
 from typing import Any, Literal
 
+RotationName = Literal["halves", "pairs"]
+NormOrder = Literal["norm_first", "rotation_first"]
+MropeLayout = Literal["interleaved", "sectioned"]
+Implementation = Literal["mosaic_gpu", "triton", "xla"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -13,10 +18,10 @@ class Options:
     eps: float
     norm_beta: float = 0.0
     mrope_section: tuple[int, int, int] | None = None
-    mrope_layout: str = "interleaved"  # or "sectioned"
-    rotation: Literal["halves", "pairs"] | None = "halves"  # see `_rows.Rows`
+    mrope_layout: MropeLayout = "interleaved"
+    rotation: RotationName | None = "halves"  # see `_rows.Rows`
     round_norm: bool = True  # to the activations' dtype, between norm and rotation
-    norm_order: Literal["norm_first", "rotation_first"] = "norm_first"  # of rows that are rotated
+    norm_order: NormOrder = "norm_first"  # of rows that are rotated
     head_dim: int | None = None  # where there are no weights; else their length says it
     v_norm: bool = False  # whether v is normalised, without a weight
     gate: str | None = "copied"  # by the kernel; "in_place": left in q, for XLA to slice; None: q has no gates
@@ -43,8 +48,8 @@ class Spec:
     open_size: Any = None  # a size that an export leaves open
     cache_shape: tuple[int, ...] | None = None  # of the array that holds k
     cache_dtype: str | None = None
-    rotation: Literal["halves", "pairs"] | None = "halves"
-    norm_order: Literal["norm_first", "rotation_first"] = "norm_first"
+    rotation: RotationName | None = "halves"
+    norm_order: NormOrder = "norm_first"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,14 +7,14 @@ them: shapes, types, the axes that may be sharded, what a result depends on, and
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_qk import _cache_axes
 from pallas_qk._cache_axes import Slots
-from pallas_qk._options import Options, Spec
+from pallas_qk._options import Options, RotationName, Spec
 
 
 class Scale(NamedTuple):
@@ -48,7 +48,7 @@ class Rows(NamedTuple):
     normed: bool = False  # else the rows are copied as they are
     weight: str | None = None  # of the norm, a field of Inputs; None: it has none
     # Frequency j < R/2 rotates elements j and j + R/2, or of pairs 2j and 2j + 1; None: the rows are not rotated.
-    rotation: Literal["halves", "pairs"] | None = None
+    rotation: RotationName | None = None
 
 
 class Inputs(NamedTuple):

@@ -40,7 +40,7 @@ class Case:
     q_alone: bool = False  # without k
     weights: bool = True  # else none is given, and the inputs have ones in their place
     gathered: bool = False  # a row of the table for each token instead of positions
-    mrope_layout: str = "interleaved"
+    mrope_layout: Literal["interleaved", "sectioned"] = "interleaved"
     rotation: Literal["halves", "pairs"] = "halves"
     round_norm: bool = True
     norm_order: Literal["norm_first", "rotation_first"] = "norm_first"

@@ -4,6 +4,7 @@ T num_tokens, Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -228,9 +229,11 @@ def make_inputs(case: Case, seed: int = 0, *, special: bool = False) -> Inputs:
     weights = weights if case.weights else np.ones_like(weights)
     # Angles of any size: a frequency's neighbours in the table, and those of another row, differ from its own.
     angles = rng.uniform(0, 2 * np.pi, (case.max_position, case.rotary_dim // 2))
-    flat = [x.reshape(num_tokens, -1) for x in (q_gate, k)]
+    q_weight, k_weight = weights.astype(weight_dtype)
+    of_heads = q_gate.reshape(num_tokens, -1), k.reshape(num_tokens, -1)
     positions = _positions(case, rng) if case.rotary_dim else None
-    return Inputs(*flat, *weights.astype(weight_dtype), table_of(case, angles), positions).map(jnp.asarray)
+    arrays: tuple[Any, ...] = *of_heads, q_weight, k_weight, table_of(case, angles), positions
+    return Inputs(*arrays).map(jnp.asarray)
 
 
 def _positions(case: Case, rng: np.random.Generator) -> np.ndarray:

@@ -47,16 +47,16 @@ Q_GATE = (
 )
 K = "k must have shape {}, got {}. Its sizes: the leading axes of q_gate, then {}."
 POSITIONS = (
-    "positions must have shape {}, got {}. "
+    "positions must have shape {}, or one that broadcasts to it, got {}. "
     "Its sizes: the leading axes of q_gate; three rows of positions need mrope_section."
 )
 THREE_ROWS = (
-    "positions must have shape {}, got {}. Its sizes: one row each for time, height and width, then the leading axes "
-    "of q_gate; leave mrope_section out for a single row."
+    "positions must have shape {}, or one that broadcasts to it, got {}. Its sizes: one row each for time, height and "
+    "width, then the leading axes of q_gate; leave mrope_section out for a single row."
 )
 ROWS = (
-    "cos_sin_cache must have shape {}, got {}. Its sizes: the leading axes of q_gate, then rotary_dim; "
-    "without positions the table has the row of each token."
+    "cos_sin_cache must have shape {}, or one that broadcasts to it, got {}. Its sizes: the leading axes of q_gate, "
+    "then rotary_dim; without positions the table has the row of each token."
 )
 
 BAD_CALLS = [
@@ -341,7 +341,7 @@ QKV_WITHOUT_GATES = (
         (
             "fused_qkv_rmsnorm_rope_gate",
             ValueError,
-            "positions must have shape (2, 2), got (4,). "
+            "positions must have shape (2, 2), or one that broadcasts to it, got (4,). "
             "Its sizes: the leading axes of qkv; three rows of positions need mrope_section.",
             {"qkv": (2, 2, 640)},
         ),
