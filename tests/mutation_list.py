@@ -84,6 +84,7 @@ GRADIENTS_OF_PAIRS = {
         ("odd", "T6-H5.2-D96-R6-bfloat16-norm_beta=1.0"),
     )
 }
+EVERY_FORM, TWO_HEADS = "test_every_form_has_the_bits_of_one_head", "T5-H4.2-D64-R64-bfloat16-max_position=40-gate=None"
 PTX = "inline assembly, which only a GPU runs"
 
 MUTATIONS = [
@@ -1117,8 +1118,8 @@ MUTATIONS = [
         ),
         (
             "mosaic codes: the first head's scale for all",
-            "(scales + head.resized(64) if place.scale.per_head else scales)",
-            "scales",
+            "if place.scale.per_head:",
+            "if False:",
             CODES_OF_HEADS["mosaic_gpu"],
         ),
         (
@@ -1257,6 +1258,12 @@ MUTATIONS = [
             tests_of("choice", "test_rows_for_another_dtype_are_cast_first_but_where_memory_binds"),
         ),
         (
+            "mosaic: groups of heads of two tokens",
+            "return math.gcd(self.heads_per_thread, num_heads)",
+            "return self.heads_per_thread",
+            tests_of("heads_per_thread", f"{EVERY_FORM}[T5-H6.1-D64-R64-bfloat16-max_position=40-gate=None]"),
+        ),
+        (
             "mosaic backward: more programs than the GPU holds at once",
             "resident = 4 * num_warpgroups * num_sms",
             "resident = 8 * num_warpgroups * num_sms",
@@ -1309,8 +1316,8 @@ MUTATIONS = [
         ),
         (
             "mosaic: rows past the last",
-            "row = row.minimum(num_rows - 1)",
-            "row = row.minimum(num_rows)",
+            "row = row.minimum(num_groups - 1)",
+            "row = row.minimum(num_groups)",
             tests_of("mosaic_gpu", "test_a_token_alone_gives_the_bits_it_gives_in_a_batch"),
         ),
         (
@@ -1321,9 +1328,45 @@ MUTATIONS = [
         ),
         (
             "mosaic: k with q's weight",
-            "if (weight := weight_of(inputs, kind)) is not None:",
-            "if (weight := inputs.q_weight) is not None:",
+            "weight, of_rows = weight_of(inputs, kind), zip",
+            "weight, of_rows = inputs.q_weight, zip",
             FORMS_OF_MOSAIC,
+        ),
+        (
+            "mosaic: groups of heads that lie one row apart",
+            "row = row * size",
+            "row = row",
+            tests_of("heads_per_thread", f"{EVERY_FORM}[{TWO_HEADS}]"),
+        ),
+        (
+            "mosaic: as many programs as for one head",
+            "spec.num_tokens * num_heads // config.heads_of(num_heads), groups_per_program",
+            "spec.num_tokens * num_heads, groups_per_program",
+            tests_of("heads_per_thread", "test_programs_are_as_many_as_groups_need"),
+        ),
+        (
+            "mosaic: groups counted as rows",
+            "num_groups = num_tokens * num_heads // size",
+            "num_groups = num_tokens * num_heads",
+            tests_of("heads_per_thread", f"{EVERY_FORM}[{TWO_HEADS}]"),
+        ),
+        (
+            "mosaic: weights loaded for each head",
+            "if kind.weight is not None and kind.weight not in weights:",
+            "if kind.weight is not None:",
+            tests_of("heads_per_thread", "test_what_heads_share_is_loaded_once"),
+        ),
+        (
+            "mosaic: angles computed for each head",
+            "        @functools.cache\n        def angles_of(",
+            "        def angles_of(",
+            tests_of("heads_per_thread", "test_what_heads_share_is_computed_once"),
+        ),
+        (
+            "mosaic: weights computed for each head",
+            "        @functools.cache\n        def weights_of(",
+            "        def weights_of(",
+            tests_of("heads_per_thread", "test_what_heads_share_is_computed_once"),
         ),
     ),
     *_in(
@@ -2131,6 +2174,18 @@ MUTATIONS = [
             "if options.return_kv else (), options.v_norm)",
             "if options.return_kv else ())",
             tests_of("norms", "test_no_weight_is_a_weight_of_ones"),
+        ),
+        (
+            "a head further on lies where the first does",
+            "first=self.first + heads * self.head, scale=scale",
+            "scale=scale",
+            tests_of("heads_per_thread", f"{EVERY_FORM}[{TWO_HEADS}]"),
+        ),
+        (
+            "a head further on has the first's scale",
+            "self.scale._replace(first=self.scale.first + heads)",
+            "self.scale",
+            tests_of("heads_per_thread", "test_rows_of_a_cache_have_the_bits_of_one_head"),
         ),
     ),
     *_in(

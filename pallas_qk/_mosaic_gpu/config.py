@@ -20,6 +20,9 @@ class MosaicForward:
     `cast_first` says that rows for a cache of another dtype are cast whether or not their token has a slot, codes of 8
     bits in float32: ptxas then casts v while it waits for the sum of k. Else they are cast where they are stored, codes
     in float64, which takes fewer registers.
+    `heads_per_thread` says how many heads of one token a thread has its lanes of; where it doesn't divide the heads of
+    q, or those of k, their largest common divisor. The token's position, row of the table, slot and weights are loaded
+    once for all of them.
     """
 
     layout: str  # "chunks", "halves" or "row"
@@ -27,6 +30,11 @@ class MosaicForward:
     weights: str = "first"
     k_first: bool = False
     cast_first: bool = True
+    heads_per_thread: int = 1
+
+    def heads_of(self, num_heads: int) -> int:
+        """Heads of one token that a thread has, of an axis of so many."""
+        return math.gcd(self.heads_per_thread, num_heads)
 
 
 def mosaic_forward(spec: Spec, *, gate_copied: bool = True, by_slot: bool = False) -> MosaicForward:
