@@ -1258,6 +1258,24 @@ MUTATIONS = [
             tests_of("choice", "test_rows_for_another_dtype_are_cast_first_but_where_memory_binds"),
         ),
         (
+            "mosaic: two heads a thread with gates",
+            "if all_rotated and not gate_copied and not by_slot",
+            "if all_rotated and not by_slot",
+            tests_of("choice", "test_rule_of_the_mosaic_gpu_kernel"),
+        ),
+        (
+            "mosaic: two heads a thread where some lanes are not rotated",
+            'all_rotated = layout == "halves" and r == d',
+            'all_rotated = layout == "halves"',
+            tests_of("choice", "test_rule_of_the_mosaic_gpu_kernel"),
+        ),
+        (
+            "mosaic: two heads a thread by slot",
+            "not gate_copied and not by_slot and 2048",
+            "not gate_copied and 2048",
+            tests_of("choice", "test_two_heads_a_thread_are_not_taken_by_slot"),
+        ),
+        (
             "mosaic: groups of heads of two tokens",
             "return math.gcd(self.heads_per_thread, num_heads)",
             "return self.heads_per_thread",

@@ -288,6 +288,16 @@ def test_the_triton_kernel_takes_chunks_where_no_gate_is_copied():
         ((64, 12, 2, 80, 80), True, MosaicForward("chunks", 4, "after_gate", k_first=True)),
         ((1024, 16, 2, 96, 6), True, MosaicForward("row", 2, "after_gate", k_first=True)),
         ((64, 16, 2, 256, 2), True, MosaicForward("halves", 1, "after_gate", k_first=True)),
+        ((63, 32, 8, 128, 128), False, MosaicForward("chunks", 4, "after_gate", k_first=True)),
+        ((64, 32, 8, 128, 128), False, MosaicForward("halves", 2, "first", k_first=True, heads_per_thread=2)),
+        ((64, 32, 8, 128, 128), True, MosaicForward("chunks", 4, "after_gate", k_first=True)),
+        ((4096, 32, 8, 128, 128), False, MosaicForward("halves", 2, "first", k_first=True, heads_per_thread=2)),
+        ((4097, 32, 8, 128, 128), False, MosaicForward("chunks", 4, "after_gate")),
+        ((1024, 32, 8, 128, 64), False, MosaicForward("chunks", 4, "after_gate", k_first=True)),
+        ((1024, 8, 1, 256, 256), False, MosaicForward("halves", 1, "first", k_first=True, heads_per_thread=2)),
+        ((1024, 9, 3, 128, 128), False, MosaicForward("chunks", 4, "after_gate", k_first=True)),
+        ((1024, 32, 8, 64, 64), False, MosaicForward("chunks", 8, "after_gate", k_first=True)),
+        ((1024, 32, 8, 192, 192), False, MosaicForward("chunks", 2, "after_gate", k_first=True)),
     ],
 )
 def test_rule_of_the_mosaic_gpu_kernel(spec, gate_copied, config):
@@ -302,6 +312,14 @@ def test_few_rows_by_slot_are_loaded_before_the_slot_counts(num_tokens, gate_cop
     assert mosaic_forward(few, gate_copied=gate_copied, by_slot=True) == config
     of_many = mosaic_forward(many, gate_copied=gate_copied)
     assert mosaic_forward(many, gate_copied=gate_copied, by_slot=True) == of_many != config
+
+
+def test_two_heads_a_thread_are_not_taken_by_slot():
+    spec = Spec(1024, 32, 8, 128, 128, "bfloat16")
+    two, of_slots = (mosaic_forward(spec, gate_copied=False, by_slot=by_slot) for by_slot in (False, True))
+    assert (two.heads_per_thread, of_slots.heads_per_thread) == (2, 1)
+    pairs = dataclasses.replace(spec, rotation="pairs")
+    assert mosaic_forward(pairs, gate_copied=False).heads_per_thread == 1
 
 
 def test_rows_for_another_dtype_are_cast_first_but_where_memory_binds():

@@ -70,6 +70,12 @@ def mosaic_forward(spec: Spec, *, gate_copied: bool = True, by_slot: bool = Fals
     T = 1, 2.56 where it takes 2.46 at 256, and 147.5 where it takes 145.0 at 16384; else 1.60, 2.82, and 142.5 where it
     takes 144.5. So halves cast first below 16384 rows. Chunks gain nothing else (with the gate in place 80.2 us at
     16384 both ways).
+
+    Two heads of one token a thread save every second load of a table row, which is as long as a row of q where all
+    lanes are rotated. They pay where nothing is copied next to q (H100, D = R = 128, 32/8 heads, no gate, against one
+    head: 1.60 against 1.63 us at T = 64, 2.34 against 2.40 at 256, 5.22 against 5.70 at 1024, 12.67 against 13.34 at
+    2048, 29.50 against 29.89 at 4096). Four heads gain no more. With gates and R = 64 two lose at T = 16 to 256 (2.62
+    against 2.53 us at 256) and are even at 1024. Not timed: D = R = 256, three rows of positions, a cache, an H200.
     """
     d, r, num_rows = spec.head_dim, spec.rotary_dim, spec.num_tokens * spec.num_q_heads
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(d)))
@@ -77,6 +83,9 @@ def mosaic_forward(spec: Spec, *, gate_copied: bool = True, by_slot: bool = Fals
     layout = "halves" if partners_apart and has_halves(d, r) else "row"
     if by_slot and num_rows <= 1024:
         return MosaicForward(layout, rows_per_warp, weights="first", k_first=True)
+    all_rotated = layout == "halves" and r == d and 128 <= d <= 256
+    if all_rotated and not gate_copied and not by_slot and 2048 <= num_rows <= 131072 and spec.num_q_heads % 2 == 0:
+        return MosaicForward(layout, rows_per_warp, weights="first", k_first=True, heads_per_thread=2)
     k_first = 64 <= num_rows < 65536
     chunks = partners_apart and d // chunk_lanes(d, r) <= 16
     if chunks and num_rows >= 512 and (num_rows < 16384 or not gate_copied):
