@@ -192,7 +192,45 @@ def test_default_implementation_is_what_runs():
 )
 def test_compute_capability_of_an_abstract_device(kind, capability):
     with on_gpu(kind):
-        assert _implementations.cuda_target() == Target(capability)
+        assert _implementations.cuda_target().compute_capability == capability
+
+
+@pytest.mark.parametrize(
+    "kind, bandwidth",
+    [
+        ("NVIDIA H100 80GB HBM3", 3350),
+        ("NVIDIA H100 PCIe", 2000),
+        ("NVIDIA H100 NVL", 3900),
+        ("NVIDIA-H100-PCIe", 2000),
+        ("NVIDIA H800", 3350),
+        ("NVIDIA H800 PCIe", 2000),
+        ("NVIDIA H200", 4800),
+        ("NVIDIA H200 NVL", 4800),
+        ("NVIDIA H20", 4000),
+        ("NVIDIA GH200 480GB", 4000),
+        ("NVIDIA GH200 144G HBM3e", 4900),
+        ("NVIDIA B200", 8000),
+        ("NVIDIA GB300", 8000),
+        ("NVIDIA A100-SXM4-80GB", None),
+        ("NVIDIA GeForce RTX 5090", None),
+        ("NVIDIA of tomorrow", None),
+    ],
+)
+def test_bandwidth_of_a_kind(monkeypatch, kind, bandwidth):
+    """An abstract device's and a local one's."""
+    with on_gpu(kind, 78):
+        target = _target.cuda_target()
+        assert (target.bandwidth, target.num_sms) == (bandwidth, 78)
+    monkeypatch.setattr(_target, "local_gpus", lambda: [Gpu(kind, "9.0")])
+    assert _target.cuda_target() == Target((9, 0), 132, bandwidth)
+
+
+def test_without_a_gpu_code_is_made_for_an_h100(monkeypatch):
+    monkeypatch.setattr(_target, "local_gpus", list)
+    target = Target((9, 0), 132, 3350)
+    assert _target.cuda_target() == target
+    with _target.as_on_a_gpu():
+        assert _target.cuda_target() == target
 
 
 class Gpu(NamedTuple):
@@ -207,17 +245,18 @@ def test_a_local_gpu_that_the_mesh_names_is_asked_itself(monkeypatch):
     """A mesh of local devices names their kind, here one that no table knows."""
     monkeypatch.setattr(_target, "local_gpus", lambda: [Gpu("NVIDIA of yesterday", "8.6")])
     with on_gpu("NVIDIA of yesterday"):
-        assert _target.cuda_target() == Target((8, 6))
+        assert _target.cuda_target() == Target((8, 6), 132)
     with on_gpu("NVIDIA of tomorrow"):
-        assert _target.cuda_target() == Target((8, 0))
+        assert _target.cuda_target() == Target((8, 0), 132)
 
 
 def test_of_several_local_gpus_the_least_counts(monkeypatch):
     """Code for the oldest runs on each, and as many programs as the smallest holds at once are resident on each."""
     gpus = [Gpu("B200", "10.0", 148), Gpu("H200", "9.0", 132), Gpu("RTX 5080", "12.0", 84), Gpu("H20", "9.0", 88)]
     monkeypatch.setattr(_target, "local_gpus", lambda: gpus)
-    assert _target.cuda_target() == Target((9, 0))
-    assert _target.num_sms() == 84
+    assert _target.cuda_target() == Target((9, 0), 84)
+    del gpus[2]  # whose bandwidth is not known
+    assert _target.cuda_target() == Target((9, 0), 88, 4000)
 
 
 @pytest.mark.parametrize("heads", [(16, 2), (2, 16)], ids=str)
@@ -225,10 +264,10 @@ def test_of_several_local_gpus_the_least_counts(monkeypatch):
 def test_rows_are_counted_in_32_bits(name, heads):
     limit = 2**31 - {"mosaic_gpu": 2**16, "triton": 2**20}[name]
     spec = Spec(limit // 16, *heads, 4, 4, "bfloat16")
-    assert _implementations.unsupported(name, spec, Target((9, 0))) is None
+    assert _implementations.unsupported(name, spec, Target((9, 0), 132)) is None
     more = dataclasses.replace(spec, num_tokens=limit // 16 + 1)
     reason = f"it counts rows (token, head) in 32 bits, up to {limit}, got {limit + 16}"
-    assert _implementations.unsupported(name, more, Target((9, 0))) == reason
+    assert _implementations.unsupported(name, more, Target((9, 0), 132)) == reason
 
 
 def test_modules_share_one_interface():
