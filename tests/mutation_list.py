@@ -1277,8 +1277,8 @@ MUTATIONS = [
         ),
         (
             "mosaic: two heads a thread with gates",
-            "if all_rotated and not gate_copied and not by_slot",
-            "if all_rotated and not by_slot",
+            "two_heads = all_rotated and not gate_copied and not by_slot",
+            "two_heads = all_rotated and not by_slot",
             tests_of("choice", "test_rule_of_the_mosaic_gpu_kernel"),
         ),
         (
@@ -1289,8 +1289,8 @@ MUTATIONS = [
         ),
         (
             "mosaic: two heads a thread by slot",
-            "not gate_copied and not by_slot and 2048",
-            "not gate_copied and 2048",
+            "not gate_copied and not by_slot and spec",
+            "not gate_copied and spec",
             tests_of("choice", "test_two_heads_a_thread_are_not_taken_by_slot"),
         ),
         (

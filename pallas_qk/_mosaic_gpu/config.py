@@ -85,7 +85,8 @@ def mosaic_forward(spec: Spec, *, gate_copied: bool = True, by_slot: bool = Fals
     if by_slot and num_rows <= 1024:
         return MosaicForward(layout, rows_per_warp, weights="first", k_first=True)
     all_rotated = layout == "halves" and r == d and 128 <= d <= 256
-    if all_rotated and not gate_copied and not by_slot and 2048 <= num_rows <= 131072 and spec.num_q_heads % 2 == 0:
+    two_heads = all_rotated and not gate_copied and not by_slot and spec.num_q_heads % 2 == 0
+    if two_heads and num_rows >= 2048 and num_rows * d <= 2**24:
         return MosaicForward(layout, rows_per_warp, weights="first", k_first=True, heads_per_thread=2)
     k_first = 64 <= num_rows < 65536
     chunks = partners_apart and d // chunk_lanes(d, r) <= 16
