@@ -32,6 +32,16 @@ CASES = (
     dataclasses.replace(PLAIN, rotation="pairs"),
     dataclasses.replace(PLAIN, rotation="pairs", round_norm=False, rotary_dim=16, gate="copied"),
     dataclasses.replace(PLAIN, head_dim=80, rotary_dim=40),
+    dataclasses.replace(PLAIN, rotary_dim=0, gate="copied"),
+    dataclasses.replace(PLAIN, norm_order="rotation_first"),
+    dataclasses.replace(
+        PLAIN, norm_order="rotation_first", round_norm=False, rotation="pairs", mrope_section=(12, 10, 10)
+    ),
+    dataclasses.replace(PLAIN, weights=False, gate="copied"),
+    dataclasses.replace(PLAIN, weights=False, separate_v=True, v_norm=True),
+    dataclasses.replace(PLAIN, packed=True, v_norm=True),
+    dataclasses.replace(PLAIN, separate_v=True, gate="copied", rotary_dim=16),
+    dataclasses.replace(PLAIN, q_alone=True, num_kv_heads=0, gate="in_place"),
     dataclasses.replace(PLAIN, num_tokens=1),
     dataclasses.replace(PLAIN, num_q_heads=3, gate="copied"),  # odd heads of q, then of k
     dataclasses.replace(PLAIN, num_kv_heads=3, packed=True),
@@ -50,7 +60,7 @@ IN_CACHE = (
 
 def configs(case: Case):
     """Those of one head per thread."""
-    layout = "row" if case.rotation == "pairs" or case.head_dim == 80 else "halves"
+    layout = "row" if case.rotation == "pairs" or case.head_dim == 80 or not case.rotary_dim else "halves"
     for weights, k_first in (("first", True), ("after_gate", False), ("after_sum", False)):
         yield MosaicForward(layout, 4, weights, k_first)
     if layout == "halves":
@@ -79,32 +89,6 @@ def test_rows_of_a_cache_have_the_bits_of_one_head(case):
     want = kernel("forward", "mosaic_gpu", case.options, False)(inputs)
     for config in configs(case.case):
         assert_equal_bits(inputs, case.options, config, want, heads=(2,))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        Options(64, 1e-6, norm_order="rotation_first"),
-        Options(64, 1e-6, norm_order="rotation_first", round_norm=False, rotation="pairs", mrope_section=(12, 10, 10)),
-        Options(0, 1e-6, rotation=None),
-        Options(64, 1e-6, head_dim=64),
-        Options(64, 1e-6, head_dim=64, v_norm=True),
-        Options(64, 1e-6, v_norm=True),
-    ],
-    ids=lambda options: f"{options.rotation}-{options.norm_order}-{options.head_dim}-{options.v_norm}",
-)
-def test_every_option_has_the_bits_of_one_head(options):
-    case = dataclasses.replace(PLAIN, packed=True, mrope_section=options.mrope_section, rotation=options.rotation)
-    inputs = forms.split_heads(case, forms.inputs_of(case, numpy_inputs(case)))
-    options = dataclasses.replace(options, gate=None, packed=(4, 2))
-    if options.head_dim is not None:
-        inputs = inputs._replace(q_weight=None, k_weight=None)
-    if options.rotation is None:
-        inputs = inputs._replace(cos_sin_cache=None, positions=None)
-    want = kernel("forward", "mosaic_gpu", options, False)(inputs)
-    for config in configs(case):
-        if options.rotation is not None or config.layout == "row":
-            assert_equal_bits(inputs, options, config, want)
 
 
 def test_positions_outside_reach_every_head():
