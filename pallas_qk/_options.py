@@ -57,6 +57,8 @@ class Target:
     """The NVIDIA GPU that code is made for."""
 
     compute_capability: tuple[int, int]
+    num_sms: int  # streaming multiprocessors
+    bandwidth: int | None = None  # of its memory, in GB/s; None: not known
 
 
 def next_power_of_2(n: int) -> int:

@@ -22,6 +22,7 @@ class Scale(NamedTuple):
 
     array: str  # a field of Inputs
     per_head: bool  # whether its elements are those of the heads; else it has one
+    first: int = 0  # the element of head 0, where it has one for each
 
 
 class Place(NamedTuple):
@@ -37,6 +38,11 @@ class Place(NamedTuple):
     slots: Slots | None = None
     scale: Scale | None = None  # None: rows are cast to the array's dtype, where it is another
 
+    def ahead(self, heads: int) -> "Place":
+        """That of the rows so many heads further on."""
+        scale = None if self.scale is None else self.scale._replace(first=self.scale.first + heads)
+        return self._replace(first=self.first + heads * self.head, scale=scale)
+
 
 class Rows(NamedTuple):
     """Rows of one kind."""
@@ -49,6 +55,11 @@ class Rows(NamedTuple):
     weight: str | None = None  # of the norm, a field of Inputs; None: it has none
     # Frequency j < R/2 rotates elements j and j + R/2, or of pairs 2j and 2j + 1; None: the rows are not rotated.
     rotation: RotationName | None = None
+
+    def ahead(self, heads: int) -> "Rows":
+        """The rows so many heads further on."""
+        targets = tuple(place.ahead(heads) for place in self.targets)
+        return self._replace(source=self.source.ahead(heads), targets=targets)
 
 
 class Inputs(NamedTuple):

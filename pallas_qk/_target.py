@@ -1,44 +1,64 @@
 """The NVIDIA GPU to make code for: the abstract mesh's device, else the local ones, else a Hopper."""
 
 import contextlib
+from typing import NamedTuple
 
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_qk._options import Target
 
-_AMPERE, _HOPPER, _HOPPER_SMS = (8, 0), (9, 0), 132  # kinds that the table lacks count as Ampere, whose code they run
-# For lowering without the GPU at hand: an abstract device carries a kind and no compute capability.
-_CAPABILITY_OF_KIND = {
-    "V100": (7, 0),
-    "T4": (7, 5),
-    "A100": (8, 0),
-    "A800": (8, 0),
-    "A30": (8, 0),
-    "A10": (8, 6),
-    "A10G": (8, 6),
-    "A40": (8, 6),
-    "L4": (8, 9),
-    "L40": (8, 9),
-    "L40S": (8, 9),
-    "Ada": (8, 9),  # RTX 6000 Ada Generation
-    "H100": (9, 0),
-    "H200": (9, 0),
-    "H800": (9, 0),
-    "H20": (9, 0),
-    "GH200": (9, 0),
-    "B200": (10, 0),
-    "GB200": (10, 0),
-    "B300": (10, 3),
-    "GB300": (10, 3),
-    "Thor": (11, 0),
-    "Blackwell": (12, 0),  # RTX PRO 6000 Blackwell; a B200 doesn't call itself so
-    "5090": (12, 0),
-    "5080": (12, 0),
-    "5070": (12, 0),
-    "5060": (12, 0),
-    "GB10": (12, 1),
+
+class _Kind(NamedTuple):
+    """What is known of a kind of GPU without one at hand; an abstract device carries its kind and no more."""
+
+    compute_capability: tuple[int, int]
+    bandwidth: int | None = None  # of its memory in GB/s, as its data sheet says, where a rule asks for it
+
+
+_UNKNOWN = _Kind((8, 0))  # an Ampere, whose code every later GPU runs
+# By words of `device_kind`. Of those that fit the first counts: an H100 PCIe is an H100 too.
+_KINDS = {
+    "V100": _Kind((7, 0)),
+    "T4": _Kind((7, 5)),
+    "A100": _Kind((8, 0)),
+    "A800": _Kind((8, 0)),
+    "A30": _Kind((8, 0)),
+    "A10": _Kind((8, 6)),
+    "A10G": _Kind((8, 6)),
+    "A40": _Kind((8, 6)),
+    "L4": _Kind((8, 9)),
+    "L40": _Kind((8, 9)),
+    "L40S": _Kind((8, 9)),
+    "Ada": _Kind((8, 9)),  # RTX 6000 Ada Generation
+    "H100 PCIe": _Kind((9, 0), 2000),
+    "H100 NVL": _Kind((9, 0), 3900),
+    "H100": _Kind((9, 0), 3350),
+    "H800 PCIe": _Kind((9, 0), 2000),
+    "H800 NVL": _Kind((9, 0), 3900),
+    "H800": _Kind((9, 0), 3350),
+    "H200": _Kind((9, 0), 4800),
+    "H20": _Kind((9, 0), 4000),
+    "GH200 480GB": _Kind((9, 0), 4000),  # 480 GB next to its processor and 96 GB of HBM3
+    "GH200": _Kind((9, 0), 4900),  # 144 GB of HBM3e
+    "B200": _Kind((10, 0), 8000),
+    "GB200": _Kind((10, 0), 8000),
+    "B300": _Kind((10, 3), 8000),
+    "GB300": _Kind((10, 3), 8000),
+    "Thor": _Kind((11, 0)),
+    "Blackwell": _Kind((12, 0)),  # RTX PRO 6000 Blackwell; a B200 doesn't call itself so
+    "5090": _Kind((12, 0)),
+    "5080": _Kind((12, 0)),
+    "5070": _Kind((12, 0)),
+    "5060": _Kind((12, 0)),
+    "GB10": _Kind((12, 1)),
 }
+_HOPPER, _HOPPER_SMS = "NVIDIA H100", 132
+
+
+def _known_of(device_kind: str) -> _Kind:
+    words = set(device_kind.replace("-", " ").split())
+    return next((known for name, known in _KINDS.items() if words.issuperset(name.split())), _UNKNOWN)
 
 
 def _abstract_gpu() -> AbstractDevice | None:
@@ -48,29 +68,30 @@ def _abstract_gpu() -> AbstractDevice | None:
 
 
 def cuda_target() -> Target:
-    """Of several local GPUs the oldest: code for it runs on each of them, whichever device the call goes to."""
-    device = _abstract_gpu()
+    """The abstract mesh's device; else of several local GPUs the least of each.
+
+    Code for the oldest runs on each of them, whichever the call goes to, and as many programs as the smallest holds are
+    resident on each.
+    """
+    device, gpus = _abstract_gpu(), local_gpus()
+    num_sms = min((gpu.core_count for gpu in gpus), default=_HOPPER_SMS)
     if device is not None:
+        known = _known_of(device.device_kind)
         # A mesh of local GPUs names their kind too, which the table need not have.
-        for local in local_gpus():
-            if local.device_kind == device.device_kind:
-                return Target(_capability(local))
-        words = device.device_kind.replace("-", " ").split()
-        return Target(next((_CAPABILITY_OF_KIND[word] for word in words if word in _CAPABILITY_OF_KIND), _AMPERE))
-    return Target(min(map(_capability, local_gpus()), default=_HOPPER))
+        local = (_capability(gpu) for gpu in gpus if gpu.device_kind == device.device_kind)
+        return Target(next(local, known.compute_capability), device.num_cores or num_sms, known.bandwidth)
+    known_of_each = [_known_of(gpu.device_kind) for gpu in gpus] or [_known_of(_HOPPER)]
+    bandwidths = [known.bandwidth for known in known_of_each if known.bandwidth is not None]
+    return Target(
+        min(map(_capability, gpus), default=_known_of(_HOPPER).compute_capability),
+        num_sms,
+        min(bandwidths) if len(bandwidths) == len(known_of_each) else None,
+    )
 
 
 def _capability(gpu: jax.Device) -> tuple[int, int]:
     major, minor = map(int, gpu.compute_capability.split("."))
     return major, minor
-
-
-def num_sms() -> int:
-    """Streaming multiprocessors; of several local GPUs the fewest."""
-    device = _abstract_gpu()
-    if device is not None and device.num_cores:
-        return device.num_cores
-    return min((d.core_count for d in local_gpus()), default=_HOPPER_SMS)
 
 
 def local_gpus() -> list[jax.Device]:
@@ -94,7 +115,7 @@ def as_on_a_gpu():
         yield
         return
     gpu = next(iter(local_gpus()), None)
-    kind, num_cores = ("NVIDIA H100", _HOPPER_SMS) if gpu is None else (gpu.device_kind, gpu.core_count)
+    kind, num_cores = (_HOPPER, _HOPPER_SMS) if gpu is None else (gpu.device_kind, gpu.core_count)
     device = AbstractDevice(device_kind=kind, num_cores=num_cores, platform="cuda")
     default_device = contextlib.nullcontext() if gpu is None else jax.default_device(gpu)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)), default_device:

@@ -84,6 +84,7 @@ GRADIENTS_OF_PAIRS = {
         ("odd", "T6-H5.2-D96-R6-bfloat16-norm_beta=1.0"),
     )
 }
+EVERY_FORM, TWO_HEADS = "test_every_form_has_the_bits_of_one_head", "T5-H4.2-D64-R64-bfloat16-max_position=40-gate=None"
 PTX = "inline assembly, which only a GPU runs"
 
 MUTATIONS = [
@@ -766,26 +767,44 @@ MUTATIONS = [
         "pallas_qk/_target.py",
         (
             "code is made for the newest of several GPUs",
-            "return Target(min(map(_capability, local_gpus()), default=_HOPPER))",
-            "return Target(max(map(_capability, local_gpus()), default=_HOPPER))",
+            "min(map(_capability, gpus), default=",
+            "max(map(_capability, gpus), default=",
             tests_of("choice", "test_of_several_local_gpus_the_least_counts"),
         ),
         (
             "code is made for the most multiprocessors of several GPUs",
-            "return min((d.core_count for d in local_gpus()), default=_HOPPER_SMS)",
-            "return max((d.core_count for d in local_gpus()), default=_HOPPER_SMS)",
+            "num_sms = min((gpu.core_count",
+            "num_sms = max((gpu.core_count",
             tests_of("choice", "test_of_several_local_gpus_the_least_counts"),
         ),
         (
+            "code is made for the highest bandwidth of several GPUs",
+            "min(bandwidths) if len(bandwidths) == len(known_of_each) else None",
+            "max(bandwidths) if len(bandwidths) == len(known_of_each) else None",
+            tests_of("choice", "test_of_several_local_gpus_the_least_counts"),
+        ),
+        (
+            "a GPU of unknown bandwidth counts as one of the others",
+            "min(bandwidths) if len(bandwidths) == len(known_of_each) else None",
+            "min(bandwidths) if bandwidths else None",
+            tests_of("choice", "test_of_several_local_gpus_the_least_counts"),
+        ),
+        (
+            "a kind is known by any word of its name",
+            "if words.issuperset(name.split())",
+            "if words.intersection(name.split())",
+            tests_of("choice", "test_bandwidth_of_a_kind"),
+        ),
+        (
             "a GPU that no table knows counts as a Hopper",
-            "if word in _CAPABILITY_OF_KIND), _AMPERE))",
-            "if word in _CAPABILITY_OF_KIND), _HOPPER))",
+            "_UNKNOWN = _Kind((8, 0))",
+            "_UNKNOWN = _Kind((9, 0))",
             tests_of("choice", "test_compute_capability_of_an_abstract_device"),
         ),
         (
             "a local GPU is looked up in the table",
-            "if local.device_kind == device.device_kind:",
-            "if local is device:",
+            "if gpu.device_kind == device.device_kind)",
+            "if gpu is device)",
             tests_of("choice", "test_a_local_gpu_that_the_mesh_names_is_asked_itself"),
         ),
     ),
@@ -1117,8 +1136,8 @@ MUTATIONS = [
         ),
         (
             "mosaic codes: the first head's scale for all",
-            "(scales + head.resized(64) if place.scale.per_head else scales)",
-            "scales",
+            "if place.scale.per_head:",
+            "if False:",
             CODES_OF_HEADS["mosaic_gpu"],
         ),
         (
@@ -1257,10 +1276,46 @@ MUTATIONS = [
             tests_of("choice", "test_rows_for_another_dtype_are_cast_first_but_where_memory_binds"),
         ),
         (
+            "mosaic: two heads a thread with gates",
+            "two_heads = all_rotated and not gate_copied and not by_slot",
+            "two_heads = all_rotated and not by_slot",
+            tests_of("choice", "test_rule_of_the_mosaic_gpu_kernel"),
+        ),
+        (
+            "mosaic: two heads a thread where some lanes are not rotated",
+            'all_rotated = layout == "halves" and r == d',
+            'all_rotated = layout == "halves"',
+            tests_of("choice", "test_rule_of_the_mosaic_gpu_kernel"),
+        ),
+        (
+            "mosaic: two heads a thread by slot",
+            "not gate_copied and not by_slot and spec",
+            "not gate_copied and spec",
+            tests_of("choice", "test_two_heads_a_thread_are_not_taken_by_slot"),
+        ),
+        (
+            "mosaic: groups of heads of two tokens",
+            "return math.gcd(self.heads_per_thread, num_heads)",
+            "return self.heads_per_thread",
+            tests_of("heads_per_thread", f"{EVERY_FORM}[T5-H6.1-D64-R64-bfloat16-max_position=40-gate=None]"),
+        ),
+        (
             "mosaic backward: more programs than the GPU holds at once",
             "resident = 4 * num_warpgroups * num_sms",
             "resident = 8 * num_warpgroups * num_sms",
             tests_of("mosaic_gpu_vjp", "test_the_rule_is_one_resident_wave"),
+        ),
+        (
+            "mosaic backward: fewer warps than memory asks for",
+            "return -(-_MOST_WARPGROUPS * target.bandwidth * 132 // (4800 * target.num_sms))",
+            "return max(1, _MOST_WARPGROUPS * target.bandwidth * 132 // (4800 * target.num_sms))",
+            tests_of("mosaic_gpu_vjp", "test_warps_follow_the_bandwidth_of_a_multiprocessor"),
+        ),
+        (
+            "mosaic backward: fewer warps where L2 holds the arrays",
+            "if 3 * num_rows * spec.head_dim * itemsize > _L2_BYTES:",
+            "if True:",
+            tests_of("mosaic_gpu_vjp", "test_warps_follow_the_bandwidth_of_a_multiprocessor"),
         ),
     ),
     *_in(
@@ -1309,8 +1364,8 @@ MUTATIONS = [
         ),
         (
             "mosaic: rows past the last",
-            "row = row.minimum(num_rows - 1)",
-            "row = row.minimum(num_rows)",
+            "row = row.minimum(num_groups - 1)",
+            "row = row.minimum(num_groups)",
             tests_of("mosaic_gpu", "test_a_token_alone_gives_the_bits_it_gives_in_a_batch"),
         ),
         (
@@ -1321,9 +1376,45 @@ MUTATIONS = [
         ),
         (
             "mosaic: k with q's weight",
-            "if (weight := weight_of(inputs, kind)) is not None:",
-            "if (weight := inputs.q_weight) is not None:",
+            "weight, of_rows = weight_of(inputs, kind), zip",
+            "weight, of_rows = inputs.q_weight, zip",
             FORMS_OF_MOSAIC,
+        ),
+        (
+            "mosaic: groups of heads that lie one row apart",
+            "row = row * size",
+            "row = row",
+            tests_of("heads_per_thread", f"{EVERY_FORM}[{TWO_HEADS}]"),
+        ),
+        (
+            "mosaic: as many programs as for one head",
+            "spec.num_tokens * num_heads // config.heads_of(num_heads), groups_per_program",
+            "spec.num_tokens * num_heads, groups_per_program",
+            tests_of("heads_per_thread", "test_programs_are_as_many_as_groups_need"),
+        ),
+        (
+            "mosaic: groups counted as rows",
+            "num_groups = num_tokens * num_heads // size",
+            "num_groups = num_tokens * num_heads",
+            tests_of("heads_per_thread", f"{EVERY_FORM}[{TWO_HEADS}]"),
+        ),
+        (
+            "mosaic: weights loaded for each head",
+            "if kind.weight is not None and kind.weight not in weights:",
+            "if kind.weight is not None:",
+            tests_of("heads_per_thread", "test_what_heads_share_is_loaded_once"),
+        ),
+        (
+            "mosaic: angles computed for each head",
+            "        @functools.cache\n        def angles_of(",
+            "        def angles_of(",
+            tests_of("heads_per_thread", "test_what_heads_share_is_computed_once"),
+        ),
+        (
+            "mosaic: weights computed for each head",
+            "        @functools.cache\n        def weights_of(",
+            "        def weights_of(",
+            tests_of("heads_per_thread", "test_what_heads_share_is_computed_once"),
         ),
     ),
     *_in(
@@ -2131,6 +2222,18 @@ MUTATIONS = [
             "if options.return_kv else (), options.v_norm)",
             "if options.return_kv else ())",
             tests_of("norms", "test_no_weight_is_a_weight_of_ones"),
+        ),
+        (
+            "a head further on lies where the first does",
+            "first=self.first + heads * self.head, scale=scale",
+            "scale=scale",
+            tests_of("heads_per_thread", f"{EVERY_FORM}[{TWO_HEADS}]"),
+        ),
+        (
+            "a head further on has the first's scale",
+            "self.scale._replace(first=self.scale.first + heads)",
+            "self.scale",
+            tests_of("heads_per_thread", "test_rows_of_a_cache_have_the_bits_of_one_head"),
         ),
     ),
     *_in(

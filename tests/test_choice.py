@@ -192,7 +192,45 @@ def test_default_implementation_is_what_runs():
 )
 def test_compute_capability_of_an_abstract_device(kind, capability):
     with on_gpu(kind):
-        assert _implementations.cuda_target() == Target(capability)
+        assert _implementations.cuda_target().compute_capability == capability
+
+
+@pytest.mark.parametrize(
+    "kind, bandwidth",
+    [
+        ("NVIDIA H100 80GB HBM3", 3350),
+        ("NVIDIA H100 PCIe", 2000),
+        ("NVIDIA H100 NVL", 3900),
+        ("NVIDIA-H100-PCIe", 2000),
+        ("NVIDIA H800", 3350),
+        ("NVIDIA H800 PCIe", 2000),
+        ("NVIDIA H200", 4800),
+        ("NVIDIA H200 NVL", 4800),
+        ("NVIDIA H20", 4000),
+        ("NVIDIA GH200 480GB", 4000),
+        ("NVIDIA GH200 144G HBM3e", 4900),
+        ("NVIDIA B200", 8000),
+        ("NVIDIA GB300", 8000),
+        ("NVIDIA A100-SXM4-80GB", None),
+        ("NVIDIA GeForce RTX 5090", None),
+        ("NVIDIA of tomorrow", None),
+    ],
+)
+def test_bandwidth_of_a_kind(monkeypatch, kind, bandwidth):
+    """An abstract device's and a local one's."""
+    with on_gpu(kind, 78):
+        target = _target.cuda_target()
+        assert (target.bandwidth, target.num_sms) == (bandwidth, 78)
+    monkeypatch.setattr(_target, "local_gpus", lambda: [Gpu(kind, "9.0")])
+    assert _target.cuda_target() == Target((9, 0), 132, bandwidth)
+
+
+def test_without_a_gpu_code_is_made_for_an_h100(monkeypatch):
+    monkeypatch.setattr(_target, "local_gpus", list)
+    target = Target((9, 0), 132, 3350)
+    assert _target.cuda_target() == target
+    with _target.as_on_a_gpu():
+        assert _target.cuda_target() == target
 
 
 class Gpu(NamedTuple):
@@ -207,17 +245,18 @@ def test_a_local_gpu_that_the_mesh_names_is_asked_itself(monkeypatch):
     """A mesh of local devices names their kind, here one that no table knows."""
     monkeypatch.setattr(_target, "local_gpus", lambda: [Gpu("NVIDIA of yesterday", "8.6")])
     with on_gpu("NVIDIA of yesterday"):
-        assert _target.cuda_target() == Target((8, 6))
+        assert _target.cuda_target() == Target((8, 6), 132)
     with on_gpu("NVIDIA of tomorrow"):
-        assert _target.cuda_target() == Target((8, 0))
+        assert _target.cuda_target() == Target((8, 0), 132)
 
 
 def test_of_several_local_gpus_the_least_counts(monkeypatch):
     """Code for the oldest runs on each, and as many programs as the smallest holds at once are resident on each."""
     gpus = [Gpu("B200", "10.0", 148), Gpu("H200", "9.0", 132), Gpu("RTX 5080", "12.0", 84), Gpu("H20", "9.0", 88)]
     monkeypatch.setattr(_target, "local_gpus", lambda: gpus)
-    assert _target.cuda_target() == Target((9, 0))
-    assert _target.num_sms() == 84
+    assert _target.cuda_target() == Target((9, 0), 84)
+    del gpus[2]  # whose bandwidth is not known
+    assert _target.cuda_target() == Target((9, 0), 88, 4000)
 
 
 @pytest.mark.parametrize("heads", [(16, 2), (2, 16)], ids=str)
@@ -225,10 +264,10 @@ def test_of_several_local_gpus_the_least_counts(monkeypatch):
 def test_rows_are_counted_in_32_bits(name, heads):
     limit = 2**31 - {"mosaic_gpu": 2**16, "triton": 2**20}[name]
     spec = Spec(limit // 16, *heads, 4, 4, "bfloat16")
-    assert _implementations.unsupported(name, spec, Target((9, 0))) is None
+    assert _implementations.unsupported(name, spec, Target((9, 0), 132)) is None
     more = dataclasses.replace(spec, num_tokens=limit // 16 + 1)
     reason = f"it counts rows (token, head) in 32 bits, up to {limit}, got {limit + 16}"
-    assert _implementations.unsupported(name, more, Target((9, 0))) == reason
+    assert _implementations.unsupported(name, more, Target((9, 0), 132)) == reason
 
 
 def test_modules_share_one_interface():
@@ -288,6 +327,17 @@ def test_the_triton_kernel_takes_chunks_where_no_gate_is_copied():
         ((64, 12, 2, 80, 80), True, MosaicForward("chunks", 4, "after_gate", k_first=True)),
         ((1024, 16, 2, 96, 6), True, MosaicForward("row", 2, "after_gate", k_first=True)),
         ((64, 16, 2, 256, 2), True, MosaicForward("halves", 1, "after_gate", k_first=True)),
+        ((63, 32, 8, 128, 128), False, MosaicForward("chunks", 4, "after_gate", k_first=True)),
+        ((64, 32, 8, 128, 128), False, MosaicForward("halves", 2, "first", k_first=True, heads_per_thread=2)),
+        ((64, 32, 8, 128, 128), True, MosaicForward("chunks", 4, "after_gate", k_first=True)),
+        ((4096, 32, 8, 128, 128), False, MosaicForward("halves", 2, "first", k_first=True, heads_per_thread=2)),
+        ((4097, 32, 8, 128, 128), False, MosaicForward("chunks", 4, "after_gate")),
+        ((1024, 32, 8, 128, 64), False, MosaicForward("chunks", 4, "after_gate", k_first=True)),
+        ((8192, 8, 1, 256, 256), False, MosaicForward("halves", 1, "first", k_first=True, heads_per_thread=2)),
+        ((8193, 8, 1, 256, 256), False, MosaicForward("chunks", 2, "after_gate")),
+        ((1024, 9, 3, 128, 128), False, MosaicForward("chunks", 4, "after_gate", k_first=True)),
+        ((1024, 32, 8, 64, 64), False, MosaicForward("chunks", 8, "after_gate", k_first=True)),
+        ((1024, 32, 8, 192, 192), False, MosaicForward("chunks", 2, "after_gate", k_first=True)),
     ],
 )
 def test_rule_of_the_mosaic_gpu_kernel(spec, gate_copied, config):
@@ -302,6 +352,14 @@ def test_few_rows_by_slot_are_loaded_before_the_slot_counts(num_tokens, gate_cop
     assert mosaic_forward(few, gate_copied=gate_copied, by_slot=True) == config
     of_many = mosaic_forward(many, gate_copied=gate_copied)
     assert mosaic_forward(many, gate_copied=gate_copied, by_slot=True) == of_many != config
+
+
+def test_two_heads_a_thread_are_not_taken_by_slot():
+    spec = Spec(1024, 32, 8, 128, 128, "bfloat16")
+    two, of_slots = (mosaic_forward(spec, gate_copied=False, by_slot=by_slot) for by_slot in (False, True))
+    assert (two.heads_per_thread, of_slots.heads_per_thread) == (2, 1)
+    pairs = dataclasses.replace(spec, rotation="pairs")
+    assert mosaic_forward(pairs, gate_copied=False).heads_per_thread == 1
 
 
 def test_rows_for_another_dtype_are_cast_first_but_where_memory_binds():

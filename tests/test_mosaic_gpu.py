@@ -73,12 +73,12 @@ def test_the_interface_is_the_reference_s():
 
 def test_unsupported_says_why():
     spec = Spec(16, 16, 2, 256, 64, "bfloat16")
-    assert _mosaic_gpu.unsupported(spec, Target((9, 0))) is None
-    assert _mosaic_gpu.unsupported(spec, Target((12, 0))) is None
-    reason = _mosaic_gpu.unsupported(spec, Target((8, 9)))
+    assert _mosaic_gpu.unsupported(spec, Target((9, 0), 132)) is None
+    assert _mosaic_gpu.unsupported(spec, Target((12, 0), 132)) is None
+    reason = _mosaic_gpu.unsupported(spec, Target((8, 9), 132))
     assert "9.0" in reason and "got 8.9" in reason
     huge = dataclasses.replace(spec, num_tokens=2**27)
-    reason = _mosaic_gpu.unsupported(huge, Target((9, 0)))
+    reason = _mosaic_gpu.unsupported(huge, Target((9, 0), 132))
     assert "32 bits" in reason and f"got {2**31}" in reason
 
 

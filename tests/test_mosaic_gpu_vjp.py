@@ -15,9 +15,9 @@ import pytest
 
 from pallas_qk import _mosaic_gpu, _reference, _rows, _target
 from pallas_qk._mosaic_gpu.backward import BACKWARD_NAME
-from pallas_qk._mosaic_gpu.config import MosaicBackward, mosaic_backward
+from pallas_qk._mosaic_gpu.config import MosaicBackward, mosaic_backward, one_wave
 from pallas_qk._mosaic_gpu.weight_sum import SUM_NAME
-from pallas_qk._options import Spec
+from pallas_qk._options import Spec, Target
 from tests import forms
 from tests.cases import Case, make_cotangents, make_inputs
 from tests.compare import assert_same
@@ -37,6 +37,7 @@ CONFIGS = [
     ]
 ]
 # On two multiprocessors even small cases have several rows a warp.
+H200 = Target((9, 0), 132, 4800)
 executed = functools.partial(run_backward, "mosaic_gpu", num_sms=2)
 
 
@@ -149,9 +150,9 @@ def test_what_is_emitted(case):
 
 
 def test_the_multiprocessors_are_those_of_the_gpu_lowered_for():
-    assert _target.num_sms() == 132 or jax.default_backend() == "gpu"
+    assert _target.cuda_target().num_sms == 132 or jax.default_backend() == "gpu"
     with on_gpu(num_sms=78):
-        assert _target.num_sms() == 78
+        assert _target.cuda_target().num_sms == 78
     few, many = (
         emitted(backward_of(case), *forms.types(case), num_sms=78).kernels[0] for case in (Case(1), Case(16384))
     )
@@ -167,17 +168,55 @@ def test_the_multiprocessors_are_those_of_the_gpu_lowered_for():
 )
 def test_the_rule_is_one_resident_wave(num_tokens, heads, head_dim, rotary_dim, dtype):
     spec = Spec(num_tokens, *heads, head_dim, rotary_dim, dtype)
-    for num_sms, num_axes, cache_itemsize in itertools.product((1, 132, 148), (1, 3), (2, 4)):
-        config = mosaic_backward(spec, num_sms, num_axes=num_axes, cache_itemsize=cache_itemsize)
+    targets = [Target((9, 0), num_sms, bandwidth) for num_sms in (1, 132, 148) for bandwidth in (None, 300, 3350)]
+    for target, num_axes, cache_itemsize in itertools.product(targets, (1, 3), (2, 4)):
+        config = mosaic_backward(spec, target, num_axes=num_axes, cache_itemsize=cache_itemsize)
         assert 1 <= config.num_warpgroups <= 8
         assert 1 <= config.q_warps <= num_tokens * heads[0] and 1 <= config.k_warps <= num_tokens * heads[1]
-        assert config.q_warps + config.k_warps <= max(20, 4 * config.num_warpgroups) * num_sms
+        assert config.q_warps + config.k_warps <= max(20, 4 * config.num_warpgroups) * target.num_sms
 
 
 def test_the_rule_fills_the_gpu():
     spec = Spec(16384, 16, 2, 256, 64, "bfloat16")
-    config = mosaic_backward(spec, 132, num_axes=1, cache_itemsize=2)
+    config = mosaic_backward(spec, H200, num_axes=1, cache_itemsize=2)
     assert config.num_warpgroups == 6 and config.q_warps + config.k_warps > 0.97 * 24 * 132
+
+
+@pytest.mark.parametrize(
+    "target, num_warpgroups",
+    [
+        (H200, 6),
+        (Target((9, 0), 132, 3350), 5),  # H100
+        (Target((9, 0), 114, 2000), 3),  # H100 PCIe
+        (Target((9, 0), 132, 3900), 5),  # H100 NVL
+        (Target((9, 0), 132, 4000), 5),  # GH200: five warpgroups exactly
+        (Target((9, 0), 78, 4000), 6),  # H20
+        (Target((10, 0), 148, 8000), 6),  # B200
+        (Target((12, 0), 170), 6),
+    ],
+    ids=str,
+)
+def test_warps_follow_the_bandwidth_of_a_multiprocessor(target, num_warpgroups):
+    """Where memory binds, as many rows are in flight as keep it busy. Arrays in L2 don't wait for it."""
+    for num_tokens in (1, 64, 256, 1024, 4096, 16384):
+        spec = Spec(num_tokens, 16, 2, 256, 64, "bfloat16")
+        config = mosaic_backward(spec, target, num_axes=1, cache_itemsize=2)
+        if num_tokens >= 4096:
+            assert config.num_warpgroups == num_warpgroups
+            assert 0.94 < (config.q_warps + config.k_warps) / (4 * num_warpgroups * target.num_sms) <= 1
+        else:
+            unknown = dataclasses.replace(target, bandwidth=None)
+            assert config == mosaic_backward(spec, unknown, num_axes=1, cache_itemsize=2)
+
+
+def test_a_wave_of_any_size_has_work_for_each_warp():
+    """What a sweep of configurations starts from: one program of so many warpgroups on each multiprocessor."""
+    spec = Spec(4096, 32, 8, 128, 128, "bfloat16")
+    for rows_per_warp, num_warpgroups in itertools.product((1, 2, 4), (2, 4, 6)):
+        config = one_wave(spec, 132, rows_per_warp=rows_per_warp, num_warpgroups=num_warpgroups)
+        warps = config.q_warps + config.k_warps
+        assert (config.rows_per_warp, config.num_warpgroups) == (rows_per_warp, num_warpgroups)
+        assert 0.9 * 4 * num_warpgroups * 132 < warps <= 4 * num_warpgroups * 132
 
 
 def test_lowers_for_export():

@@ -75,7 +75,7 @@ from pallas_qk._rows import (
     weight_of,
     weights_in,
 )
-from pallas_qk._target import num_sms
+from pallas_qk._target import cuda_target
 
 BACKWARD_NAME = "pallas_qk_mosaic_gpu_backward"
 
@@ -90,7 +90,7 @@ def backward(
     if config is None:
         num_axes = 1 if options.mrope_section is None else 3
         cache_itemsize = 0 if inputs.cos_sin_cache is None else inputs.cos_sin_cache.dtype.itemsize
-        config = mosaic_backward(spec, num_sms(), num_axes=num_axes, cache_itemsize=cache_itemsize)
+        config = mosaic_backward(spec, cuda_target(), num_axes=num_axes, cache_itemsize=cache_itemsize)
     thread = functools.partial(
         _backward_thread,
         rows=rows_for(spec, options),

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from pallas_qk._options import Spec, chunk_lanes, has_halves, next_power_of_2
+from pallas_qk._options import Spec, Target, chunk_lanes, has_halves, next_power_of_2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +20,9 @@ class MosaicForward:
     `cast_first` says that rows for a cache of another dtype are cast whether or not their token has a slot, codes of 8
     bits in float32: ptxas then casts v while it waits for the sum of k. Else they are cast where they are stored, codes
     in float64, which takes fewer registers.
+    `heads_per_thread` says how many heads of one token a thread has its lanes of; where it doesn't divide the heads of
+    q, or those of k, their largest common divisor. The token's position, row of the table, slot and weights are loaded
+    once for all of them.
     """
 
     layout: str  # "chunks", "halves" or "row"
@@ -27,6 +30,11 @@ class MosaicForward:
     weights: str = "first"
     k_first: bool = False
     cast_first: bool = True
+    heads_per_thread: int = 1
+
+    def heads_of(self, num_heads: int) -> int:
+        """Heads of one token that a thread has, of an axis of so many."""
+        return math.gcd(self.heads_per_thread, num_heads)
 
 
 def mosaic_forward(spec: Spec, *, gate_copied: bool = True, by_slot: bool = False) -> MosaicForward:
@@ -62,6 +70,13 @@ def mosaic_forward(spec: Spec, *, gate_copied: bool = True, by_slot: bool = Fals
     T = 1, 2.56 where it takes 2.46 at 256, and 147.5 where it takes 145.0 at 16384; else 1.60, 2.82, and 142.5 where it
     takes 144.5. So halves cast first below 16384 rows. Chunks gain nothing else (with the gate in place 80.2 us at
     16384 both ways).
+
+    Two heads of one token a thread save every second load of a table row, which is as long as a row of q where all
+    lanes are rotated. They pay where nothing is copied next to q (H100, D = R = 128, 32/8 heads, no gate, against one
+    head: 1.60 against 1.63 us at T = 64, 2.34 against 2.40 at 256, 5.22 against 5.70 at 1024, 12.67 against 13.34 at
+    2048, 29.50 against 29.89 at 4096). Four heads gain no more. With gates and R = 64 two lose at T = 16 to 256 (2.62
+    against 2.53 us at 256) and are even at 1024. Not timed: D = R = 256, three rows of positions, a cache, the gate in
+    place, an H200.
     """
     d, r, num_rows = spec.head_dim, spec.rotary_dim, spec.num_tokens * spec.num_q_heads
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(d)))
@@ -69,6 +84,10 @@ def mosaic_forward(spec: Spec, *, gate_copied: bool = True, by_slot: bool = Fals
     layout = "halves" if partners_apart and has_halves(d, r) else "row"
     if by_slot and num_rows <= 1024:
         return MosaicForward(layout, rows_per_warp, weights="first", k_first=True)
+    all_rotated = layout == "halves" and r == d and 128 <= d <= 256
+    two_heads = all_rotated and not gate_copied and not by_slot and spec.num_q_heads % 2 == 0
+    if two_heads and num_rows >= 2048 and num_rows * d <= 2**24:
+        return MosaicForward(layout, rows_per_warp, weights="first", k_first=True, heads_per_thread=2)
     k_first = 64 <= num_rows < 65536
     chunks = partners_apart and d // chunk_lanes(d, r) <= 16
     if chunks and num_rows >= 512 and (num_rows < 16384 or not gate_copied):
@@ -106,29 +125,10 @@ def mosaic_backward_group(spec: Spec, itemsize: int, rows_per_warp: int) -> tupl
     return min(32 // rows_per_warp, max(1, next_power_of_2(head_dim) // lanes)), lanes
 
 
-def mosaic_backward(spec: Spec, num_sms: int, *, num_axes: int, cache_itemsize: int) -> MosaicBackward:
-    """The configuration for `spec` on a GPU of `num_sms` streaming multiprocessors, with 1 or 3 rows of positions.
-
-    One program an SM, as large as the registers allow: that is exactly one resident wave whatever ptxas does, which has
-    to fit the program's threads into the 65536 registers of an SM.
-
-    H200, bf16, D = 256, R = 64, 16/2 heads, T = 16384 (copy 168.6 us): 24 warps an SM take 177.3 us, 20 184.2, 28 187.5
-    and 24 in six programs 0.5 more. A row of k takes as long as a row of q, though it moves three vectors where that
-    moves five: counting it as 1.25 costs 1.3 us, and as 0.7, at 32 warps, 14.7. Two rows a warp (9.6 us more), an L2
-    prefetch (22) and several waves (9.4, and 5.8 at T = 1024) lost. A single program needs no second kernel: 2.30 us
-    against 2.94 at T = 1. At T = 64 programs of two warpgroups take 4.10, of one 4.45.
-    """
+def one_wave(spec: Spec, num_sms: int, *, rows_per_warp: int, num_warpgroups: int) -> MosaicBackward:
+    """One program of `num_warpgroups` on each of `num_sms` streaming multiprocessors, or fewer where rows run out."""
     itemsize = 4 if spec.dtype == "float32" else 2
-    rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(spec.head_dim)))
-    threads, lanes = mosaic_backward_group(spec, itemsize, rows_per_warp)
-    vectors, rotated = (-(-size // (threads * lanes)) for size in (spec.head_dim, spec.rotary_dim))
-    words, cache_words = (-(-lanes * size // 4) for size in (itemsize, cache_itemsize))
-    # What a thread holds at once: sums and weights; x, dy and the gate's cotangent; cos and sin at each axis and the
-    # masks that merge them. 16 registers more are enough without spills (sm_90a, CUDA 12.9 and 13.0).
-    held = 2 * vectors * lanes + 3 * vectors * words + (3 * num_axes - 1) * rotated * cache_words
-    num_warpgroups = max(1, min(6, 512 // (held + 16)))
-
-    rows_per_tile = 32 // threads
+    rows_per_tile = 32 // mosaic_backward_group(spec, itemsize, rows_per_warp)[0]
     q_tiles, k_tiles = (-(-spec.num_tokens * h // rows_per_tile) for h in (spec.num_q_heads, spec.num_kv_heads))
     resident = 4 * num_warpgroups * num_sms
     k_warps = round(resident * spec.num_kv_heads / (spec.num_q_heads + spec.num_kv_heads))
@@ -138,12 +138,58 @@ def mosaic_backward(spec: Spec, num_sms: int, *, num_axes: int, cache_itemsize: 
         -(-tiles // -(-tiles // warps)) if tiles else 0
         for tiles, warps in ((q_tiles, resident - k_warps), (k_tiles, k_warps))
     )
-    warps = q_warps + k_warps
+    return MosaicBackward(rows_per_warp, num_warpgroups, q_warps, k_warps)
+
+
+_MOST_WARPGROUPS = 6  # on an SM; what an H200's share of its bandwidth, 4800 GB/s for 132 SMs, asks for
+_L2_BYTES = 50 * 2**20  # of an H100 and of an H200
+
+
+def _warpgroups_in_flight(target: Target) -> int:
+    """On one SM, those that keep memory busy: by its share of the bandwidth; where that is not known, as on an H200."""
+    if target.bandwidth is None:
+        return _MOST_WARPGROUPS
+    return -(-_MOST_WARPGROUPS * target.bandwidth * 132 // (4800 * target.num_sms))
+
+
+def mosaic_backward(spec: Spec, target: Target, *, num_axes: int, cache_itemsize: int) -> MosaicBackward:
+    """The configuration for `spec` on `target`, with 1 or 3 rows of positions.
+
+    One program an SM, as large as the registers allow: that is exactly one resident wave whatever ptxas does, which has
+    to fit the program's threads into the 65536 registers of an SM. Where arrays outgrow L2, it is no larger than memory
+    asks for: bandwidth times latency is what keeps it busy, and more bytes in flight only wait for each other.
+
+    H200, bf16, D = 256, R = 64, 16/2 heads, T = 16384 (copy 168.6 us): 24 warps an SM take 177.3 us, 20 184.2, 28 187.5
+    and 24 in six programs 0.5 more. A row of k takes as long as a row of q, though it moves three vectors where that
+    moves five: counting it as 1.25 costs 1.3 us, and as 0.7, at 32 warps, 14.7. Two rows a warp (9.6 us more), an L2
+    prefetch (22) and several waves (9.4, and 5.8 at T = 1024) lost. A single program needs no second kernel: 2.30 us
+    against 2.94 at T = 1. At T = 64 programs of two warpgroups take 4.10, of one 4.45.
+
+    An H100 has as many SMs and 0.70 of the bandwidth. There 24, 20 and 16 warps an SM take 68.8, 66.6 and 68.0 us at
+    T = 4096, 265, 258.8 and 256.5 at 16384, 1028, 1008 and 1018 at 65536, and 500, 492 and 489 at 16384 with 32/2
+    heads. 20 are 24 times 0.70 in whole warpgroups, and the best or within 1 %. Not timed: any other GPU. By bandwidth
+    and SMs an H100 PCIe gets 12 warps and an H100 NVL 20. An H20 and a B200 would get more than 24, and stay at 24.
+    """
+    itemsize = 4 if spec.dtype == "float32" else 2
+    rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(spec.head_dim)))
+    threads, lanes = mosaic_backward_group(spec, itemsize, rows_per_warp)
+    vectors, rotated = (-(-size // (threads * lanes)) for size in (spec.head_dim, spec.rotary_dim))
+    words, cache_words = (-(-lanes * size // 4) for size in (itemsize, cache_itemsize))
+    # What a thread holds at once: sums and weights; x, dy and the gate's cotangent; cos and sin at each axis and the
+    # masks that merge them. 16 registers more are enough without spills (sm_90a, CUDA 12.9 and 13.0).
+    held = 2 * vectors * lanes + 3 * vectors * words + (3 * num_axes - 1) * rotated * cache_words
+    num_warpgroups = max(1, min(_MOST_WARPGROUPS, 512 // (held + 16)))
+    num_rows = spec.num_tokens * (spec.num_q_heads + spec.num_kv_heads)
+    if 3 * num_rows * spec.head_dim * itemsize > _L2_BYTES:  # x, its cotangent and its gradient
+        num_warpgroups = min(num_warpgroups, _warpgroups_in_flight(target))
+
+    config = one_wave(spec, target.num_sms, rows_per_warp=rows_per_warp, num_warpgroups=num_warpgroups)
+    warps = config.q_warps + config.k_warps
     if warps <= 4 * num_warpgroups:
         num_warpgroups = -(-warps // 4)  # one program, whose sums are the gradients: no second kernel
-    elif warps <= 4 * (num_warpgroups - 2) * num_sms:
+    elif warps <= 4 * (num_warpgroups - 2) * target.num_sms:
         # Few warps spread best in small programs. ptxas then takes more registers, which leave room for two fewer.
         num_warpgroups = min(2, num_warpgroups)
     else:
-        num_warpgroups = min(num_warpgroups, -(-warps // (4 * num_sms)))
-    return MosaicBackward(rows_per_warp, num_warpgroups, q_warps, k_warps)
+        num_warpgroups = min(num_warpgroups, -(-warps // (4 * target.num_sms)))
+    return dataclasses.replace(config, num_warpgroups=num_warpgroups)

@@ -79,13 +79,15 @@ def forward(inputs: Inputs, *, options: Options, config: MosaicForward | None = 
         gate_copied, by_slot = bool(sharing(stored(rows), "q")[1]), inputs.slots is not None
         config = mosaic_forward(spec, gate_copied=gate_copied, by_slot=by_slot)
     layout = _layout(config, spec, inputs.q.dtype)
-    rows_per_program = WARPGROUP // layout.threads
-    q_programs = pl.cdiv(spec.num_tokens * spec.num_q_heads, rows_per_program)
-    k_programs = pl.cdiv(spec.num_tokens * spec.num_kv_heads, rows_per_program)
+    groups_per_program = WARPGROUP // layout.threads
+    q_programs, k_programs = (
+        pl.cdiv(spec.num_tokens * num_heads // config.heads_of(num_heads), groups_per_program)
+        for num_heads in (spec.num_q_heads, spec.num_kv_heads)
+    )
     thread = functools.partial(
         _forward_thread,
         rows=rows,
-        rows_per_program=rows_per_program,
+        groups_per_program=groups_per_program,
         programs=(q_programs, k_programs),
         max_position=0 if inputs.cos_sin_cache is None else inputs.cos_sin_cache.shape[0],
         spec=spec,
@@ -128,7 +130,7 @@ def _forward_thread(
     outputs: Outputs,
     *,
     rows: dict[str, Rows],
-    rows_per_program: int,
+    groups_per_program: int,
     programs: tuple[int, int],
     max_position: int,
     spec: Spec,
@@ -136,10 +138,10 @@ def _forward_thread(
     config: MosaicForward,
     layout: Layout,
 ) -> None:
-    """One thread: its lanes of one row (token, head) of every kind that shares the heads of q, or those of k.
+    """One thread: its lanes of a group of rows, of every kind that shares the heads of q, or those of k.
 
-    All of them and the table are loaded before the first store. A row past the end repeats the last one, with equal
-    bits, so that stores need no mask.
+    A group is `heads_per_thread` heads of one token, or one row. All of its rows and the table are loaded before the
+    first store. A group past the end repeats the last one, with equal bits, so that stores need no mask.
     """
     num_tokens, head_dim, dtype = spec.num_tokens, spec.head_dim, outputs.q.dtype
     table = Table(inputs.cos_sin_cache, inputs.positions, max_position, num_tokens, options)
@@ -149,11 +151,18 @@ def _forward_thread(
     wide_vectors = copied_vectors(layout, member, head_dim, dtype)
 
     def treat(block: Int, heads: str, num_heads: int):
-        normed, copied = sharing(stored(rows), heads)
-        num_rows = num_tokens * num_heads
-        row = block * rows_per_program + thread // layout.threads
-        if num_rows % rows_per_program:
-            row = row.minimum(num_rows - 1)
+        size = config.heads_of(num_heads)
+        # Each head of a group is the group's first row, of a kind that lies so many heads further on.
+        normed, copied = (
+            {(name, head): kind.ahead(head) for name, kind in kinds.items() for head in range(size)}
+            for kinds in sharing(stored(rows), heads)
+        )
+        num_groups = num_tokens * num_heads // size
+        row = block * groups_per_program + thread // layout.threads
+        if num_groups % groups_per_program:
+            row = row.minimum(num_groups - 1)
+        if size > 1:
+            row = row * size
         positions = table.positions_of(row // num_heads)
         table_rows = [table.row(position) for position in positions]
 
@@ -195,9 +204,9 @@ def _forward_thread(
         def load_weights(when_: str, after: Int | None = None):
             if config.weights == when_:
                 for name, kind in normed.items():
-                    if (weight := weight_of(inputs, kind)) is not None:
-                        of_rows = zip(vectors, xs[name], strict=False)
-                        weights[name] = [v.load(weight if after is None else weight + after) for v, _ in of_rows]
+                    if kind.weight is not None and kind.weight not in weights:
+                        weight, of_rows = weight_of(inputs, kind), zip(vectors, xs[name], strict=False)
+                        weights[kind.weight] = [v.load(weight if after is None else weight + after) for v, _ in of_rows]
 
         load_weights("first")
         for name, copy in copies.items():
@@ -207,10 +216,19 @@ def _forward_thread(
         # below the sum.
         load_weights("after_gate")
 
+        # What the heads of a group share is computed where the first of them needs it.
+        @functools.cache
+        def angles_of(rotation: int) -> tuple[list[Value], list[Value]]:
+            return table.angles(positions, angles[rotation], rotations[rotation].frequency)
+
+        @functools.cache
+        def weights_of(weight: str, index: int) -> list[Value]:
+            return effective_weights(weights[weight][index], getattr(inputs, weight).dtype, options.norm_beta)
+
         def rotated(ys: list[list[Value]]) -> Iterator[tuple[int, list[Value], Int | None]]:
             """The rotated vectors, and where they count."""
-            for rotation, loaded in zip(rotations, angles, strict=True):
-                cos, sin = table.angles(positions, loaded, rotation.frequency)
+            for number, rotation in enumerate(rotations):
+                cos, sin = angles_of(number)
                 for index, lanes in rotation.apply(ys, cos, sin, rotation_fuses_y2(options, dtype)).items():
                     yield index, lanes, rotation.where
 
@@ -231,11 +249,11 @@ def _forward_thread(
             words: list[list[Int]] = []
             ys: list[list[Value]] = []
             for index, lanes in enumerate(xs[name]):
-                if name in weights:
-                    ws = effective_weights(weights[name][index], weight_of(inputs, kind).dtype, options.norm_beta)
-                    y = [arith.mulf(arith.mulf(lane, r), w) for lane, w in zip(lanes, ws, strict=True)]
-                else:
+                if kind.weight is None:
                     y = [arith.mulf(lane, r) for lane in lanes]
+                else:
+                    ws = weights_of(kind.weight, index)
+                    y = [arith.mulf(arith.mulf(lane, r), w) for lane, w in zip(lanes, ws, strict=True)]
                 words.append(narrow(y, dtype))
                 ys.append(widen(words[-1], dtype) if options.round_norm else y)
             if kind.rotation is not None and not is_rotated_first:

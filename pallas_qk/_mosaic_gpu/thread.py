@@ -184,8 +184,11 @@ class Target(NamedTuple):
         offset, head, divisor = slot.offset(place.slots), row % num_heads, None
         start = array + (offset + head.resized(64) * place.head)
         if place.scale is not None:
-            scales = getattr(inputs, place.scale.array)
-            (word,) = (scales + head.resized(64) if place.scale.per_head else scales).load(1)
+            scale = getattr(inputs, place.scale.array)
+            if place.scale.per_head:
+                scale = scale + head.resized(64)
+                scale = scale + place.scale.first if place.scale.first else scale
+            (word,) = scale.load(1)
             divisor = divisor_of(word) if cast_first else reciprocal_of(word)
         return cls(start + place.first if place.first else start, slot.exists, divisor)
 

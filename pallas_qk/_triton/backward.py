@@ -26,7 +26,7 @@ from pallas_qk._rows import (
     weight_of,
     weights_in,
 )
-from pallas_qk._target import num_sms
+from pallas_qk._target import cuda_target
 from pallas_qk._triton.arithmetic import Arithmetic, plain_arithmetic, ptx_arithmetic
 from pallas_qk._triton.config import TritonBackward, triton_backward
 from pallas_qk._triton.tiles import (
@@ -66,7 +66,7 @@ def backward(
     if config is None:
         read = inputs.q, inputs.q_weight, inputs.k_weight, inputs.cos_sin_cache
         wide = any(x is not None and x.dtype == jnp.float32 for x in read)
-        config = triton_backward(spec, num_sms(), mrope=options.mrope_section is not None, wide=wide)
+        config = triton_backward(spec, cuda_target().num_sms, mrope=options.mrope_section is not None, wide=wide)
     rows = rows_for(spec, options)
     kernel = functools.partial(
         _backward_kernel,
