@@ -13,7 +13,7 @@ import numpy as np
 
 _PLAIN = frozenset({type(None), bool, int, float, str})
 _MOST = 4096  # a few MB; a call has one for each layer that it names by a Python integer
-_passed: dict[Hashable, Any] = {}
+_kept: dict[Hashable, Any] = {}
 
 
 class _UnknownError(Exception):
@@ -42,6 +42,8 @@ def _signature(values: Iterable) -> tuple:
             parts.append(_signature(x))
         elif kind is np.ndarray:
             parts += x.shape, x.dtype
+        elif isinstance(x, np.number):
+            parts.append(x)
         else:
             raise _UnknownError
     return tuple(parts)
@@ -49,13 +51,13 @@ def _signature(values: Iterable) -> tuple:
 
 def found(signature: Hashable | None) -> Any:
     """What was kept of a call with this signature, or None."""
-    return None if signature is None else _passed.get(signature)
+    return None if signature is None else _kept.get(signature)
 
 
 def keep(signature: Hashable | None, result) -> None:
     """Keeps what the checks of a call have found, once it has run."""
     if signature is None:
         return
-    if len(_passed) >= _MOST:
-        _passed.clear()
-    _passed[signature] = result
+    if len(_kept) >= _MOST:
+        _kept.clear()
+    _kept[signature] = result

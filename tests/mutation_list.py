@@ -322,8 +322,8 @@ MUTATIONS = [
         ),
         (
             "cache: a scale for each head by v's alone",
-            "scale_per_head=(inputs.k_scale.size > 1, inputs.v_scale.size > 1)",
-            "scale_per_head=(inputs.v_scale.size > 1, inputs.v_scale.size > 1)",
+            "scale_per_head=(np.size(inputs.k_scale) > 1, np.size(inputs.v_scale) > 1)",
+            "scale_per_head=(np.size(inputs.v_scale) > 1, np.size(inputs.v_scale) > 1)",
             tests_of("cache_sharding", "test_heads[8 bits-auto]"),
         ),
         (
@@ -334,8 +334,8 @@ MUTATIONS = [
         ),
         (
             "NumPy's 64-bit positions are left to JAX",
-            "name: _array_checks.canonical_integers(x) for",
-            "name: x for",
+            "dict.fromkeys(_INTEGERS, _array_checks.as_integers)",
+            "dict.fromkeys((), _array_checks.as_integers)",
             tests_of("positions", "test_numpy_positions_of_64_bits_are_not_narrowed_unseen"),
         ),
         (
