@@ -327,6 +327,12 @@ MUTATIONS = [
             tests_of("cache_sharding", "test_heads[8 bits-auto]"),
         ),
         (
+            "each layer is traced and lowered",
+            '@functools.partial(jax.jit, static_argnames=("name", "call", "split"))',
+            "",
+            tests_of("equal_layers"),
+        ),
+        (
             "positions of less than a byte reach the kernels",
             "if x is not None and jnp.iinfo(x.dtype).bits < 8:",
             "if False:",
@@ -343,6 +349,57 @@ MUTATIONS = [
             '_INTEGERS = ("positions", "slots", "layer")',
             '_INTEGERS = ("positions",)',
             tests_of("cache", "test_numpy_slots_of_64_bits_are_not_narrowed_unseen"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_passed.py",
+        (
+            "True is taken for the 1 that passed",
+            "parts.append(kind)  # 1, 1.0 and True are equal",
+            "pass",
+            tests_of("passed", "test_an_equal_value_of_another_type_is_refused"),
+        ),
+        (
+            "the type of an array is not in a signature",
+            "parts += x.aval, x.sharding",
+            "parts += (x.sharding,)",
+            tests_of("passed", "test_scales_of_other_types_are_refused"),
+        ),
+        (
+            "the sharding of an array is not in a signature",
+            "parts += x.aval, x.sharding",
+            "parts += (x.aval,)",
+            tests_of("passed", "test_a_sharding_that_cuts_heads_is_refused_after_one_that_does_not"),
+        ),
+        (
+            "the dtype of NumPy's arrays is not in a signature",
+            "parts += x.shape, x.dtype",
+            "parts += (x.shape,)",
+            tests_of("passed", "test_an_equal_value_of_another_type_is_refused[positions]"),
+        ),
+        (
+            "the GPU that code is made for is not in a signature",
+            "return function, jax.sharding.get_abstract_mesh(), _signature(values)",
+            "return function, _signature(values)",
+            tests_of("passed", "test_the_gpu_that_code_is_made_for_is_in_a_signature"),
+        ),
+        (
+            "traced arrays have a signature",
+            "isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)",
+            "isinstance(x, jax.Array)",
+            tests_of("passed", "test_traced_arrays_are_checked_at_each_trace_and_have_no_signature"),
+        ),
+        (
+            "what passed its checks is kept without a bound",
+            "_kept.clear()",
+            "pass",
+            tests_of("passed", "test_what_is_kept_has_a_bound"),
+        ),
+        (
+            "every call is checked",
+            "_kept[signature] = result",
+            "pass",
+            tests_of("passed", "test_an_equal_call_is_not_checked_again"),
         ),
     ),
     # The KV cache.
@@ -549,7 +606,7 @@ MUTATIONS = [
         ),
         (
             "cache: a scale of any dtype",
-            'if str(scale.dtype) != "float32":',
+            'if str(scale.dtype) != "float32" and not is_number:',
             "if False:",
             tests_of("cache_errors", "test_bad_call"),
         ),

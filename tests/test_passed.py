@@ -260,12 +260,13 @@ def test_numpy_positions_of_64_bits_are_read_at_each_call():
 
 
 def test_a_sharding_that_cuts_heads_is_refused_after_one_that_does_not():
-    q_gate = make_inputs(CASE).q_gate
-    for num_devices in (2, 4, 2, 4):
-        call(q_gate=jax.device_put(q_gate, NamedSharding(mesh(heads=num_devices), P(None, "heads"))))
+    q_gate, on = make_inputs(CASE).q_gate, mesh(tokens=1, heads=8)
+    for spec in (P(), P("tokens"), P(None, "tokens"), P()):
+        call(q_gate=jax.device_put(q_gate, NamedSharding(on, spec)))
     message = "q_gate must hold whole heads on each device, got num_q_heads=4 over 8 devices."
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        call(q_gate=jax.device_put(q_gate, NamedSharding(mesh(heads=8), P(None, "heads"))))
+    for spec in (P(None, "heads"), P("tokens", "heads")):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            call(q_gate=jax.device_put(q_gate, NamedSharding(on, spec)))
 
 
 def test_an_array_in_host_memory_is_refused_after_one_on_the_device():
