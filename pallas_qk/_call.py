@@ -21,7 +21,7 @@ def call(function: Function, inputs: Inputs, *values, **more) -> Outputs:
     """What each public function returns, by name. `values` and `more` are the other arguments of `_checked`."""
     _mesh_checks.check_process()
     inputs = Inputs(*map(_array_checks.unboxed, inputs))
-    signature = _passed.signature_of(function, inputs, values, tuple(more.items()))
+    signature = _passed.signature_of(function, inputs, values, (*more, *more.values()))
     static = _passed.found(signature)
     is_new = static is None
     if is_new:

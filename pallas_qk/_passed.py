@@ -5,6 +5,7 @@ other value with its type, and the mesh, which names the GPU that code is made f
 traced array, has no signature and is checked at each call.
 """
 
+import functools
 from collections.abc import Hashable, Iterable
 from typing import Any
 
@@ -32,11 +33,11 @@ def _signature(values: Iterable) -> tuple:
     """One loop, for speed: the kind of each value, then what a check may read of it."""
     parts: list[Any] = []
     for x in values:
-        kind = type(x)
+        kind: Any = type(x)
         parts.append(kind)  # 1, 1.0 and True are equal
         if kind in _PLAIN:
             parts.append(x)
-        elif isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+        elif _is_concrete(kind):
             parts += x.aval, x.sharding  # what `jax.typeof` is made of
         elif isinstance(x, tuple | list):
             parts.append(_signature(x))
@@ -47,6 +48,12 @@ def _signature(values: Iterable) -> tuple:
         else:
             raise _UnknownError
     return tuple(parts)
+
+
+@functools.lru_cache
+def _is_concrete(kind: type) -> bool:
+    """Whether it is a kind of JAX's arrays. Traced ones are instances of jax.Array and of none of its kinds."""
+    return issubclass(kind, jax.Array)
 
 
 def found(signature: Hashable | None) -> Any:
