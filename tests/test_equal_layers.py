@@ -10,7 +10,7 @@ from pallas_qk import _dispatch
 from tests import cached, forms, lowering
 from tests.cached import CachedCase
 from tests.cases import Case, make_inputs
-from tests.lowering import GPU_IMPLEMENTATIONS
+from tests.lowering import FIRST, GPU_IMPLEMENTATIONS
 
 CASE = Case(4, 4, 2, head_dim=64, rotary_dim=16, max_position=40)
 LAYERS = CachedCase(CASE, cache_axes="l b s h d")
@@ -78,7 +78,7 @@ def test_layers_of_a_stacked_cache_by_python_s_integers(traced):
     def run(cache, *arrays):
         for layer in range(3):
             qkv, weights, slots = arrays[0], arrays[1:5], arrays[5]
-            cache = cached.op(LAYERS, GPU_IMPLEMENTATIONS[0])(qkv, *weights, cache, slots, layer=layer).kv_cache
+            cache = cached.op(LAYERS, FIRST)(qkv, *weights, cache, slots, layer=layer).kv_cache
         return cache
 
     *arrays, cache, slots = cached.arguments(LAYERS)
@@ -90,7 +90,7 @@ def test_layers_that_differ_are_traced_each(traced):
     other = dataclasses.replace(CASE, eps=1e-5)
 
     def run(*arrays):
-        return [forms.op(case, GPU_IMPLEMENTATIONS[0])(*arrays) for case in (CASE, other, CASE)]
+        return [forms.op(case, FIRST)(*arrays) for case in (CASE, other, CASE)]
 
     assert len(kernels(run, *make_inputs(CASE))) == 2
     assert traced == ["forward"] * 2
