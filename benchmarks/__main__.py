@@ -1,4 +1,4 @@
-"""The command line: python -m benchmarks run | verify | demo | decode | profile | plot | table | compare."""
+"""The command line: python -m benchmarks run | verify | demo | decode | host | profile | plot | table | compare."""
 
 import argparse
 import importlib.util
@@ -15,6 +15,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 WITHOUT_CASES = ("compile", "scaling")  # suites that aren't lists of cases with a device time each
 READERS = ("plot", "table", "compare")  # commands that read a record and compute nothing on a device
 GPU_COMMANDS = ("run",)
+WITHOUT_ORACLE = ("decode", "host")  # commands that need no torch
 
 
 def heads(text: str) -> tuple[int, int]:
@@ -73,6 +74,8 @@ def parser(implementations: Sequence[str]) -> argparse.ArgumentParser:
         "--programs", nargs="+", metavar="PROGRAM", help="default: XLA's own, all in CUDA graphs, and no graphs"
     )
     decode.add_argument("--steps", type=positive, default=200, help="timed steps of each program")
+    host = add("host", "the processor's time: of an eager and a jitted call, and to trace and lower a layer", written)
+    host.add_argument("--layers", type=positive, help="of the model that is traced and lowered; default: 48")
     profile = add("profile", "write a trace for XProf and Perfetto, and print what it holds", shapes)
     profile.add_argument("--repeats", type=positive, default=10)
     profile.add_argument("--output", type=pathlib.Path, required=True, metavar="FOLDER", help="new or empty")
@@ -122,7 +125,7 @@ def missing(command: str) -> str | None:
     import jax
 
     packages = [package for package in ("torch", "triton") if importlib.util.find_spec(package) is None]
-    if packages and command != "decode":
+    if packages and command not in WITHOUT_ORACLE:
         return (
             "The oracle is a Triton kernel on torch tensors: torch and triton must be installed, got no "
             f"{' and no '.join(packages)}. Run pip install 'pallas-qk[torch]'."
@@ -131,7 +134,7 @@ def missing(command: str) -> str | None:
     if platform not in ("gpu", "cpu") or (platform == "cpu" and command in GPU_COMMANDS):
         needed = "an NVIDIA GPU" if command in GPU_COMMANDS else "an NVIDIA GPU or a CPU"
         return f"{command} needs {needed}, got JAX's default backend {platform!r}."
-    if platform == "gpu" and command != "decode":
+    if platform == "gpu" and command not in WITHOUT_ORACLE:
         import torch
 
         if not torch.cuda.is_available():
@@ -171,6 +174,10 @@ def measure(options: argparse.Namespace) -> int:
             recorded = record.new_run(options.output, options.commit)
             tokens = options.tokens or decode.TOKENS
             return decode.run(layers, forms, tokens, names, options.steps, recorded, programs)
+        case "host":
+            from benchmarks import host
+
+            return host.run(record.new_run(options.output, options.commit), num_layers=options.layers or host.LAYERS)
         case "profile":
             from benchmarks import profile
 

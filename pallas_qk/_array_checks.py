@@ -1,6 +1,7 @@
 """The checks of the arrays of a call: what they are, their dtypes and shapes, by the rows that lie in them."""
 
 import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -11,10 +12,12 @@ from pallas_qk._checks import check_dtype_name, describe
 from pallas_qk._options import Options
 from pallas_qk._rows import Inputs, Source, rows_of, sources_of
 
+_ARRAYS = (jax.Array, np.ndarray)
+
 
 def unboxed(x):
     """The array in a box that gives it by `__jax_array__`, as modules hold their parameters."""
-    while not isinstance(x, jax.Array | np.ndarray) and hasattr(x, "__jax_array__"):
+    while x is not None and not isinstance(x, _ARRAYS) and hasattr(x, "__jax_array__"):
         x = x.__jax_array__()
     return x
 
@@ -249,9 +252,11 @@ def _check_broadcasts(
         raise ValueError(f"{rule}, got {got}. Its sizes: {remedy}.")
 
 
-def canonical_integers(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """Keeps NumPy's 64-bit integers negative, or past every size, where JAX would narrow them to 32 bits."""
-    if isinstance(x, np.ndarray) and x.dtype.itemsize == 8 and not jax.config.read("jax_enable_x64"):
+def as_integers(x: np.ndarray | int) -> np.ndarray:
+    """As an array. Keeps 64-bit integers negative, or past every size, where JAX would narrow them to 32 bits."""
+    if not isinstance(x, np.ndarray):
+        return np.asarray(operator.index(x), np.int32)  # a layer, which an axis holds
+    if x.dtype.itemsize == 8 and not jax.config.read("jax_enable_x64"):
         at_most = np.minimum(x, 2**31 - 1).astype(np.int64)  # of unsigned ones, too
         return np.maximum(at_most, -1).astype(np.int32)
     return x

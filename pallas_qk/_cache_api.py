@@ -223,8 +223,7 @@ def _call(name: str, qkv, arrays: tuple, cache: tuple, gate: str | None, *values
     cache_axes, return_kv = _cache_checks.check_cache_axes(cache_axes), _cache_checks.check_return_kv(return_kv)
     function, (q, k, v) = as_called(name, qkv)
     k_cache, v_cache = _cache_checks.arrays_of(kv_cache, cache_axes)
-    held = {"k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale, "v_scale": v_scale}
-    inputs = Inputs(q, k, *arrays)._replace(v=v, slots=slot_mapping, layer=layer, **held)
+    inputs = Inputs._make((q, k, *arrays, v, k_cache, v_cache, slot_mapping, layer, k_scale, v_scale))
     outputs = call(function, inputs, gate, *values, v_norm=v_norm, cache_axes=cache_axes, return_kv=return_kv)
     written = outputs.k_cache if v_cache is None else (outputs.k_cache, outputs.v_cache)
     return CacheOutputs(outputs.q, outputs.gate, written, outputs.k, outputs.v)

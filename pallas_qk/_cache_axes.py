@@ -42,6 +42,7 @@ def groups(cache_axes: str) -> tuple[str, ...]:
     return parts if fits else ()
 
 
+@functools.cache
 def holds_both(cache_axes: str) -> bool:
     """Whether one array holds k and v."""
     return any("c" in part for part in groups(cache_axes))

@@ -67,32 +67,34 @@ def check_caches(k_cache, v_cache, cache_axes: str, num_kv_heads: int | None, he
             )
 
 
-def checked_scale(name: str, scale, cache_dtype, num_kv_heads: int):
-    """The scale as a float32 array of one element or of one for each kv head; None for a cache that has none."""
-    scale = unboxed(scale)
+def check_scale(name: str, scale, cache_dtype, num_kv_heads: int) -> None:
+    """Of one element or of one for each kv head; None for a cache that has none."""
     if not _fp8.is_fp8(cache_dtype):
         if scale is not None:
             raise ValueError(
                 f"{name} must be left out with a cache of {cache_dtype}, got {describe(scale)}. "
                 f"It holds rows as they are; a cache of {' or '.join(_fp8.NAMES)} has scales."
             )
-        return None
+        return
     if scale is None:
         raise ValueError(
             f"{name} must be given with a cache of {cache_dtype}, got None. "
             "Pass the float32 number that its rows are divided by, and multiplied by when they are read."
         )
     if isinstance(scale, numbers.Real | np.floating) and not isinstance(scale, bool):
-        return _nearest_float32(scale).reshape(())
+        return
     check_array(name, scale)
-    if isinstance(scale, jax.Array) and scale.weak_type:  # a number of Python's that went through a jit
-        scale = scale.astype(np.float32)
-    if str(scale.dtype) != "float32":
+    is_number = isinstance(scale, jax.Array) and scale.weak_type  # of Python's, that went through a jit
+    if str(scale.dtype) != "float32" and not is_number:
         raise TypeError(f"{name} must be float32, got {scale.dtype}. Cast it with astype.")
     if scale.shape not in ((), (1,), (num_kv_heads,)):
         shapes = " or ".join(map(str, dict.fromkeys(((), (1,), (num_kv_heads,)))))
         raise ValueError(f"{name} must have shape {shapes}, got {tuple(scale.shape)}. Its sizes: one, or num_kv_heads.")
-    return scale
+
+
+def as_scale(scale) -> Any:
+    """A scale that has passed `check_scale`, as an array; of float32, but for a number that went through a jit."""
+    return scale if scale is None or isinstance(scale, jax.Array | np.ndarray) else _nearest_float32(scale).reshape(())
 
 
 def _nearest_float32(number: Any) -> np.float32:
@@ -111,10 +113,8 @@ def check_slots(function: Function, slots, lead: tuple[int, ...]) -> None:
     check_shape("slot_mapping", slots, lead, f"the leading axes of {function.array}")
 
 
-def checked_layer(layer, cache: jax.Array, cache_axes: str):
-    """None, or the layer as an array without axes."""
+def check_layer(layer, cache: jax.Array, cache_axes: str) -> None:
     stacked = cache_axes.startswith("l")
-    layer = unboxed(layer)
     if (layer is not None) != stacked:
         rule = "layer must be given exactly where cache_axes has an axis l"
         raise ValueError(
@@ -122,17 +122,16 @@ def checked_layer(layer, cache: jax.Array, cache_axes: str):
             f"{'Pass the layer to write.' if stacked else 'Leave it out, or name the axis of layers.'}"
         )
     if layer is None:
-        return None
+        return
     if isinstance(layer, numbers.Integral) and not isinstance(layer, bool):
         number, num_layers = operator.index(layer), cache.shape[0]
         if not 0 <= number < num_layers:
             raise ValueError(
                 f"layer must be from 0 to {num_layers - 1}, got {number}. Negative numbers don't count from the end."
             )
-        return np.int32(number).reshape(())
+        return
     if not isinstance(layer, jax.Array | np.ndarray):
         raise TypeError(f"layer must be an integer or an array without axes, got {describe(layer)}. Pass an integer.")
     check_array("layer", layer)
     check_integers("layer", layer.dtype)
     check_shape("layer", layer, (), "none; it is one integer")
-    return layer

@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from pallas_qk import _array_checks, _cache_checks, _checks, _implementations, _mesh_checks
+from pallas_qk import _array_checks, _cache_checks, _checks, _implementations, _mesh_checks, _passed
 from pallas_qk._array_checks import Function
 from pallas_qk._implementations import IMPLEMENTATIONS
 from pallas_qk._options import Options, Spec
@@ -17,7 +19,25 @@ from pallas_qk._rows import CACHES, Call, Inputs, Outputs, head_dim_of
 from pallas_qk._sizes import Sizes, filled
 
 
-def call(
+def call(function: Function, inputs: Inputs, *values, **more) -> Outputs:
+    """What each public function returns, by name. `values` and `more` are the other arguments of `_checked`."""
+    _mesh_checks.check_process()
+    inputs = Inputs(*map(_array_checks.unboxed, inputs))
+    signature = _passed.signature_of(function, inputs, values, (*more, *more.values()))
+    static = _passed.found(signature)
+    is_new = static is None
+    if is_new:
+        static = _checked(function, inputs, *values, **more)
+    v = inputs.v
+    if passes_by := v is not None and not static["call"].options.separate_v:
+        inputs = inputs._replace(v=None)
+    outputs = _run(_with_arrays(inputs), name=function.name, **static)
+    if is_new:
+        _passed.keep(signature, static)
+    return outputs._replace(v=jnp.asarray(v)) if passes_by else outputs
+
+
+def _checked(
     function: Function,
     inputs: Inputs,
     gate: str | None,
@@ -34,10 +54,8 @@ def call(
     v_norm: bool = False,
     cache_axes: str = "",
     return_kv: bool = True,
-) -> Outputs:
-    """What each public function returns, by name."""
-    _mesh_checks.check_process()
-    inputs = Inputs(*map(_array_checks.unboxed, inputs))
+) -> dict[str, Any]:
+    """The static arguments of `_run`. It reads no element of an array, and nothing else that `_passed` leaves out."""
     rotated = inputs.cos_sin_cache is not None
     q_alone = inputs.k is None and not (function.packed or function.separate_v)
     every = filled(function, inputs, sizes, q_alone=q_alone, mrope=mrope_section is not None)
@@ -74,13 +92,13 @@ def call(
     if cache_axes:
         _cache_checks.check_caches(inputs.k_cache, inputs.v_cache, cache_axes, num_kv_heads, head_dim)
         _cache_checks.check_slots(function, inputs.slots, lead)
-        inputs = inputs._replace(
-            layer=_cache_checks.checked_layer(inputs.layer, inputs.k_cache, cache_axes),
-            k_scale=_cache_checks.checked_scale("k_scale", inputs.k_scale, inputs.k_cache.dtype, num_kv_heads),
-            v_scale=_cache_checks.checked_scale("v_scale", inputs.v_scale, inputs.k_cache.dtype, num_kv_heads),
-        )
+        _cache_checks.check_layer(inputs.layer, inputs.k_cache, cache_axes)
+        for name in _SCALES:
+            _cache_checks.check_scale(name, getattr(inputs, name), inputs.k_cache.dtype, num_kv_heads)
         if inputs.k_scale is not None:
-            options = dataclasses.replace(options, scale_per_head=(inputs.k_scale.size > 1, inputs.v_scale.size > 1))
+            options = dataclasses.replace(
+                options, scale_per_head=(np.size(inputs.k_scale) > 1, np.size(inputs.v_scale) > 1)
+            )
     _mesh_checks.check_known_shardings(function, inputs, array_sizes, split=split)
     if cache_axes:
         _mesh_checks.check_known_shardings_of_caches(options, inputs, num_kv_heads)
@@ -97,16 +115,25 @@ def call(
         norm_order=options.norm_order,
     )
     _implementations.check_supported(spec, implementation)
-    v = inputs.v
-    if is_v_unchanged := v is not None and not (cache_axes or options.v_norm):
-        options, inputs = dataclasses.replace(options, separate_v=False), inputs._replace(v=None)
-    given = {name: x for name in _INTEGERS if (x := getattr(inputs, name)) is not None}
-    inputs = inputs._replace(**{name: _array_checks.canonical_integers(x) for name, x in given.items()})
-    outputs = _run(inputs, name=function.name, call=Call(options, implementation), split=split)
-    return outputs._replace(v=jnp.asarray(v)) if is_v_unchanged else outputs
+    if not (cache_axes or options.v_norm):
+        options = dataclasses.replace(options, separate_v=False)  # v passes by
+    return {"call": Call(options, implementation), "split": split}
 
 
 _INTEGERS = ("positions", "slots", "layer")
+_SCALES = ("k_scale", "v_scale")
+_AS_ARRAYS = dict.fromkeys(_INTEGERS, _array_checks.as_integers) | dict.fromkeys(_SCALES, _cache_checks.as_scale)
+_LEFT_AS_THEY_ARE = (type(None), jax.Array)
+
+
+def _with_arrays(inputs: Inputs) -> Inputs:
+    """With arrays for numbers, and integers that JAX narrows to no others."""
+    made = {
+        name: as_array(x)
+        for name, as_array in _AS_ARRAYS.items()
+        if not isinstance(x := getattr(inputs, name), _LEFT_AS_THEY_ARE)
+    }
+    return inputs._replace(**made) if made else inputs
 
 
 @functools.partial(jax.jit, static_argnames=("name", "call", "split"))
@@ -127,9 +154,11 @@ def _run(inputs: Inputs, *, name: str, call: Call, split: bool) -> Outputs:
     elif inputs.cos_sin_cache is not None:
         of_each = jnp.broadcast_to(inputs.cos_sin_cache, (*lead, call.options.rotary_dim))
         inputs = inputs._replace(cos_sin_cache=of_each)
-    for one_axis in ("layer", "k_scale", "v_scale"):
-        if (x := getattr(inputs, one_axis)) is not None:
-            inputs = inputs._replace(**{one_axis: x.reshape(-1)})
+    if inputs.layer is not None:
+        inputs = inputs._replace(layer=inputs.layer.reshape(-1))
+    for scale in _SCALES:
+        if (x := getattr(inputs, scale)) is not None:  # a Python number that went through a jit may have another dtype
+            inputs = inputs._replace(**{scale: x.reshape(-1).astype(jnp.float32)})
     with jax.named_scope(name):
         if not split:
             return _derivatives.forward(call, inputs)

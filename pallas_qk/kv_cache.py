@@ -200,8 +200,10 @@ def read(
     _cache_checks.check_caches(k_cache, v_cache, cache_axes, None, None)
     num_kv_heads, head_dim = _cache_axes.heads_of(cache_axes, k_cache.shape)
     _cache_checks.check_caches(k_cache, v_cache, cache_axes, num_kv_heads, head_dim)  # an axis of k and v is even
-    k_scale = _cache_checks.checked_scale("k_scale", k_scale, k_cache.dtype, num_kv_heads)
-    v_scale = _cache_checks.checked_scale("v_scale", v_scale, k_cache.dtype, num_kv_heads)
+    k_scale, v_scale = map(_array_checks.unboxed, (k_scale, v_scale))
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        _cache_checks.check_scale(name, scale, k_cache.dtype, num_kv_heads)
+    k_scale, v_scale = map(_cache_checks.as_scale, (k_scale, v_scale))
     return _read(k_cache, v_cache, k_scale, v_scale, dtype=dtype, cache_axes=cache_axes, head_dim=head_dim)
 
 
@@ -221,7 +223,8 @@ def _multiplied(x: jax.Array, scale: jax.Array | None) -> jax.Array:
     """Codes (..., Hkv, D) times their scale: one element, or one for each head."""
     if scale is None:
         return x
-    scale, sharding = scale.reshape(*(1,) * (x.ndim - 2), -1, 1), jax.typeof(x).sharding
+    scale = scale.reshape(*(1,) * (x.ndim - 2), -1, 1).astype(jnp.float32)
+    sharding = jax.typeof(x).sharding
     if sharding.mesh.explicit_axes:  # where the two must agree
         heads = sharding.spec[-2] if scale.size > 1 else None
         scale = jax.sharding.reshard(scale, sharding.update(spec=PartitionSpec(*[None] * (x.ndim - 2), heads, None)))

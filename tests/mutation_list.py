@@ -323,9 +323,15 @@ MUTATIONS = [
         ),
         (
             "cache: a scale for each head by v's alone",
-            "scale_per_head=(inputs.k_scale.size > 1, inputs.v_scale.size > 1)",
-            "scale_per_head=(inputs.v_scale.size > 1, inputs.v_scale.size > 1)",
+            "scale_per_head=(np.size(inputs.k_scale) > 1, np.size(inputs.v_scale) > 1)",
+            "scale_per_head=(np.size(inputs.v_scale) > 1, np.size(inputs.v_scale) > 1)",
             tests_of("cache_sharding", "test_heads[8 bits-auto]"),
+        ),
+        (
+            "each layer is traced and lowered",
+            '@functools.partial(jax.jit, static_argnames=("name", "call", "split"))',
+            "",
+            tests_of("equal_layers"),
         ),
         (
             "positions of less than a byte reach the kernels",
@@ -335,8 +341,8 @@ MUTATIONS = [
         ),
         (
             "NumPy's 64-bit positions are left to JAX",
-            "name: _array_checks.canonical_integers(x) for",
-            "name: x for",
+            "dict.fromkeys(_INTEGERS, _array_checks.as_integers)",
+            "dict.fromkeys((), _array_checks.as_integers)",
             tests_of("positions", "test_numpy_positions_of_64_bits_are_not_narrowed_unseen"),
         ),
         (
@@ -344,6 +350,57 @@ MUTATIONS = [
             '_INTEGERS = ("positions", "slots", "layer")',
             '_INTEGERS = ("positions",)',
             tests_of("cache", "test_numpy_slots_of_64_bits_are_not_narrowed_unseen"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_passed.py",
+        (
+            "True is taken for the 1 that passed",
+            "parts.append(kind)  # 1, 1.0 and True are equal",
+            "pass",
+            tests_of("passed", "test_an_equal_value_of_another_type_is_refused"),
+        ),
+        (
+            "the type of an array is not in a signature",
+            "parts += x.aval, x.sharding",
+            "parts += (x.sharding,)",
+            tests_of("passed", "test_scales_of_other_types_are_refused"),
+        ),
+        (
+            "the sharding of an array is not in a signature",
+            "parts += x.aval, x.sharding",
+            "parts += (x.aval,)",
+            tests_of("passed", "test_a_sharding_that_cuts_heads_is_refused_after_one_that_does_not"),
+        ),
+        (
+            "the dtype of NumPy's arrays is not in a signature",
+            "parts += x.shape, x.dtype",
+            "parts += (x.shape,)",
+            tests_of("passed", "test_an_equal_value_of_another_type_is_refused[positions]"),
+        ),
+        (
+            "the GPU that code is made for is not in a signature",
+            "return function, jax.sharding.get_abstract_mesh(), _signature(values)",
+            "return function, _signature(values)",
+            tests_of("passed", "test_the_gpu_that_code_is_made_for_is_in_a_signature"),
+        ),
+        (
+            "traced arrays have a signature",
+            "issubclass(kind, jax.Array)",
+            "issubclass(kind, jax.Array | jax.core.Tracer)",
+            tests_of("passed", "test_traced_arrays_are_checked_at_each_trace_and_have_no_signature"),
+        ),
+        (
+            "what passed its checks is kept without a bound",
+            "_kept.clear()",
+            "pass",
+            tests_of("passed", "test_what_is_kept_has_a_bound"),
+        ),
+        (
+            "every call is checked",
+            "_kept[signature] = result",
+            "pass",
+            tests_of("passed", "test_an_equal_call_is_not_checked_again"),
         ),
     ),
     # The KV cache.
@@ -550,7 +607,7 @@ MUTATIONS = [
         ),
         (
             "cache: a scale of any dtype",
-            'if str(scale.dtype) != "float32":',
+            'if str(scale.dtype) != "float32" and not is_number:',
             "if False:",
             tests_of("cache_errors", "test_bad_call"),
         ),

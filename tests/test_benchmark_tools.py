@@ -15,7 +15,20 @@ import pytest
 from jax.profiler import ProfileData
 
 import pallas_qk
-from benchmarks import block, compare, compilation, decode, operations, plot, profile, record, scaling, table, xplane
+from benchmarks import (
+    block,
+    compare,
+    compilation,
+    decode,
+    host,
+    operations,
+    plot,
+    profile,
+    record,
+    scaling,
+    table,
+    xplane,
+)
 from benchmarks.__main__ import main
 from benchmarks.floor import minimum_bytes
 from benchmarks.operations import OPERATIONS
@@ -329,6 +342,47 @@ def test_what_is_compiled_takes_the_inputs_of_the_case(op, mrope_section):
     case = Case(3, 2, 1, 64, 64, "float16", cache_dtype="float32", mrope_section=mrope_section)
     arrays = compilation.abstract_arguments(case, op)[0 if op == "forward" else 1 :]
     assert [(x.shape, x.dtype) for x in arrays] == [(x.shape, x.dtype) for x in make_inputs(case)]
+
+
+# --- the processor's time -----------------------------------------------------------------------------------------
+
+
+def test_host_times_are_recorded_for_calls_and_for_layers(recorded, capsys, as_users_run_it, monkeypatch):
+    for name, value in {"CALLS": 2, "WARMUP_CALLS": 1, "ROUNDS": 1, "REPEATS": 1, "TOKENS": 8}.items():
+        monkeypatch.setattr(host, name, value)
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert host.run(recorded, 2, 1, num_layers=2) == 0
+    rows = rows_of(recorded)
+    calls, layers = rows[:3], rows[3:]
+    assert [row["op"] for row in calls] == ["forward_host", "forward_packed_host", "forward_cache_host"]
+    assert all(row["eager_us"] > 0 and row["jit_us"] > 0 for row in calls)
+    assert [(row["op"], row["implementation"], row["platform"]) for row in layers] == [
+        (f"{direction}_layers", of, platform)
+        for direction in ("forward", "backward")
+        for of in ("op", "attention")
+        for platform in ("cpu", "cuda")
+    ]
+    assert all(row["layers"] == 2 and row["trace_ms"] > 0 and row["lower_ms"] > 0 for row in layers)
+    assert "ms per layer" in capsys.readouterr().out
+
+
+def test_layers_are_lowered_for_a_platform_that_is_not_there(monkeypatch):
+    """And every layer of them, with nothing left in a cache from the last time."""
+    seen = []
+    original = jax.stages.Traced.lower
+
+    def lower(traced, **options):
+        lowered = original(traced, **options)
+        seen.append(
+            (options["lowering_platforms"], lowered.as_text().count("call @_run"), "custom_call" in lowered.as_text())
+        )
+        return lowered
+
+    monkeypatch.setattr(jax.stages.Traced, "lower", lower)
+    for platform in ("cpu", "cuda"):
+        function, arrays = host.MODELS["forward", "op"](Case(8, 2, 1))
+        host.stages(function, arrays, 3, platform)
+    assert [seen[0][:2], seen[1]] == [(("cpu",), 3), (("cuda",), 3, True)]
 
 
 # --- several GPUs -------------------------------------------------------------------------------------------------
