@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import unittest.mock
 from collections.abc import Callable
 
 import torch
 
 LENGTH, MAX_POSITION, HEAD_DIM = 7, 64, 16
 PREFIX = 2  # tokens of a vision transformer in front of its patches
+CONTEXT = 3  # tokens whose keys the others attend to, such as an image's
 SIZES = {
     "hidden_size": 64,
     "num_attention_heads": 4,
@@ -39,6 +41,14 @@ def without_rotation(layer, hidden, embedding):
     return layer(hidden, position_embeddings=None, attention_mask=None)
 
 
+def q_and_k(q, k, v):
+    return q, k
+
+
+def as_given(*attended):
+    return attended
+
+
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """One kind of layer of a family; the names of classes are without the family's prefix."""
@@ -54,8 +64,11 @@ class Layer:
     axes: int = 1  # of positions, in front of the batch; 0: each token has two
     embed: Callable = by_position
     forward: Callable = with_mask
-    projections: tuple[str, ...] = ("q_proj", "k_proj")
-    norms: tuple[str, str] = ("q_norm", "k_norm")
+    projections: dict[str, str] = dataclasses.field(default_factory=lambda: QK)  # by the page's word for their outputs
+    given_to: dict[str, str] = dataclasses.field(default_factory=dict)  # modules, by the page's word for their inputs
+    attended: Callable = q_and_k  # what the calls must give, of what attention gets, or of what `forward` returns
+    k_positions: Callable = lambda positions: positions  # of k's tokens, where they aren't q's
+    norms: tuple[str, ...] = ("q_norm", "k_norm")
     batch: tuple[int, ...] = (2,)
     donor: tuple[str, str] | None = None  # the family and prefix of the configuration and the rotary embedding
 
@@ -65,15 +78,15 @@ class Run:
     """What one forward pass took and gave."""
 
     layer: torch.nn.Module
-    projected: list[torch.Tensor]  # outputs of the projections
-    weights: list[torch.Tensor | None]  # of the two norms
+    config: object  # that the layer reads
+    inputs: dict[str, torch.Tensor]  # of the calls, by word
+    weights: list[torch.Tensor | None]  # of the norms
     eps: float
-    positions: torch.Tensor
+    positions: torch.Tensor  # of q's tokens, or of all
+    k_positions: torch.Tensor
     embedding: object  # cosines and sines of the tokens, as transformers has them
     every: object  # and of each position
-    q: torch.Tensor  # as attention gets it: (..., tokens, heads, head_dim)
-    k: torch.Tensor
-    v: torch.Tensor
+    attended: tuple[torch.Tensor, ...]  # what the calls must give: (..., tokens, heads, head_dim)
     output: torch.Tensor | None  # of attention by ones
 
 
@@ -101,18 +114,27 @@ def run(family: str, layer: Layer, dtype: torch.dtype, *, to_the_end: bool) -> R
         for norm in norms:
             if hasattr(norm, "weight"):
                 norm.weight.add_(float(type(norm)(4).weight[0]))  # around ones, or zeros where 1 is added
-    seen: dict = {}
-    for name in layer.projections:
-        getattr(module, name).register_forward_hook(lambda _, __, out, name=name: seen.setdefault(name, out))
+    inputs: dict = {}
+    for word, name in layer.projections.items():
+
+        def projects(_, __, out, word=word):
+            inputs[word if word not in inputs else f"encoder_{word}"] = out
+
+        getattr(module, name).register_forward_hook(projects)
+    for word, name in layer.given_to.items():
+        getattr(module, name).register_forward_pre_hook(lambda _, given, word=word: inputs.update({word: given[0]}))
+    received: list[torch.Tensor] = []
 
     def attention(module, query, key, value, *arguments, **named):
-        seen["q"], seen["k"], seen["v"] = (x.transpose(1, 2) for x in (query, key, value))
+        heads_behind = (x.transpose(1, 2) for x in (query, key, value))
+        received.extend(x.reshape(*layer.batch, -1, *x.shape[-2:]) for x in heads_behind)
         if not to_the_end:
             raise Seen
         return torch.ones_like(query).transpose(1, 2), None
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
-    module.config._attn_implementation = ATTENTION
+    config_of_layer = getattr(module, "config", config)
+    config_of_layer._attn_implementation = ATTENTION
     shape = (*layer.batch, LENGTH)
     hidden = torch.randn(*shape, config.hidden_size).to(dtype)
     every = torch.arange(MAX_POSITION)
@@ -126,24 +148,26 @@ def run(family: str, layer: Layer, dtype: torch.dtype, *, to_the_end: bool) -> R
         rotary = class_of(donor, "modeling", prefix + layer.rotary)(getattr(config, "atom_encoder", config))
         named = {"layer_type": layer.layer_type} if layer.layer_type else {}
         embedding, table = (layer.embed(rotary, hidden, at, **named) for at in (positions, every))
-    output = None
-    with torch.no_grad():
-        if to_the_end:
-            module.o_proj = torch.nn.Identity()
-            output, *_ = layer.forward(module, hidden, embedding)
-        else:
-            with contextlib.suppress(Seen):
-                layer.forward(module, hidden, embedding)
+    output: tuple = (None,)
+    if to_the_end:
+        module.o_proj = torch.nn.Identity()
+    with torch.no_grad(), contextlib.suppress(Seen):
+        output = layer.forward(module, hidden, embedding)
+    attended = layer.attended(*(received or output))
+    if layer.given_to:
+        inputs |= {word: inputs[word].reshape(x.shape) for word, x in zip(layer.given_to, attended, strict=True)}
     return Run(
         module,
-        [seen[name] for name in layer.projections],
+        config_of_layer,
+        inputs,
         [getattr(norm, "weight", None) for norm in norms],
         getattr(norms[0], "variance_epsilon", None) or norms[0].eps,
         positions,
+        layer.k_positions(positions),
         embedding,
         table,
-        *(seen[name].reshape(*shape, -1, seen[name].shape[-1]) for name in "qkv"),
-        output,
+        attended,
+        output[0],
     )
 
 
@@ -159,7 +183,11 @@ def over_images(layer, hidden, embedding):
 def vision(prefix: str, **more) -> Layer:
     """Of the patches of all images in one sequence."""
     names = {"attention": "VisionAttention", "config": "VisionConfig", "rotary": "VisionRotaryEmbedding"}
-    build = {"build": lambda attention, config, index: attention(config), "projections": ("qkv",)}
+    build = {
+        "build": lambda attention, config, index: attention(config),
+        "projections": {"qkv": "qkv"},
+        "attended": as_given,
+    }
     axial = {"rope_parameters": {"rope_type": "axial", "rope_theta": 1e4}}
     sizes = {"sizes": axial | more.pop("sizes", {})}
     return Layer(prefix, **names | build | {"forward": over_images, "axes": 0, "batch": ()} | sizes | more)
@@ -180,17 +208,93 @@ def with_shared(layer, hidden, embedding):
     return with_mask(layer, hidden, embedding, shared_kv_states={})
 
 
+def with_reused(layer, hidden, embedding):
+    """Of a layer that attends with another one's k and v."""
+    k = torch.ones(len(hidden), 2, LENGTH, layer.head_dim)
+    return with_mask(layer, hidden, embedding, shared_kv_states={layer.layer_type: (k, k)})
+
+
+def across(name: str) -> Callable:
+    """Of a layer whose keys are those of the context alone, which is the argument of this name."""
+    return lambda layer, hidden, embedding: layer(hidden[:, CONTEXT:], **{name: hidden[:, :CONTEXT]})
+
+
+def behind_context(layer, hidden, embedding):
+    """Of a layer whose keys are those of the context and of its own tokens."""
+    own, context = hidden[:, CONTEXT:], hidden[:, :CONTEXT]
+    return with_mask(layer, own, embedding, context_hidden_states=context)
+
+
+def merged(layer, hidden, embedding):
+    """Of a layer that attends to its own tokens and to an encoder's, which are the context."""
+    own, encoder = hidden[:, CONTEXT:], hidden[:, :CONTEXT]
+    rows = [x[:, CONTEXT:] for x in embedding]
+    return layer(own, position_embeddings=rows, merged_attention_mask=None, encoder_hidden_states=encoder)
+
+
+def own_and_encoders(q, k, v):
+    return q, k[:, :-CONTEXT], k[:, -CONTEXT:]
+
+
 def of_deepseek(layer, hidden, embedding):
     return with_mask(layer, hidden, {layer.rope_layer_type: embedding}, position_ids=None)
+
+
+def with_compressor(layer, hidden, embedding):
+    """Of a layer of DeepSeek V4 that makes one key of each window of tokens."""
+    latents = torch.randn(len(hidden), LENGTH, DEEPSEEK["q_lora_rank"]).to(hidden.dtype)
+    return layer(hidden, latents, torch.arange(LENGTH).expand(len(hidden), -1), None, 0)
+
+
+def keys_of_windows(keys, *mask):
+    return (keys.transpose(1, 2),)
+
+
+def with_indexer(layer, hidden, embedding):
+    """What a compressor gives; here the keys that the scores read."""
+    scored: list = []
+    layer.scorer.register_forward_pre_hook(lambda _, given: scored.append(given[1]))
+    with_compressor(layer, hidden, embedding)
+    return (scored[0][:, :, None],)
+
+
+def of_windows(rate: int) -> Callable:
+    """Of the first token of each whole window of sequences that start at position 0."""
+    return lambda positions: torch.arange(LENGTH // rate).expand(len(positions), -1) * rate
+
+
+def with_blocks(layer, hidden, embedding):
+    """q, and the keys that the last token's scores read: means over blocks of the last sequence."""
+    modeling = importlib.import_module(type(layer).__module__)
+    rotate, rotated = modeling.apply_rotary_pos_emb, []
+
+    def rotates(*given, **named):
+        rotated.append(rotate(*given, **named))
+        return rotated[-1]
+
+    with unittest.mock.patch.object(modeling, "apply_rotary_pos_emb", rotates):
+        with_causal_mask(layer, hidden, embedding, past_key_values=None)
+    return rotated[0], rotated[-1]
+
+
+def of_blocks(positions):
+    """Of the first token of each whole block of the last sequence."""
+    size = INDEXER["indexer_compress_ratio"]
+    return positions[:, -1, : LENGTH // size * size : size]
+
+
+def shared_key(q, k, v):
+    """The rotated lanes of the key that all heads share, each next to its partner, where transformers has halves."""
+    return (k[..., :1, -HEAD_DIM:].unflatten(-1, (2, -1)).mT.flatten(-2),)
 
 
 def of_inkling(layer, hidden, embedding):
     return layer(hidden, attention_mask=None)
 
 
-def with_causal_mask(layer, hidden, embedding):
+def with_causal_mask(layer, hidden, embedding, **more):
     mask = torch.ones(len(hidden), 1, LENGTH, LENGTH, dtype=torch.bool).tril()
-    return layer(hidden, position_embeddings=embedding, attention_mask=mask)
+    return layer(hidden, position_embeddings=embedding, attention_mask=mask, **more)
 
 
 def with_own_rotation(layer, hidden, embedding):
@@ -211,7 +315,8 @@ def of_patches(rotary, hidden, positions):
     return rotary(torch.zeros(1, 3, (LENGTH - PREFIX) * 16, 16, dtype=hidden.dtype))
 
 
-QKV = {"projections": ("q_proj", "k_proj", "v_proj")}
+QK = {"q": "q_proj", "k": "k_proj"}
+QKV = {"projections": QK | {"v": "v_proj"}, "attended": as_given}
 LAYER_TYPES = ["sliding_attention", "full_attention"] * 3
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 HYBRID = {"layer_types": LAYER_TYPES, "sliding_window": 4}
@@ -230,6 +335,41 @@ INDEXER = {
     "indexer_compress_ratio": 2,
 }
 
+DEEPSEEK = {
+    "q_lora_rank": 32,
+    "num_key_value_heads": 1,
+    "partial_rotary_factor": 0.5,
+    "o_groups": 2,
+    "layer_types": LAYER_TYPES[:1] * 6,
+}
+WINDOWS = {
+    "sizes": DEEPSEEK
+    | {
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 3},
+        "index_n_heads": 2,
+        "index_head_dim": HEAD_DIM,
+        "index_topk": 2,
+    },
+    "build": lambda attention, config, index: attention(config),
+    "layer_type": "compress",
+    "forward": with_compressor,
+    "attended": keys_of_windows,
+    "projections": {},
+    "given_to": {"k": "kv_norm"},
+    "norms": ("kv_norm",),
+}
+
+WIDE = HYBRID | {"global_head_dim": 2 * HEAD_DIM, "num_global_key_value_heads": 1}
+K_IS_V = FULL | {"sizes": WIDE | {"attention_k_eq_v": True}, "forward": with_shared, "attended": as_given}
+REUSING = SLIDING | {
+    "sizes": HYBRID | {"num_kv_shared_layers": 2},
+    "index": 4,
+    "forward": with_reused,
+    "attended": lambda q, k, v: (q,),
+    "projections": {"q": "q_proj"},
+    "norms": ("q_norm",),
+}
+
 LAYERS: dict[str, Layer] = {
     **both("afmoe", functools.partial(Layer, "Afmoe")),
     "apertus": Layer("Apertus"),
@@ -237,21 +377,43 @@ LAYERS: dict[str, Layer] = {
     "beam full": Layer("Beam", sizes=SPLIT, forward=without_rotation, **FULL),
     "deepseek_v4": Layer(
         "DeepseekV4",
-        sizes={
-            "q_lora_rank": 32,
-            "num_key_value_heads": 1,
-            "partial_rotary_factor": 0.5,
-            "o_groups": 2,
-            "layer_types": LAYER_TYPES[:1] * 6,
-        },
+        sizes=DEEPSEEK,
         layer_type="main",
         forward=of_deepseek,
-        projections=("q_b_proj", "kv_proj"),
+        projections={"q": "q_b_proj", "k": "kv_proj"},
         norms=("q_b_norm", "kv_norm"),
     ),
-    "diffusion_gemma": text("DiffusionGemma", attention="EncoderTextAttention", **SLIDING, **QKV),
+    "deepseek_v4 HCA compressor": Layer("DeepseekV4", attention="HCACompressor", k_positions=of_windows(3), **WINDOWS),
+    "deepseek_v4 CSA compressor": Layer("DeepseekV4", attention="CSACompressor", k_positions=of_windows(2), **WINDOWS),
+    "deepseek_v4 CSA indexer": Layer(
+        "DeepseekV4",
+        attention="Indexer",
+        k_positions=of_windows(2),
+        **WINDOWS | {"forward": with_indexer, "attended": as_given},
+    ),
+    "diffusion_gemma sliding": text("DiffusionGemma", attention="EncoderTextAttention", **SLIDING, **QKV),
+    "diffusion_gemma full": text(
+        "DiffusionGemma", attention="EncoderTextAttention", sizes=WIDE, attended=as_given, **FULL
+    ),
     "doge": Layer("Doge"),
     "dots1": Layer("Dots1"),
+    "dots3_note text": text(
+        "Dots3Note",
+        sizes={
+            "layer_types": LAYER_TYPES[:1] * 6,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 4,
+            "swa_q_lora_rank": 32,
+            "swa_kv_lora_rank": 32,
+            "swa_head_dim": 2 * HEAD_DIM,
+            "swa_qk_nope_head_dim": HEAD_DIM,
+        },
+        attended=shared_key,
+        projections={},
+        given_to={"k": "k_rope_only_layernorm"},
+        norms=("k_rope_only_layernorm",),
+        **SLIDING,
+    ),
     "dots3_note vision": vision("Dots3Note", sizes={"num_hidden_layers": 42, "adapter_in_dim": 64}),
     "embedding_gemma2": text("EmbeddingGemma2", attention="Attention", rotary="RotaryEmbedding", **SLIDING, **QKV),
     "esmfold2 atoms": Layer(
@@ -270,8 +432,13 @@ LAYERS: dict[str, Layer] = {
     "gemma3n": text(
         "Gemma3n", rotary="RotaryEmbedding", forward=with_shared, sizes={"num_kv_shared_layers": 0}, **SLIDING, **QKV
     ),
+    "gemma3n with another layer's k and v": text("Gemma3n", rotary="RotaryEmbedding", **REUSING),
     "gemma4 text": text("Gemma4", forward=with_shared, **SLIDING, **QKV),
+    "gemma4 text, where k is v": text("Gemma4", **K_IS_V),
+    "gemma4 text, with another layer's k and v": text("Gemma4", **REUSING),
     "gemma4_unified": text("Gemma4Unified", forward=with_shared, **SLIDING, **QKV),
+    "gemma4_unified where k is v": text("Gemma4Unified", **K_IS_V),
+    "gemma4_unified with another layer's k and v": text("Gemma4Unified", **REUSING),
     "glm4_moe": Layer("Glm4Moe", sizes={"use_qk_norm": True}),
     "glm5_next vision": vision("Glm5Next", sizes={"num_heads": 4}),
     "glm_ocr vision": vision("GlmOcr", sizes={"num_heads": 4}),
@@ -284,13 +451,23 @@ LAYERS: dict[str, Layer] = {
         norms=("q_layer_norm", "k_layer_norm"),
         forward=with_own_rotation,
     ),
+    "idefics cross-attention": Layer(
+        "Idefics",
+        build=lambda attention, config, index: attention(
+            64, 4, config=config, is_cross_attention=True, qk_layer_norms=True, layer_idx=index
+        ),
+        sizes={"vision_config": {"embed_dim": 64}},
+        rotary=None,
+        norms=("q_layer_norm", "k_layer_norm"),
+        forward=across("key_value_states"),
+    ),
     "inkling": text(
         "Inkling",
         attention="Attention",
         rotary=None,
         sizes={"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": HEAD_DIM},
         forward=of_inkling,
-        projections=("q_proj", "k_sconv"),
+        projections={"q": "q_proj", "k": "k_sconv"},
     ),
     **both("kolibri1", functools.partial(Layer, "Kolibri1")),
     "laguna": Layer(
@@ -299,17 +476,21 @@ LAYERS: dict[str, Layer] = {
     "lfm2": Layer("Lfm2", norms=("q_layernorm", "k_layernorm")),
     "lfm2_moe": Layer("Lfm2Moe", norms=("q_layernorm", "k_layernorm")),
     "lfm3": Layer("Lfm3", sizes=SPLIT, **FULL),
-    "lfm3_vl vision": vision("Lfm3Vl", build=by_place, projections=("q_proj", "k_proj")),
+    "lfm3_vl vision": vision("Lfm3Vl", build=by_place, projections=QK, attended=q_and_k),
     "llama4": text("Llama4", norms=("qk_norm", "qk_norm")),
     "mellum": Layer("Mellum", sizes=SPLIT, **FULL),
     "minimax_m3_vl": Layer(
         "MiniMaxM3VL", config="TextConfig", sizes={"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}
+    ),
+    "mllama cross-attention": text(
+        "Mllama", attention="TextCrossAttention", rotary=None, forward=across("cross_attention_states")
     ),
     "molmo2": Layer("Molmo2", config="TextConfig", sizes={"qk_norm_type": "qwen3"}),
     "muse_glimmer with RoPE": text("MuseGlimmer", norms=("qk_norm", "qk_norm"), sizes={"qk_scale_factor": 1.5}),
     "muse_glimmer without RoPE": text(
         "MuseGlimmer", norms=("qk_norm", "qk_norm"), sizes={"qk_scale_factor": 1.5}, forward=without_rotation
     ),
+    "muse_glimmer_assistant": Layer("MuseGlimmerAssistant", forward=behind_context),
     "muse_spark with RoPE": text("MuseSpark", norms=("qk_norm", "qk_norm"), sizes={"qk_scale_factor": 1.5}),
     "muse_spark without RoPE": text(
         "MuseSpark", norms=("qk_norm", "qk_norm"), sizes={"qk_scale_factor": 1.5}, forward=without_rotation
@@ -338,8 +519,28 @@ LAYERS: dict[str, Layer] = {
     "qwen3_vl": text("Qwen3VL", sizes=mrope(1.0, 3, 3, 2), axes=3),
     "qwen3_vl_moe": text("Qwen3VLMoe", sizes=mrope(1.0, 3, 3, 2), axes=3),
     "qwen4_exp": text("Qwen4Exp", forward=with_causal_mask, **GATED | {"sizes": GATED["sizes"] | INDEXER}),
+    "qwen4_exp indexer": text(
+        "Qwen4Exp",
+        attention="TextQSAIndexer",
+        forward=with_blocks,
+        attended=as_given,
+        projections={},
+        given_to={"q": "q_layernorm", "k": "k_layernorm"},
+        k_positions=of_blocks,
+        norms=("q_layernorm", "k_layernorm"),
+        **GATED | {"sizes": GATED["sizes"] | INDEXER},
+    ),
     "sapiens2": Layer("Sapiens2", rotary="RopePositionEmbedding", embed=of_patches, sizes={"image_size": 16}),
     "step3p7": Layer("Step3p7", config="TextConfig", sizes=PARTIAL, **FULL),
     "timesfm2_5": Layer("TimesFm2_5"),
-    "t5gemma2": Layer("T5Gemma2", attention="SelfAttention", config="TextConfig", sizes=SPLIT, **FULL),
+    "t5gemma2 encoder": Layer("T5Gemma2", attention="SelfAttention", config="TextConfig", sizes=SPLIT, **FULL),
+    "t5gemma2 decoder": Layer(
+        "T5Gemma2",
+        attention="MergedAttention",
+        config="TextConfig",
+        sizes=SPLIT,
+        forward=merged,
+        attended=own_and_encoders,
+        **FULL,
+    ),
 }

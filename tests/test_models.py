@@ -1,6 +1,6 @@
 """docs/models.md: its calls give what transformers' own attention layers attend with, and no family is missing.
 
-q and k are compared, and v where it has a norm.
+q and k are compared, and v where the call returns it.
 
 The calls are read from the page's first table and run on what a layer's projections give.
 """
@@ -31,8 +31,8 @@ TABLES = {
     heading: [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*\|$", part, re.M)[2:]]
     for heading, part in re.findall(r"^## (.*)\n([^#]*)", PAGE, re.M)
 }
-# Which layers, and the call.
-CALLS = {f"{family.strip('`')} {layers}".strip(): call.strip("`") for family, layers, call, _ in TABLES["Expressed"]}
+# Which layers, and the calls.
+CALLS = {f"{row[0].strip('`')} {row[1]}".strip(): re.findall("`(.*?)`", row[2]) for row in TABLES["Expressed"]}
 
 
 def listed(*headings: str) -> set[str]:
@@ -107,11 +107,16 @@ def joined(cos: torch.Tensor, sin: torch.Tensor, *, front: int = 0, above: int =
 
 def words_of(seen: Run) -> dict:
     """What the words of the page's calls stand for."""
-    head_dim, config = seen.q.shape[-1], seen.layer.config
-    first, *k = map(to_jax, seen.projected)
-    words = {"q": first, "q_gate": first, "qkv": jnp.concatenate([first, *k], axis=-1), "k": k[0] if k else None}
-    words |= {"positions": jnp.asarray(seen.positions.numpy(), jnp.int32), "ones": jnp.ones(head_dim)}
-    words["factor"] = getattr(config, "qk_scale_factor", None)
+    num_tokens, _, head_dim = seen.attended[0].shape[-3:]
+    words: dict = {word: to_jax(x) for word, x in seen.inputs.items()}
+    words |= {"q_gate": words.get("q"), "ones": jnp.ones(head_dim)}
+    if seen.weights[-1] is not None:
+        words["k_weight"] = to_jax(seen.weights[-1])
+    if "v" in words:
+        words["qkv"] = (words["q"], words["k"], words["v"])
+    positions = {"positions": seen.positions[..., -num_tokens:], "k_positions": seen.k_positions}
+    words |= {name: jnp.asarray(x.numpy(), jnp.int32) for name, x in positions.items()}
+    words["factor"] = getattr(seen.config, "qk_scale_factor", None)
     if isinstance(scaling := getattr(seen.layer, "scaling", None), torch.Tensor):
         words["scaled"] = to_jax(seen.weights[0]) * jax.nn.softplus(to_jax(scaling)) * (1.442695041 / head_dim**0.5)
     if seen.embedding is None:
@@ -120,55 +125,61 @@ def words_of(seen: Run) -> dict:
     rows = joined(cos, sin, above=LENGTH - cos.shape[-2])
     cos, sin = (x.reshape(-1, x.shape[-1]) for x in cos_and_sin(seen.every))
     tables = {
-        "rows": rows.expand(*seen.q.shape[:-2], -1),
+        "rows": rows[..., -num_tokens:, :].expand(*seen.attended[0].shape[:-2], -1),
         "table": joined(cos, sin),
         "negated": joined(cos, -sin),
         "padded": joined(cos, sin, front=head_dim // 2 - cos.shape[-1]),
     }
-    section = (getattr(config, "rope_parameters", None) or {}).get("mrope_section")
+    section = (getattr(seen.config, "rope_parameters", None) or {}).get("mrope_section")
     return words | {name: to_jax(x) for name, x in tables.items()} | {"partial": rows.shape[-1], "section": section}
 
 
-def evaluate(call: str, seen: Run) -> tuple[tuple[jax.Array, ...], dict]:
-    """A call of the page, with the arguments that the page leaves out, and all of its options."""
-    options: dict = {"eps": seen.eps, "num_q_heads": seen.q.shape[-2], "num_kv_heads": seen.k.shape[-2]}
-    options["head_dim"] = seen.q.shape[-1]
-    stored = [None if weight is None else to_jax(weight) for weight in seen.weights]
+def evaluate(calls: list[str], seen: Run) -> list[tuple[jax.Array, dict]]:
+    """The outputs of a row's calls, with the arguments that the page leaves out, and the options of each output."""
+    words, stored = words_of(seen), [None if weight is None else to_jax(weight) for weight in seen.weights]
+    num_heads = [x.shape[-2] for x in seen.attended]
+    found: list[tuple[jax.Array, dict]] = []
 
     def whole(name: str):
-        def calls(*arrays, q_weight=stored[0], k_weight=stored[1], **given):
+        def call(*arrays, q_weight=stored[0], k_weight=stored[-1], **given):
             *activations, table, positions = arrays
-            options.update({} if table is None else {"rotary_dim": options["head_dim"]}, **given)
-            return getattr(pallas_qk, name)(*activations, q_weight, k_weight, table, positions, **options)
+            alone = activations[1:] == [None]
+            sizes = {"num_q_heads": num_heads[len(found)], "num_kv_heads": 0 if alone else num_heads[len(found) + 1]}
+            options = {"eps": seen.eps, "head_dim": seen.attended[0].shape[-1], **sizes, **given}
+            if table is not None:
+                options.setdefault("rotary_dim", options["head_dim"])
+            weights = q_weight, None if alone else k_weight
+            outputs = getattr(pallas_qk, name)(*activations, *weights, table, positions, **options)
+            found.extend((output, options) for output in outputs if output is not None)
 
-        return calls
+        return call
 
     functions = {name: whole(name) for name in vars(pallas_qk) if name.startswith("fused_")}
-    return eval(call, words_of(seen) | functions), options
+    for call in calls:
+        eval(call, words | functions)
+    return found
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_q_and_k_are_those_of_transformers(name, dtype):
-    family, call = name.split()[0], CALLS[name]
+    family, calls = name.split()[0], CALLS[name]
     pytest.importorskip(f"transformers.models.{family}")
-    gated = "_gate(" in call
+    gated = "_gate(" in calls[0]
     seen = run(family, LAYERS[name], getattr(torch, dtype), to_the_end=gated)
-    outputs, options = evaluate(call, seen)
-    head_dim, rotary_dim = options["head_dim"], options.get("rotary_dim", 0)
+    outputs = evaluate(calls, seen)
     # bfloat16, in steps of the pair: at most 3 roundings of half a step in their rotation and one in ours, and one or
     # two steps where their norm, which may round before the weight too, lies apart. More than 3 steps were not seen.
     # A factor that they multiply q by afterwards is one more rounding.
-    allowed = {"bfloat16": 3 + ("scaled" in call), "float32": float32_bound(Case(1, head_dim=head_dim), tree=False)}[
-        dtype
-    ]
-    judged = (seen.q, seen.k, seen.v) if "v_norm" in call else (seen.q, seen.k)
-    for got, want in zip(outputs, judged, strict=False):
+    head_dim = seen.attended[0].shape[-1]
+    bounds = {"bfloat16": 3 + ("scaled" in calls[0]), "float32": float32_bound(Case(1, head_dim=head_dim), tree=False)}
+    for (got, options), want in zip(outputs[:2] if gated else outputs, seen.attended, strict=True):
         assert got.dtype == dtype
         rows = [x.reshape(-1, head_dim) for x in (got, to_jax(want))]
-        assert max(worst_distances(*rows, head_dim, rotary_dim, options.get("rotation", "halves"))) <= allowed
+        rotated = options.get("rotary_dim", 0), options.get("rotation", "halves")
+        assert max(worst_distances(*rows, head_dim, *rotated)) <= bounds[dtype]
     if gated:
-        gate = torch.as_tensor(np.array(outputs[2], np.float32)).to(seen.output.dtype)
+        gate = torch.as_tensor(np.array(outputs[2][0], np.float32)).to(seen.output.dtype)
         np.testing.assert_array_equal(torch.sigmoid(gate).float().numpy(), seen.output.float().numpy())
 
 
