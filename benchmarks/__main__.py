@@ -199,7 +199,7 @@ def measure(options: argparse.Namespace) -> int:
 
 def run_suites(options: argparse.Namespace) -> int:
     """The suites asked for, one after another, all under one run id."""
-    from benchmarks import compilation, peers, providers, record, scaling
+    from benchmarks import compilation, machine, peers, providers, record, scaling
     from benchmarks.progress import say
     from benchmarks.run import Settings, run
 
@@ -212,6 +212,8 @@ def run_suites(options: argparse.Namespace) -> int:
             raise ValueError(f"a peer must have a name of its own, got {peer.name}. Write NAME=FILE.")
         chosen[peer.name] = peer.build
     recorded = record.new_run(options.output, options.commit)
+    if warning := machine.slowdown(recorded.clocks):
+        say(warning)
     settings = Settings(options.repeats, options.rounds, tuple(options.cache))
     status = 0
     names = [name for name in options.suite if name not in WITHOUT_CASES]
@@ -222,6 +224,8 @@ def run_suites(options: argparse.Namespace) -> int:
         status |= compilation.run(suites.compiled(), options.implementations, recorded)
     if "scaling" in options.suite:
         status |= scaling.run(options.implementations, recorded, options.heads or suites.HEADS)
+    if warning := machine.slowdown(machine.clocks()):
+        say(warning)
     return status
 
 
