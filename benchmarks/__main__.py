@@ -42,8 +42,8 @@ def parser(implementations: Sequence[str]) -> argparse.ArgumentParser:
     shapes = argparse.ArgumentParser(add_help=False)
     shapes.add_argument("--tokens", type=positive, nargs="+", metavar="T", help="default: the suite's")
     shapes.add_argument("--heads", type=heads, nargs="+", metavar="Hq/Hkv", help="default: the suite's")
-    shapes.add_argument("--head-dim", type=positive, default=256)
-    shapes.add_argument("--rotary-dim", type=positive, default=64)
+    shapes.add_argument("--head-dim", type=positive, metavar="D", help="default: the suite's, 256")
+    shapes.add_argument("--rotary-dim", type=positive, metavar="R", help="default: the suite's, 64")
     shapes.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="bfloat16")
     shapes.add_argument("--implementations", choices=implementations, nargs="+", default=list(implementations))
     written = argparse.ArgumentParser(add_help=False)
@@ -157,7 +157,7 @@ def measure(options: argparse.Namespace) -> int:
             from benchmarks import decode, providers
 
             layers = [
-                decode.Layer(q, kv, options.head_dim, options.rotary_dim, context, dtype=options.dtype)
+                decode.Layer(q, kv, options.head_dim or 256, options.rotary_dim or 64, context, dtype=options.dtype)
                 for q, kv in options.heads or ((16, 2),)
                 for context in options.context
             ]

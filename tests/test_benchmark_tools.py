@@ -188,12 +188,39 @@ def test_the_op_without_its_gate_is_compared_and_timed_beside_the_whole_oracle(m
         assert [len(calls[name].call()) for name in calls] == [3, 2]
 
 
-def test_packed_plain_op_cuts_q_gate_k_and_v(as_users_run_it):
-    inputs, packed = make_inputs(SMALL), dataclasses.replace(SMALL, packed=True)
-    q, k, v, gate = PROVIDERS["xla_plain"](packed, inputs)()
+@needs_triton
+@pytest.mark.parametrize("op", ["forward_no_gate", "backward_no_gate"])
+def test_the_op_without_gates_is_timed_only_if_it_is_right(monkeypatch, as_users_run_it, capsys, op):
+    providers = dict.fromkeys(["oracle", "vllm", "xla", "xla_plain"])
+    monkeypatch.setattr(operations, "agreement", lambda name, *rest, **kw: AGREEMENT("xla_plain", *rest, **kw))
+
+    def played(case, change=lambda k: k):
+        def run(*arrays):
+            q, k = JAX_OPS["xla_plain"](case)(*arrays)
+            return q, change(k)
+
+        return run
+
+    with jax.default_device(jax.devices("cpu")[0]):
+        inputs = make_inputs(SMALL)
+        monkeypatch.setitem(JAX_OPS, "xla", played)
+        calls, kept = OPERATIONS[op].check(SMALL, inputs, providers)
+        assert kept and list(calls) == ["xla", "xla_plain"]
+        heads = [SMALL.num_q_heads * SMALL.head_dim, SMALL.num_kv_heads * SMALL.head_dim]
+        assert [x.shape[-1] for x in calls["xla"].call()[:2]] == heads
+        monkeypatch.setitem(JAX_OPS, "xla", functools.partial(played, change=jnp.negative))
+        calls, kept = OPERATIONS[op].check(SMALL, inputs, providers)
+    assert not kept and list(calls) == ["xla_plain"]
+    assert "BROKEN" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("gate", ["copied", None])
+def test_every_form_of_the_plain_op_has_the_values_of_the_first(as_users_run_it, packed, gate):
+    inputs, form = make_inputs(SMALL), dataclasses.replace(SMALL, packed=packed, gate=gate)
     want = PROVIDERS["xla_plain"](SMALL, inputs)()
-    assert all(np.array_equal(a, b) for a, b in zip((q, k, gate), want, strict=True))
-    assert np.array_equal(v, forms.values(SMALL))
+    got = PROVIDERS["xla_plain"](form, inputs)()
+    assert all(np.array_equal(a, b) for a, b in zip(got, forms.outputs_of(form, want), strict=True))
 
 
 # --- the floor ----------------------------------------------------------------------------------------------------
@@ -236,6 +263,8 @@ def test_bytes_of_blocks():
         "forward": (4 * 4 + 2 * 2) * row + table_row,
         **dict.fromkeys(("forward_pairs", "forward_unrounded_norm"), (4 * 4 + 2 * 2) * row + table_row),
         "backward": (5 * 4 + 3 * 2) * row,
+        "forward_no_gate": (2 * 4 + 2 * 2) * row + table_row,
+        "backward_no_gate": (3 * 4 + 3 * 2) * row,
         "gate_in_place": (2 * 4 + 2 * 2) * row + table_row,
         "block": (5 * 4 + 2 * 2) * row + table_row,
         "block_packed": (5 * 4 + 4 * 2) * row + table_row,

@@ -658,6 +658,11 @@ def test_suites_cover_what_they_say():
     heads = {(task.case.num_q_heads, task.case.num_kv_heads) for task in suites.timed(["sizes"])}
     assert set(suites.MODEL_HEADS) <= heads and {q for q, _ in heads} == {1, 2, 3, 4, 6, 8, 12, 16, 24, 32}
     assert {case.rotary_dim for case in suites.compiled()} >= {64, 40, 6, 2}
+    qwen3 = suites.timed(["qwen3"])
+    assert {(task.case.num_q_heads, task.case.num_kv_heads) for task in qwen3} == {(16, 8), (32, 8), (64, 8)}
+    assert {(task.case.head_dim, task.case.rotary_dim) for task in qwen3} == {(128, 128)}
+    (changed,) = suites.timed(["qwen3"], [1], [(2, 1)], head_dim=64)[:1]
+    assert changed.case == Case(1, 2, 1, 64, 128)
     assert [(task.op, task.case.num_tokens) for task in suites.timed(["options"])] == [
         (op, num_tokens)
         for op in ("forward", "forward_pairs", "forward_unrounded_norm")
