@@ -12,7 +12,7 @@ from benchmarks import suites
 # JAX and torch share the GPU here, so JAX must not reserve three quarters of it; read when JAX starts.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-WITHOUT_CASES = ("compile", "scaling")  # suites that aren't lists of cases with a device time each
+WITHOUT_CASES = ("model", "compile", "scaling")  # suites that aren't lists of cases with a device time each
 READERS = ("plot", "table", "compare")  # commands that read a record and compute nothing on a device
 GPU_COMMANDS = ("run",)
 
@@ -57,8 +57,12 @@ def parser(implementations: Sequence[str]) -> argparse.ArgumentParser:
     run = add("run", "time the implementations beside the oracle and the copy ceiling (GPU)", shapes, written)
     run.add_argument("--suite", choices=(*suites.SUITES, *WITHOUT_CASES), nargs="+", default=["forward"])
     run.add_argument("--peers", nargs="+", default=[], metavar="[NAME=]FILE", help="Triton source of other kernels")
-    run.add_argument("--repeats", type=positive, help="calls of each in a round; default: 40, down to 8 for long ones")
-    run.add_argument("--rounds", type=positive, default=5)
+    run.add_argument(
+        "--repeats",
+        type=positive,
+        help="calls of each in a round; default: 40, down to 8 for long ones and 3 of models",
+    )
+    run.add_argument("--rounds", type=positive, help="in each everything runs in turn; default: 5, of models 3")
     run.add_argument(
         "--cache", choices=("hot", "cold"), nargs="+", default=["hot"], help="cold: L2 overwritten before each call"
     )
@@ -199,7 +203,7 @@ def measure(options: argparse.Namespace) -> int:
 
 def run_suites(options: argparse.Namespace) -> int:
     """The suites asked for, one after another, all under one run id."""
-    from benchmarks import compilation, machine, peers, providers, record, scaling
+    from benchmarks import compilation, machine, model, peers, providers, record, scaling
     from benchmarks.progress import say
     from benchmarks.run import Settings, run
 
@@ -214,12 +218,14 @@ def run_suites(options: argparse.Namespace) -> int:
     recorded = record.new_run(options.output, options.commit)
     if warning := machine.slowdown(recorded.clocks):
         say(warning)
-    settings = Settings(options.repeats, options.rounds, tuple(options.cache))
+    settings = Settings(options.repeats, options.rounds or 5, tuple(options.cache))
     status = 0
     names = [name for name in options.suite if name not in WITHOUT_CASES]
     if names:
         shape = (options.head_dim, options.rotary_dim, options.dtype)
         status |= run(suites.timed(names, options.tokens, options.heads, *shape), chosen, settings, recorded)
+    if "model" in options.suite:
+        status |= model.run(model.MODELS, recorded, options.repeats, options.rounds)
     if "compile" in options.suite:
         status |= compilation.run(suites.compiled(), options.implementations, recorded)
     if "scaling" in options.suite:
