@@ -1,4 +1,4 @@
-"""The command line: python -m benchmarks run | verify | demo | decode | profile | plot | table | compare."""
+"""The command line: python -m benchmarks run | verify | demo | decode | profile | tune | plot | table | compare."""
 
 import argparse
 import importlib.util
@@ -14,7 +14,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 WITHOUT_CASES = ("model", "compile", "scaling")  # suites that aren't lists of cases with a device time each
 READERS = ("plot", "table", "compare")  # commands that read a record and compute nothing on a device
-GPU_COMMANDS = ("run",)
+GPU_COMMANDS = ("run", "tune")
 
 
 def heads(text: str) -> tuple[int, int]:
@@ -80,6 +80,9 @@ def parser(implementations: Sequence[str]) -> argparse.ArgumentParser:
     profile = add("profile", "write a trace for XProf and Perfetto, and print what it holds", shapes)
     profile.add_argument("--repeats", type=positive, default=10)
     profile.add_argument("--output", type=pathlib.Path, required=True, metavar="FOLDER", help="new or empty")
+    tune = add("tune", "what other launch configurations would gain on this GPU, as a table for an issue", shapes)
+    tune.add_argument("--form", choices=suites.TUNED_FORMS, default="gate", help="of the call")
+    tune.add_argument("--direction", choices=("forward", "backward"), nargs="+", default=["forward", "backward"])
     plot = add("plot", "pictures of a record: time and share of the copy ceiling against tokens", read)
     plot.add_argument("--run", help="the beginning of a run's id; default: the latest run with each operation")
     plot.add_argument("--output", type=pathlib.Path, metavar="FOLDER", help="default: benchmarks/results")
@@ -191,6 +194,16 @@ def measure(options: argparse.Namespace) -> int:
             # Without a GPU the kernels don't run, and the oracle is interpreted.
             names = [name for name in options.implementations if not on_cpu or name.startswith("xla")]
             return profile.profile([task.case for task in chosen], names, options.repeats, options.output)
+        case "tune":
+            from benchmarks import machine, tune
+
+            cases = suites.tuned(
+                options.form, options.tokens, options.heads, options.head_dim, options.rotary_dim, options.dtype
+            )
+            names = [name for name in options.implementations if name in tune.IMPLEMENTATIONS]
+            if warning := machine.slowdown(machine.clocks()):
+                print(warning)
+            return tune.tune(cases, names, options.direction, machine.gpu_name(), machine.versions())
         case "verify":
             from benchmarks.verify import verify
 

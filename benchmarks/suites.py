@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tests import fp8
 from tests.cached import AXES, CachedCase
@@ -80,6 +80,32 @@ def timed(
         for name in names
         for suite in [SUITES[name]]
         for op, of_heads, num_tokens in itertools.product(suite.ops, heads or suite.heads, tokens or suite.tokens)
+    ]
+
+
+# The forms of a call that `tune` takes.
+TUNED_FORMS: dict[str, dict[str, Any]] = {
+    "gate": {},
+    "gate_in_place": {"gate": "in_place"},
+    "no_gate": {"gate": None},
+    "packed": {"packed": True},
+    "packed_gate_in_place": {"packed": True, "gate": "in_place"},
+    "packed_no_gate": {"packed": True, "gate": None},
+}
+
+
+def tuned(
+    form: str,
+    tokens: Sequence[int] | None = None,
+    heads: Sequence[tuple[int, int]] | None = None,
+    head_dim: int | None = None,
+    rotary_dim: int | None = None,
+    dtype: str = "bfloat16",
+) -> list[Case]:
+    """The cases of `tune`."""
+    return [
+        Case(num_tokens, *of_heads, head_dim or 256, rotary_dim or 64, dtype, **TUNED_FORMS[form])
+        for of_heads, num_tokens in itertools.product(heads or HEADS[:1], tokens or (64, 1024, 16384))
     ]
 
 
