@@ -1,4 +1,4 @@
-"""The command line: python -m benchmarks run | verify | demo | decode | host | profile | plot | table | compare."""
+"""The command line: python -m benchmarks COMMAND, of which --help lists every one."""
 
 import argparse
 import importlib.util
@@ -12,9 +12,9 @@ from benchmarks import suites
 # JAX and torch share the GPU here, so JAX must not reserve three quarters of it; read when JAX starts.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-WITHOUT_CASES = ("compile", "scaling")  # suites that aren't lists of cases with a device time each
+WITHOUT_CASES = ("model", "compile", "scaling")  # suites that aren't lists of cases with a device time each
 READERS = ("plot", "table", "compare")  # commands that read a record and compute nothing on a device
-GPU_COMMANDS = ("run",)
+GPU_COMMANDS = ("run", "tune")
 WITHOUT_ORACLE = ("decode", "host")  # commands that need no torch
 
 
@@ -43,8 +43,8 @@ def parser(implementations: Sequence[str]) -> argparse.ArgumentParser:
     shapes = argparse.ArgumentParser(add_help=False)
     shapes.add_argument("--tokens", type=positive, nargs="+", metavar="T", help="default: the suite's")
     shapes.add_argument("--heads", type=heads, nargs="+", metavar="Hq/Hkv", help="default: the suite's")
-    shapes.add_argument("--head-dim", type=positive, default=256)
-    shapes.add_argument("--rotary-dim", type=positive, default=64)
+    shapes.add_argument("--head-dim", type=positive, metavar="D", help="default: the suite's, 256")
+    shapes.add_argument("--rotary-dim", type=positive, metavar="R", help="default: the suite's, 64")
     shapes.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="bfloat16")
     shapes.add_argument("--implementations", choices=implementations, nargs="+", default=list(implementations))
     written = argparse.ArgumentParser(add_help=False)
@@ -58,8 +58,12 @@ def parser(implementations: Sequence[str]) -> argparse.ArgumentParser:
     run = add("run", "time the implementations beside the oracle and the copy ceiling (GPU)", shapes, written)
     run.add_argument("--suite", choices=(*suites.SUITES, *WITHOUT_CASES), nargs="+", default=["forward"])
     run.add_argument("--peers", nargs="+", default=[], metavar="[NAME=]FILE", help="Triton source of other kernels")
-    run.add_argument("--repeats", type=positive, help="calls of each in a round; default: 40, down to 8 for long ones")
-    run.add_argument("--rounds", type=positive, default=5)
+    run.add_argument(
+        "--repeats",
+        type=positive,
+        help="calls of each in a round; default: 40, down to 8 for long ones and 3 of models",
+    )
+    run.add_argument("--rounds", type=positive, help="in each everything runs in turn; default: 5, of models 3")
     run.add_argument(
         "--cache", choices=("hot", "cold"), nargs="+", default=["hot"], help="cold: L2 overwritten before each call"
     )
@@ -79,6 +83,9 @@ def parser(implementations: Sequence[str]) -> argparse.ArgumentParser:
     profile = add("profile", "write a trace for XProf and Perfetto, and print what it holds", shapes)
     profile.add_argument("--repeats", type=positive, default=10)
     profile.add_argument("--output", type=pathlib.Path, required=True, metavar="FOLDER", help="new or empty")
+    tune = add("tune", "what other launch configurations would gain on this GPU, as a table for an issue", shapes)
+    tune.add_argument("--form", choices=suites.TUNED_FORMS, default="gate", help="of the call")
+    tune.add_argument("--direction", choices=("forward", "backward"), nargs="+", default=["forward", "backward"])
     plot = add("plot", "pictures of a record: time and share of the copy ceiling against tokens", read)
     plot.add_argument("--run", help="the beginning of a run's id; default: the latest run with each operation")
     plot.add_argument("--output", type=pathlib.Path, metavar="FOLDER", help="default: benchmarks/results")
@@ -160,7 +167,7 @@ def measure(options: argparse.Namespace) -> int:
             from benchmarks import decode, providers
 
             layers = [
-                decode.Layer(q, kv, options.head_dim, options.rotary_dim, context, dtype=options.dtype)
+                decode.Layer(q, kv, options.head_dim or 256, options.rotary_dim or 64, context, dtype=options.dtype)
                 for q, kv in options.heads or ((16, 2),)
                 for context in options.context
             ]
@@ -194,6 +201,16 @@ def measure(options: argparse.Namespace) -> int:
             # Without a GPU the kernels don't run, and the oracle is interpreted.
             names = [name for name in options.implementations if not on_cpu or name.startswith("xla")]
             return profile.profile([task.case for task in chosen], names, options.repeats, options.output)
+        case "tune":
+            from benchmarks import machine, tune
+
+            cases = suites.tuned(
+                options.form, options.tokens, options.heads, options.head_dim, options.rotary_dim, options.dtype
+            )
+            names = [name for name in options.implementations if name in tune.IMPLEMENTATIONS]
+            if warning := machine.slowdown(machine.clocks()):
+                print(warning)
+            return tune.tune(cases, names, options.direction, machine.gpu_name(), machine.versions())
         case "verify":
             from benchmarks.verify import verify
 
@@ -206,7 +223,7 @@ def measure(options: argparse.Namespace) -> int:
 
 def run_suites(options: argparse.Namespace) -> int:
     """The suites asked for, one after another, all under one run id."""
-    from benchmarks import compilation, peers, providers, record, scaling
+    from benchmarks import compilation, machine, model, peers, providers, record, scaling
     from benchmarks.progress import say
     from benchmarks.run import Settings, run
 
@@ -219,16 +236,22 @@ def run_suites(options: argparse.Namespace) -> int:
             raise ValueError(f"a peer must have a name of its own, got {peer.name}. Write NAME=FILE.")
         chosen[peer.name] = peer.build
     recorded = record.new_run(options.output, options.commit)
-    settings = Settings(options.repeats, options.rounds, tuple(options.cache))
+    if warning := machine.slowdown(recorded.clocks):
+        say(warning)
+    settings = Settings(options.repeats, options.rounds or 5, tuple(options.cache))
     status = 0
     names = [name for name in options.suite if name not in WITHOUT_CASES]
     if names:
         shape = (options.head_dim, options.rotary_dim, options.dtype)
         status |= run(suites.timed(names, options.tokens, options.heads, *shape), chosen, settings, recorded)
+    if "model" in options.suite:
+        status |= model.run(model.MODELS, recorded, options.repeats, options.rounds)
     if "compile" in options.suite:
         status |= compilation.run(suites.compiled(), options.implementations, recorded)
     if "scaling" in options.suite:
         status |= scaling.run(options.implementations, recorded, options.heads or suites.HEADS)
+    if warning := machine.slowdown(machine.clocks()):
+        say(warning)
     return status
 
 

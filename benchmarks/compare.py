@@ -32,7 +32,7 @@ class Change(NamedTuple):
 
 
 def changes(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
-    """The timed rows that both sides hold; the copy ceiling, which measures the machines, apart.
+    """The timed rows that both sides hold of one GPU; the copy ceiling, which measures the machines, apart.
 
     Two runs see other clocks and neighbours. What is expected of the second is therefore the first one's time, scaled
     by the copy ceilings of the case. The noise is the larger distance between quartiles of the four medians that enter,
@@ -73,19 +73,27 @@ def rows_of(name: str, paths: Sequence[pathlib.Path]) -> list[Row]:
 
 
 def compare(before: Sequence[Row], after: Sequence[Row]) -> int:
-    """Prints what changed beyond noise; 0, 1 if something got slower, 2 if there is nothing to compare."""
+    """Prints what changed beyond noise; 0, 1 if something got slower, 2 if there is nothing to compare.
+
+    Raises:
+      ValueError: the sides have no GPU in common.
+    """
+    gpus = [{row["gpu"] for row in rows} for rows in (before, after)]
+    if all(gpus) and not gpus[0] & gpus[1]:
+        first, second = (" and ".join(sorted(names)) for names in gpus)
+        raise ValueError(f"both sides must be of one GPU, got {first} before and {second} after. Time both on one.")
     found = changes(before, after)
     if not found:
         print("Both sides must hold times of the same cases and implementations, got none in common.")
         return 2
-    rows = [["op", "dtype", "D", "R", "cache", "heads", "T", "implementation", "before", "expected", "after"]]
+    rows = [["GPU", "op", "dtype", "D", "R", "cache", "heads", "T", "implementation", "before", "expected", "after"]]
     rows[0] += ["noise", "ratio", ""]
     shown = sorted((change for change in found if change.verdict), key=lambda change: -change.ratio)
     for change in shown:
         row = change.after
         times = (change.before["p50_us"], change.expected_us, row["p50_us"], change.noise_us)
         rows.append(
-            [str(row[field]) for field in ("op", "dtype", "head_dim", "rotary_dim", "cache")]
+            [str(row[field]) for field in ("gpu", "op", "dtype", "head_dim", "rotary_dim", "cache")]
             + [f"{row['num_q_heads']}/{row['num_kv_heads']}", str(row["num_tokens"]), row["implementation"]]
             + [*(f"{t:.2f}" for t in times), f"{change.ratio:.3f}", change.verdict]
         )
@@ -94,9 +102,6 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> int:
     slower = sum(change.verdict == "slower" for change in shown)
     keys = [{record.key(row) for row in record.timed(rows)} for rows in (before, after)]
     alone = len(keys[0] ^ keys[1])
-    gpus = {row["gpu"] for change in found for row in (change.before, change.after)}
-    if len(gpus) > 1:
-        print(f"These are different GPUs: {', '.join(sorted(gpus))}.")
     print(
         f"{len(found)} times compared, in microseconds: {slower} slower, {len(shown) - slower} faster, the others "
         f"within noise; {alone} are on one side only. Expected: the time before, at the copy speed after."

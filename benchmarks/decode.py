@@ -311,7 +311,9 @@ class Cost(NamedTuple):
 Step = Callable[[Parameters, State], State]
 
 
-def compiled(implementation: str, layer: Layer, form: Form, options: dict[str, Any], parameters, state: State):
+def compiled(
+    implementation: Implementation, layer: Layer, form: Form, options: dict[str, Any], parameters, state: State
+):
     """(compiled program, what its command buffers hold); each step writes into the state before it."""
     function = functools.partial(step, implementation, layer, form)
     with tempfile.TemporaryDirectory(prefix="pallas_qk_xla_") as directory:

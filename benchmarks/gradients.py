@@ -70,9 +70,11 @@ def agreement(
 
 
 def op_agreement(case: Case, got: Sequence[jax.Array], want: Sequence[jax.Array]) -> Agreement:
-    """Whether the op's gradients are the float32 ones, rounded: the error of rounding alone, and the gate's bits."""
-    gate = forms.split_gates(case, got[0])[1]
+    """Whether the op's gradients are the float32 ones, rounded: the error of rounding alone, and a gate's bits."""
+    copied = _NOTHING
+    if case.gate is not None:
+        copied = compare_bits("dq_gate's gate", forms.split_gates(case, got[0])[1], cotangents(case)[-1])
     # Rounding to nearest leaves at most half a step of each element; plain autodiff of 16-bit code rounds in between,
     # its cotangents too.
     bound = 4 * float(jnp.finfo(case.dtype).eps)
-    return agreement(got, want, bound, compare_bits("dq_gate's gate", gate, cotangents(case)[-1]))
+    return agreement(got, want, bound, copied)

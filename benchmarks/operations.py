@@ -38,6 +38,14 @@ def check_with(case: Case, inputs: Inputs, providers: Mapping[str, Builder], **o
     return check_forward(dataclasses.replace(case, **options), inputs, providers)
 
 
+def check_no_gate(case: Case, inputs: Inputs, providers: Mapping[str, Builder]) -> Checks:
+    """The op without gates, whose q and k are compared with the oracle's, which has gates and isn't timed."""
+    form, named = dataclasses.replace(case, gate=None), {name: x for name, x in providers.items() if name in JAX_OPS}
+    arrays = forms.arguments(form, inputs)
+    builds = {name: functools.partial(jitted, JAX_OPS[name](form), *arrays) for name in named}
+    return _check_op(case, inputs, named, builds)
+
+
 def check_gate_in_place(case: Case, inputs: Inputs, providers: Mapping[str, Builder]) -> Checks:
     """The op without its gate's copy, timed together with the oracle's whole op."""
     form = dataclasses.replace(case, gate="in_place")
@@ -55,11 +63,11 @@ def _check_op(
     inputs: Inputs,
     providers: Mapping[str, Builder],
     builds: Mapping[str, Callable[[], Call]],
-    reference: str,
+    reference: str = "",
 ) -> Checks:
     """The calls whose results agree with as many of the oracle's; the oracle leads where it is among `providers`.
 
-    `reference` says what the oracle was compared with.
+    `reference` says then what the oracle was compared with.
     """
     oracle = PROVIDERS["oracle"](case, inputs)
     want = to_jax(oracle())
@@ -95,6 +103,12 @@ OPERATIONS = {
     "forward_pairs": Operation(functools.partial(check_with, rotation="pairs"), minimum_bytes, 2.5),
     "forward_unrounded_norm": Operation(functools.partial(check_with, round_norm=False), minimum_bytes, 2.5),
     "backward": Operation(check_backward, functools.partial(minimum_bytes, direction="backward"), 5.0),
+    "forward_no_gate": Operation(check_no_gate, lambda case: minimum_bytes(dataclasses.replace(case, gate=None)), 4.0),
+    "backward_no_gate": Operation(
+        lambda case, *rest: check_backward(dataclasses.replace(case, gate=None), *rest),
+        lambda case: minimum_bytes(dataclasses.replace(case, gate=None), "backward"),
+        6.0,
+    ),
     "gate_in_place": Operation(
         check_gate_in_place, lambda case: minimum_bytes(dataclasses.replace(case, gate="in_place")), 3.0
     ),

@@ -37,9 +37,9 @@ class Writer:
 
 
 def _plain(case: Case) -> Op:
-    """What a user would write, with a gate that XLA places, from separate arrays or a packed one."""
+    """What a user would write, with a gate, if any, that XLA places, from separate arrays or a packed one."""
     static: dict[str, Any] = case.static_arguments
-    op = xla_plain.fused_qkv_rmsnorm_rope_gate if case.packed else xla_plain.fused_qk_rmsnorm_rope_gate
+    op = getattr(xla_plain, f"fused_qk{'v' * case.packed}_rmsnorm_rope{'_gate' if case.gate else ''}")
     return functools.partial(op, **static)
 
 

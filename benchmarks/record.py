@@ -2,24 +2,20 @@
 
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import pathlib
-import platform
 import re
 import secrets
-import subprocess
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from benchmarks import machine
 from benchmarks.timing import Samples
 from tests.cases import Case
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = machine.ROOT / "benchmarks" / "results"
 
 Row = dict[str, Any]
 
@@ -32,16 +28,21 @@ class Run:
     gpu: str
     versions: Mapping[str, str]
     output: pathlib.Path
+    clocks: Mapping[str, int | str] = dataclasses.field(default_factory=dict)  # at the start, see `machine.clocks`
 
-    def append(self, suite: str, fields: Row) -> None:
-        """Adds a row of a suite, written out before it returns."""
-        append(self.output, {"run": self.run, "gpu": self.gpu, "suite": suite, **fields, "versions": self.versions})
+    def append(self, suite: str, *rows: Row) -> None:
+        """Adds rows of a suite, measured together and just now; they are written out before it returns."""
+        clocks = {name: x for name, x in (("start", self.clocks), ("end", machine.clocks())) if x}
+        common = {"clocks": clocks} if clocks else {}
+        for row in rows:
+            own = {"run": self.run, "gpu": self.gpu, "suite": suite, **row}
+            append(self.output, own | common | {"versions": self.versions})
 
 
 def new_run(output: pathlib.Path | None, commit: str | None) -> Run:
     """`output` None: the GPU's own file under benchmarks/results. `commit` None: what git says here."""
-    gpu = gpu_name()
-    return Run(new_run_id(), gpu, versions(commit), output or default_path(gpu))
+    gpu = machine.gpu_name()
+    return Run(new_run_id(), gpu, machine.versions(commit), output or default_path(gpu), machine.clocks())
 
 
 def new_run_id() -> str:
@@ -148,8 +149,16 @@ def of_run(rows: Iterable[Row], run: str) -> list[Row]:
 
 
 def key(row: Row) -> tuple[Any, ...]:
-    """What a timed row measured: rows of two runs with the same key compare."""
-    return (row["op"], *config(row), row["num_q_heads"], row["num_kv_heads"], row["num_tokens"], row["implementation"])
+    """What a timed row measured, and on which GPU: rows of two runs with the same key compare."""
+    return (
+        row["gpu"],
+        row["op"],
+        *config(row),
+        row["num_q_heads"],
+        row["num_kv_heads"],
+        row["num_tokens"],
+        row["implementation"],
+    )
 
 
 def config(row: Row) -> tuple[Any, ...]:
@@ -160,41 +169,3 @@ def config(row: Row) -> tuple[Any, ...]:
 def timed(rows: Iterable[Row]) -> list[Row]:
     """The rows of device times, the latest where one was measured twice."""
     return list({key(row): row for row in rows if "p50_us" in row and "cache" in row}.values())
-
-
-def versions(commit: str | None = None) -> dict[str, str]:
-    """What made the numbers: libraries, driver, commit of this repository and the date (UTC)."""
-    found = {name: _version(name) for name in ("jax", "jaxlib", "torch", "triton")}
-    return {
-        **found,
-        "python": platform.python_version(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
-        "commit": commit or _commit(),
-        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}",
-    }
-
-
-def gpu_name() -> str:
-    return jax.devices()[0].device_kind
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
-
-
-def _commit() -> str:
-    commit = _output("git", "rev-parse", "HEAD")
-    changed = commit != "unknown" and _output("git", "status", "--porcelain", "--", "*.py")
-    return f"{commit}-dirty" if changed else commit
-
-
-def _output(*command: str) -> str:
-    """What a command prints, "unknown" where it can't run: a machine may have no git or nvidia-smi."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip()

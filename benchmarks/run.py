@@ -65,10 +65,14 @@ def time_task(
     checked = {"copy": copied, **{name: call.checked for name, call in calls.items()}}
     for cache in settings.caches:
         samples = time(case, {name: call.call for name, call in calls.items()}, total_bytes, settings, cache)
-        for name, sample in samples.items():
-            fields = record.case_fields(case, name, task.op) | {"cache": cache}
-            fields |= record.time_fields(sample, samples["copy"], total_bytes) | {"checked": checked[name]}
-            recorded.append(task.suite, fields)
+        rows = [
+            record.case_fields(case, name, task.op)
+            | {"cache": cache}
+            | record.time_fields(sample, samples["copy"], total_bytes)
+            | {"checked": checked[name]}
+            for name, sample in samples.items()
+        ]
+        recorded.append(task.suite, *rows)
         yield cache, samples, kept
 
 

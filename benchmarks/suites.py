@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tests import fp8
 from tests.cached import AXES, CachedCase
@@ -24,11 +24,13 @@ def size_heads() -> tuple[tuple[int, int], ...]:
 
 
 class Suite(NamedTuple):
-    """What is timed by default: operations (the keys of `operations.OPERATIONS`), tokens and heads."""
+    """What is timed by default: operations (the keys of `operations.OPERATIONS`), tokens, heads and dimensions."""
 
     ops: tuple[str, ...]
     tokens: tuple[int, ...]
     heads: tuple[tuple[int, int], ...] = HEADS
+    head_dim: int = 256
+    rotary_dim: int = 64
 
 
 SUITES = {
@@ -40,6 +42,14 @@ SUITES = {
     "options": Suite(("forward", "forward_pairs", "forward_unrounded_norm"), (64, 1024, 16384), ((16, 2),)),
     "block": Suite(
         ("gate_in_place", "block", "block_backward", "block_packed", "block_packed_backward"), (64, 1024, 16384)
+    ),
+    # The heads of Qwen3-4B and 8B; of 0.6B and 1.7B; of 32B.
+    "qwen3": Suite(
+        ("forward_no_gate", "backward_no_gate"),
+        (1, 16, 64, 256, 1024, 4096, 16384, 65536),
+        ((32, 8), (16, 8), (64, 8)),
+        head_dim=128,
+        rotary_dim=128,
     ),
     "kv_cache": Suite(
         ("kv_cache", "kv_cache_gate_in_place", "kv_cache_fp8", "kv_cache_fp8_gate_in_place"),
@@ -60,17 +70,42 @@ def timed(
     names: Sequence[str] = ("forward",),
     tokens: Sequence[int] | None = None,
     heads: Sequence[tuple[int, int]] | None = None,
-    head_dim: int = 256,
-    rotary_dim: int = 64,
+    head_dim: int | None = None,
+    rotary_dim: int | None = None,
     dtype: str = "bfloat16",
 ) -> list[Task]:
-    """The tasks of some suites: every operation and head count, small batches first."""
+    """The tasks of some suites: every operation and head count, small batches first. None is the suite's own."""
     return [
-        Task(name, op, Case(num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim, dtype))
+        Task(name, op, Case(num_tokens, *of_heads, head_dim or suite.head_dim, rotary_dim or suite.rotary_dim, dtype))
         for name in names
-        for op, (num_q_heads, num_kv_heads), num_tokens in itertools.product(
-            SUITES[name].ops, heads or SUITES[name].heads, tokens or SUITES[name].tokens
-        )
+        for suite in [SUITES[name]]
+        for op, of_heads, num_tokens in itertools.product(suite.ops, heads or suite.heads, tokens or suite.tokens)
+    ]
+
+
+# The forms of a call that `tune` takes.
+TUNED_FORMS: dict[str, dict[str, Any]] = {
+    "gate": {},
+    "gate_in_place": {"gate": "in_place"},
+    "no_gate": {"gate": None},
+    "packed": {"packed": True},
+    "packed_gate_in_place": {"packed": True, "gate": "in_place"},
+    "packed_no_gate": {"packed": True, "gate": None},
+}
+
+
+def tuned(
+    form: str,
+    tokens: Sequence[int] | None = None,
+    heads: Sequence[tuple[int, int]] | None = None,
+    head_dim: int | None = None,
+    rotary_dim: int | None = None,
+    dtype: str = "bfloat16",
+) -> list[Case]:
+    """The cases of `tune`."""
+    return [
+        Case(num_tokens, *of_heads, head_dim or 256, rotary_dim or 64, dtype, **TUNED_FORMS[form])
+        for of_heads, num_tokens in itertools.product(heads or HEADS[:1], tokens or (64, 1024, 16384))
     ]
 
 

@@ -44,7 +44,7 @@ def times(measured: Mapping[Case, Mapping[str, Samples]], names: Sequence[str]) 
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table of a README: one line for each case of one operation and configuration.
+    """The table of a README: one line for each case of one GPU, operation and configuration.
 
     `rows` are timed rows of one run: microseconds of each implementation in the order met, and the best Pallas
     kernel's share of the copy ceiling.
@@ -70,12 +70,12 @@ def _microseconds(row: Row) -> str:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """The Markdown table of each operation and configuration that a run timed."""
+    """The Markdown table of each GPU, operation and configuration that a run timed."""
     groups: dict[tuple, list[Row]] = {}
     for row in record.timed(rows):
-        groups.setdefault((row["op"], *record.config(row)), []).append(row)
+        groups.setdefault((row["gpu"], row["op"], *record.config(row)), []).append(row)
     return "\n\n".join(
-        f"{op.replace('_', ' ')}, {dtype}, head_dim {head_dim}, rotary_dim {rotary_dim}, {cache} L2, microseconds\n\n"
-        f"{markdown(group)}"
-        for (op, dtype, head_dim, rotary_dim, cache), group in groups.items()
+        f"{gpu}: {op.replace('_', ' ')}, {dtype}, head_dim {head_dim}, rotary_dim {rotary_dim}, {cache} L2, "
+        f"microseconds\n\n{markdown(group)}"
+        for (gpu, op, dtype, head_dim, rotary_dim, cache), group in groups.items()
     )

@@ -29,8 +29,8 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, rotation: str = "halves
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1)
 
 
-def fused_qk_rmsnorm_rope_gate(
-    q_gate: jax.Array,
+def fused_qk_rmsnorm_rope(
+    q: jax.Array,
     k: jax.Array,
     q_weight: jax.Array,
     k_weight: jax.Array,
@@ -45,10 +45,9 @@ def fused_qk_rmsnorm_rope_gate(
     norm_beta: float = 0.0,
     rotation: str = "halves",
     round_norm: bool = True,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The arguments and results of `pallas_qk.fused_qk_rmsnorm_rope_gate`."""
-    num_tokens = q_gate.shape[0]
-    q, gate = jnp.split(q_gate.reshape(num_tokens, num_q_heads, 2 * head_dim), 2, axis=-1)
+) -> tuple[jax.Array, jax.Array]:
+    """The arguments and results of `pallas_qk.fused_qk_rmsnorm_rope`; q may have heads on an axis of their own."""
+    num_tokens = q.shape[0]
     angles = cos_sin_cache[positions].astype(jnp.float32)
     if mrope_section is not None:
         frequency = (jnp.arange(rotary_dim) % (rotary_dim // 2))[None]
@@ -61,15 +60,33 @@ def fused_qk_rmsnorm_rope_gate(
         y = rms_norm(x, weight, eps, norm_beta)
         return rotate(y.astype(x.dtype) if round_norm else y, cos, sin, rotation).astype(x.dtype)
 
-    q = norm_and_rope(q, q_weight)
+    q = norm_and_rope(q.reshape(num_tokens, num_q_heads, head_dim), q_weight)
     k = norm_and_rope(k.reshape(num_tokens, num_kv_heads, head_dim), k_weight)
-    return q.reshape(num_tokens, -1), k.reshape(num_tokens, -1), gate.reshape(num_tokens, -1)
+    return q.reshape(num_tokens, -1), k.reshape(num_tokens, -1)
+
+
+def fused_qk_rmsnorm_rope_gate(q_gate: jax.Array, k: jax.Array, *others: Any, **static: Any) -> tuple[jax.Array, ...]:
+    """The arguments and results of `pallas_qk.fused_qk_rmsnorm_rope_gate`."""
+    num_tokens = q_gate.shape[0]
+    heads = q_gate.reshape(num_tokens, static["num_q_heads"], 2 * static["head_dim"])
+    q, gate = jnp.split(heads, 2, axis=-1)
+    q, k = fused_qk_rmsnorm_rope(q, k, *others, **static)
+    return q, k, gate.reshape(num_tokens, -1)
+
+
+def fused_qkv_rmsnorm_rope(qkv: jax.Array, *others: Any, **static: Any) -> tuple[jax.Array, ...]:
+    """Takes and gives what `pallas_qk.fused_qkv_rmsnorm_rope` does; the projection is cut by slices."""
+    q, k, v = _split(qkv, static["num_q_heads"] * static["head_dim"], static["num_kv_heads"] * static["head_dim"])
+    return *fused_qk_rmsnorm_rope(q, k, *others, **static), v
 
 
 def fused_qkv_rmsnorm_rope_gate(qkv: jax.Array, *others: Any, **static: Any) -> tuple[jax.Array, ...]:
     """Takes and gives what `pallas_qk.fused_qkv_rmsnorm_rope_gate` does; the projection is cut by slices."""
-    q_width = 2 * static["num_q_heads"] * static["head_dim"]
-    kv_width = static["num_kv_heads"] * static["head_dim"]
-    q_gate, k, v = jnp.split(qkv, [q_width, q_width + kv_width], axis=-1)
+    widths = 2 * static["num_q_heads"] * static["head_dim"], static["num_kv_heads"] * static["head_dim"]
+    q_gate, k, v = _split(qkv, *widths)
     q, k, gate = fused_qk_rmsnorm_rope_gate(q_gate, k, *others, **static)
     return q, k, v, gate
+
+
+def _split(qkv: jax.Array, q_width: int, kv_width: int) -> list[jax.Array]:
+    return jnp.split(qkv, [q_width, q_width + kv_width], axis=-1)

@@ -4,8 +4,8 @@ python -m examples.gated_attention
 
 Query, gate, key and value come from one packed projection, which the op takes as it is and writes out as attention
 wants it. With a cache the op's kernel writes key and value there too. The gate stays where it lies and is read by the
-product with attention's output. Three projections of one array would be merged by XLA into one product, whose slices
-are copies (docs/porting.md).
+product with attention's output. XLA would merge three projections of one array into one product, whose slices are
+copies. Barriers keep three projections apart: see docs/porting.md and examples/train_step.py.
 
 B batch, S sequence, E hidden size, Hq and Hkv query and kv heads, D head_dim, R rotary_dim, L cache length.
 """

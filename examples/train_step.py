@@ -63,12 +63,15 @@ def gated_attention(parameters: dict[str, jax.Array], hidden: jax.Array, table: 
             norm_beta=1.0,
         )
 
+    # Three products of one array would be merged and cut up again by XLA on a GPU, into copies (docs/porting.md).
+    once = jax.lax.optimization_barrier(hidden)
+    twice = jax.lax.optimization_barrier(once)
     # One launch for the whole batch, and one for its gradient.
-    q, k, gate = jax.vmap(prepare)(hidden @ parameters["q_gate"], hidden @ parameters["k"])
+    q, k, gate = jax.vmap(prepare)(hidden @ parameters["q_gate"], once @ parameters["k"])
     attended = jax.nn.dot_product_attention(
         q.reshape(BATCH, LENGTH, Q_HEADS, HEAD_DIM),
         k.reshape(BATCH, LENGTH, KV_HEADS, HEAD_DIM),
-        (hidden @ parameters["v"]).reshape(BATCH, LENGTH, KV_HEADS, HEAD_DIM),
+        (twice @ parameters["v"]).reshape(BATCH, LENGTH, KV_HEADS, HEAD_DIM),
         is_causal=True,
     )
     return (attended.reshape(gate.shape) * jax.nn.sigmoid(gate)) @ parameters["out"]

@@ -201,12 +201,39 @@ def test_the_op_without_its_gate_is_compared_and_timed_beside_the_whole_oracle(m
         assert [len(calls[name].call()) for name in calls] == [3, 2]
 
 
-def test_packed_plain_op_cuts_q_gate_k_and_v(as_users_run_it):
-    inputs, packed = make_inputs(SMALL), dataclasses.replace(SMALL, packed=True)
-    q, k, v, gate = PROVIDERS["xla_plain"](packed, inputs)()
+@needs_triton
+@pytest.mark.parametrize("op", ["forward_no_gate", "backward_no_gate"])
+def test_the_op_without_gates_is_timed_only_if_it_is_right(monkeypatch, as_users_run_it, capsys, op):
+    providers = dict.fromkeys(["oracle", "vllm", "xla", "xla_plain"])
+    monkeypatch.setattr(operations, "agreement", lambda name, *rest, **kw: AGREEMENT("xla_plain", *rest, **kw))
+
+    def played(case, change=lambda k: k):
+        def run(*arrays):
+            q, k = JAX_OPS["xla_plain"](case)(*arrays)
+            return q, change(k)
+
+        return run
+
+    with jax.default_device(jax.devices("cpu")[0]):
+        inputs = make_inputs(SMALL)
+        monkeypatch.setitem(JAX_OPS, "xla", played)
+        calls, kept = OPERATIONS[op].check(SMALL, inputs, providers)
+        assert kept and list(calls) == ["xla", "xla_plain"]
+        heads = [SMALL.num_q_heads * SMALL.head_dim, SMALL.num_kv_heads * SMALL.head_dim]
+        assert [x.shape[-1] for x in calls["xla"].call()[:2]] == heads
+        monkeypatch.setitem(JAX_OPS, "xla", functools.partial(played, change=jnp.negative))
+        calls, kept = OPERATIONS[op].check(SMALL, inputs, providers)
+    assert not kept and list(calls) == ["xla_plain"]
+    assert "BROKEN" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("gate", ["copied", None])
+def test_every_form_of_the_plain_op_has_the_values_of_the_first(as_users_run_it, packed, gate):
+    inputs, form = make_inputs(SMALL), dataclasses.replace(SMALL, packed=packed, gate=gate)
     want = PROVIDERS["xla_plain"](SMALL, inputs)()
-    assert all(np.array_equal(a, b) for a, b in zip((q, k, gate), want, strict=True))
-    assert np.array_equal(v, forms.values(SMALL))
+    got = PROVIDERS["xla_plain"](form, inputs)()
+    assert all(np.array_equal(a, b) for a, b in zip(got, forms.outputs_of(form, want), strict=True))
 
 
 # --- the floor ----------------------------------------------------------------------------------------------------
@@ -249,6 +276,8 @@ def test_bytes_of_blocks():
         "forward": (4 * 4 + 2 * 2) * row + table_row,
         **dict.fromkeys(("forward_pairs", "forward_unrounded_norm"), (4 * 4 + 2 * 2) * row + table_row),
         "backward": (5 * 4 + 3 * 2) * row,
+        "forward_no_gate": (2 * 4 + 2 * 2) * row + table_row,
+        "backward_no_gate": (3 * 4 + 3 * 2) * row,
         "gate_in_place": (2 * 4 + 2 * 2) * row + table_row,
         "block": (5 * 4 + 2 * 2) * row + table_row,
         "block_packed": (5 * 4 + 4 * 2) * row + table_row,
@@ -718,13 +747,32 @@ def test_compare_finds_what_changed_beyond_noise(capsys, factor, copy_factor, sl
     assert printed.count(" slower\n") == slower
 
 
-def test_compare_counts_what_lies_on_one_side_and_names_other_gpus(capsys):
-    after = [row for row in a_run(gpu="NVIDIA H100") if row["implementation"] != "vllm"]
+def test_compare_counts_what_lies_on_one_side(capsys):
+    after = [row for row in a_run() if row["implementation"] != "vllm"]
     assert compare.compare(a_run(), after) == 0
-    printed = capsys.readouterr().out
-    assert "4 are on one side only" in printed and "different GPUs: NVIDIA H100, NVIDIA H200" in printed
+    assert "4 are on one side only" in capsys.readouterr().out
     assert compare.compare(a_run(), a_run(dtype="float16")) == 2
     assert "got none in common" in capsys.readouterr().out
+
+
+def test_compare_refuses_two_gpus(tmp_path, capsys):
+    other = a_run("20260102T000000Z-def", gpu="NVIDIA H100")
+    message = "both sides must be of one GPU, got NVIDIA H200 before and NVIDIA H100 after. Time both on one."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        compare.compare(a_run(), other)
+    path = tmp_path / "a.jsonl"
+    for row in a_run() + other:
+        record.append(path, row)
+    assert main(["compare", "20260101", "20260102", "--record", str(path)]) == 2
+    assert capsys.readouterr().err == f"compare: {message}\n"
+
+
+def test_compare_of_files_compares_each_gpu_with_itself(capsys):
+    """Slower on one, where the other GPU's rows come last."""
+    other = a_run("20260102T000000Z-def", 2.0, gpu="NVIDIA H100")
+    assert compare.compare(a_run() + other, a_run(factor=1.1)) == 1
+    printed = capsys.readouterr().out
+    assert "8 times compared, in microseconds: 8 slower, 0 faster" in printed and "12 are on one side only" in printed
 
 
 def test_compare_takes_old_rows_with_other_percentiles():
@@ -757,13 +805,23 @@ def test_the_markdown_table_holds_each_implementation_and_the_best_share_of_the_
         {"run": "r", "suite": "compile", "op": "forward", "trace_ms": 3.0},
     ]
     assert table.tables(rows).splitlines() == [
-        "forward, bfloat16, head_dim 256, rotary_dim 64, hot L2, microseconds",
+        "NVIDIA H200: forward, bfloat16, head_dim 256, rotary_dim 64, hot L2, microseconds",
         "",
         "| heads | tokens | copy | oracle | mosaic_gpu | triton | of copy |",
         "|---|---|---|---|---|---|---|",
         "| 16/2 | 1 | 0.80 | 1.70 | 1.00 | 1.25 | 0.80 |",
         "| 16/2 | 16384 | 133 | 291 | - | - | - |",
     ]
+
+
+def test_tables_and_pictures_keep_gpus_apart():
+    rows = a_run() + a_run(factor=2.0, gpu="NVIDIA H100")
+    printed = table.tables(rows)
+    h200, h100 = printed.split("NVIDIA H100: ")
+    assert h200.startswith("NVIDIA H200: ") and printed.count("| heads |") == 2
+    assert "| 16/2 | 4096 | 40960 | 81920 | 81920 |" in h200 and "| 16/2 | 4096 | 40960 | 163840 | 163840 |" in h100
+    found = {picture.name: picture.curves[16, 2]["vllm"][0]["p50_us"] for picture in plot.pictures(rows)}
+    assert found == {f"{gpu}-{PICTURES[0]}": time_us for gpu, time_us in (("h200", 20.0), ("h100", 40.0))}
 
 
 def test_a_picture_takes_the_latest_run_of_its_operation():

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import re
+import subprocess
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from jax.profiler import ProfileData
 
-from benchmarks import demo, gradients, operations, providers, record, suites, table, verify, xplane
+from benchmarks import demo, gradients, machine, operations, providers, record, suites, table, verify, xplane
 from benchmarks.__main__ import main, parser
 from benchmarks.agreement import agreement
 from benchmarks.floor import minimum_bytes
@@ -220,7 +221,7 @@ FIELDS = {
 
 
 def recorded(tmp_path, run: str = "r") -> record.Run:
-    return record.Run(run, "NVIDIA H200", record.versions("abc"), tmp_path / "results" / "h200.jsonl")
+    return record.Run(run, "NVIDIA H200", machine.versions("abc"), tmp_path / "results" / "h200.jsonl")
 
 
 def read(path) -> list[dict[str, Any]]:
@@ -238,11 +239,105 @@ def append_row(run: record.Run, checked: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_row_has_every_field_in_order_and_of_its_type(tmp_path):
     row = append_row(recorded(tmp_path), {"elements": 1})
-    assert list(row) == list(FIELDS)
-    assert {name: type(value) for name, value in row.items()} == FIELDS
+    assert without_clocks(row) == list(FIELDS)
+    assert {name: type(row[name]) for name in FIELDS} == FIELDS
     assert list(row["versions"]) == ["jax", "jaxlib", "torch", "triton", "python", "driver", "commit", "date"]
     assert row["versions"]["commit"] == "abc" and row["versions"]["jax"] == jax.__version__
     assert (row["suite"], row["run"], row["gpu"]) == ("decode", "r", "NVIDIA H200")
+
+
+def without_clocks(row: dict[str, Any]) -> list[str]:
+    """The names of a row's fields but for `clocks`, which a machine without nvidia-smi leaves out."""
+    return [name for name in row if name != "clocks"]
+
+
+def play_nvidia_smi(monkeypatch, answer: str | None) -> list[tuple[str, ...]]:
+    """Stands in for nvidia-smi, absent where `answer` is None; what it was called with."""
+    calls = []
+
+    def run(command, **settings):
+        if command[0] != "nvidia-smi":
+            return subprocess_run(command, **settings)
+        calls.append(command)
+        if answer is None:
+            raise FileNotFoundError(command[0])
+        return subprocess.CompletedProcess(command, 0, f"{answer}\n", "")
+
+    subprocess_run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", run)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("answer", "found", "reasons"),
+    [
+        (
+            "1980, 1980, 0x0000000000000000, 41",
+            {"sm_mhz": 1980, "max_sm_mhz": 1980, "reasons": "0x0", "celsius": 41},
+            None,
+        ),
+        (
+            "345, 1980, 0x0000000000000001, 30",
+            {"sm_mhz": 345, "max_sm_mhz": 1980, "reasons": "0x1", "celsius": 30},
+            None,
+        ),
+        ("1500, 1980, 0x6, 70", {"sm_mhz": 1500, "max_sm_mhz": 1980, "reasons": "0x6", "celsius": 70}, None),
+        (
+            "915, 1980, 0x0000000000000024, 88",
+            {"sm_mhz": 915, "max_sm_mhz": 1980, "reasons": "0x24", "celsius": 88},
+            "(thermal slowdown by the driver; clocks_event_reasons.active 0x24): 915 of 1980 MHz at 88 degrees",
+        ),
+        (
+            "[N/A], 1980, 0xc8, [N/A]",
+            {"max_sm_mhz": 1980, "reasons": "0xc8"},
+            "(hardware slowdown, thermal slowdown by the hardware, power brake; clocks_event_reasons.active 0xc8): "
+            "? of 1980 MHz at ? degrees",
+        ),
+        ("No devices were found", {}, None),
+        (None, {}, None),
+    ],
+)
+def test_clocks_are_read_and_a_slowed_gpu_is_named(monkeypatch, answer, found, reasons):
+    play_nvidia_smi(monkeypatch, answer)
+    assert machine.clocks() == found
+    warning = machine.slowdown(found)
+    assert (warning is None) is (reasons is None)
+    if reasons:
+        assert warning.startswith(f"The GPU is slowed {reasons}.")
+
+
+@pytest.mark.parametrize(("visible", "gpu"), [(None, "0"), ("", "0"), ("3,1", "3"), ("GPU-8a", "GPU-8a")])
+def test_the_clocks_are_those_of_the_first_gpu_that_jax_sees(monkeypatch, visible, gpu):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    calls = play_nvidia_smi(monkeypatch, "1, 2, 0x0, 3")
+    machine.clocks()
+    query = "--query-gpu=clocks.sm,clocks.max.sm,clocks_event_reasons.active,temperature.gpu"
+    assert calls == [("nvidia-smi", query, "--format=csv,noheader,nounits", f"--id={gpu}")]
+
+
+def test_rows_have_the_clocks_at_the_start_of_their_run_and_where_they_were_measured(monkeypatch, tmp_path):
+    play_nvidia_smi(monkeypatch, "1980, 1980, 0x0, 41")
+    recording = record.new_run(tmp_path / "a.jsonl", "abc")
+    calls = play_nvidia_smi(monkeypatch, "915, 1980, 0x20, 88")
+    recording.append("decode", {"op": "forward"}, {"op": "backward"})
+    assert len(calls) == 1
+    assert [(row["op"], row["clocks"]) for row in read(recording.output)] == [
+        (
+            op,
+            {
+                "start": {"sm_mhz": 1980, "max_sm_mhz": 1980, "reasons": "0x0", "celsius": 41},
+                "end": {"sm_mhz": 915, "max_sm_mhz": 1980, "reasons": "0x20", "celsius": 88},
+            },
+        )
+        for op in ("forward", "backward")
+    ]
+    play_nvidia_smi(monkeypatch, None)
+    recording = record.new_run(tmp_path / "b.jsonl", "abc")
+    recording.append("decode", {"op": "forward"})
+    assert list(read(recording.output)[0]) == ["run", "gpu", "suite", "op", "versions"]
+    assert recording.versions["driver"] == "unknown"
 
 
 def test_rates_and_fraction_come_from_the_medians(tmp_path):
@@ -563,6 +658,11 @@ def test_suites_cover_what_they_say():
     heads = {(task.case.num_q_heads, task.case.num_kv_heads) for task in suites.timed(["sizes"])}
     assert set(suites.MODEL_HEADS) <= heads and {q for q, _ in heads} == {1, 2, 3, 4, 6, 8, 12, 16, 24, 32}
     assert {case.rotary_dim for case in suites.compiled()} >= {64, 40, 6, 2}
+    qwen3 = suites.timed(["qwen3"])
+    assert {(task.case.num_q_heads, task.case.num_kv_heads) for task in qwen3} == {(16, 8), (32, 8), (64, 8)}
+    assert {(task.case.head_dim, task.case.rotary_dim) for task in qwen3} == {(128, 128)}
+    (changed,) = suites.timed(["qwen3"], [1], [(2, 1)], head_dim=64)[:1]
+    assert changed.case == Case(1, 2, 1, 64, 128)
     assert [(task.op, task.case.num_tokens) for task in suites.timed(["options"])] == [
         (op, num_tokens)
         for op in ("forward", "forward_pairs", "forward_unrounded_norm")
@@ -722,6 +822,7 @@ def test_the_command_run_checks_and_records_each_suite(monkeypatch, tmp_path, ca
     monkeypatch.setattr(run, "measure", measured)
     monkeypatch.setattr(run, "copy_calls", lambda total_bytes: {"copy_512x4": None})
     monkeypatch.setattr(run, "gpu_memory", lambda: 10**9)
+    play_nvidia_smi(monkeypatch, "915, 1980, 0x20, 88")
     output = tmp_path / "results.jsonl"
     shape = "--tokens 2 --heads 3/1 --head-dim 64 --rotary-dim 64 --dtype float16 --implementations oracle triton xla"
     arguments = ["run", "--suite", "forward", "backward", *shape.split(), "--repeats", "3", "--rounds", "2"]
@@ -741,7 +842,9 @@ def test_the_command_run_checks_and_records_each_suite(monkeypatch, tmp_path, ca
         "elements": 2 * (2 * 3 + 1) * 64 + 2 * 64,
         "differing": 2 * (3 + 1) * 64 + 2 * 64,  # those of the gate are copied
     }
-    assert "triton skipped: implementation='triton' must run on an NVIDIA GPU" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "triton skipped: implementation='triton' must run on an NVIDIA GPU" in printed
+    assert printed.count("The GPU is slowed (thermal slowdown by the driver;") == 2  # before and after
 
 
 def test_a_million_tokens_repeat_the_inputs_of_fewer(monkeypatch):
@@ -829,7 +932,7 @@ def test_run_writes_one_checked_row_for_each_implementation(gpu, tmp_path, capsy
         "elements": Case(16).num_outputs,
         "differing": 0,
     }
-    assert all(list(row) == list(FIELDS) for row in rows.values())
+    assert all(without_clocks(row) == list(FIELDS) for row in rows.values())
     assert "16/2 heads" in capsys.readouterr().out
 
 

@@ -193,8 +193,11 @@ def packed_layer(attention):
     return functools.partial(gated_attention.forward, config=CONFIG, attention=attention), parameters
 
 
-def layer_of_three_projections(attention):
-    """As MaxText writes it: heads are axes of the weights and of the activations."""
+def layer_of_three_projections(attention, *, barriers: bool = False):
+    """As MaxText writes it: heads are axes of the weights and of the activations.
+
+    With `barriers` the products have three different inputs, as docs/porting.md advises.
+    """
     q_heads, kv_heads, head_dim = CONFIG.num_q_heads, CONFIG.num_kv_heads, CONFIG.head_dim
     shapes = {
         "q_gate": (HIDDEN_SIZE, q_heads, 2 * head_dim),
@@ -206,7 +209,10 @@ def layer_of_three_projections(attention):
     }
 
     def layer(parameters, hidden, positions, cos_sin_cache):
-        q_gate, k, v = (jnp.einsum("bse,ehd->bshd", hidden, parameters[name]) for name in ("q_gate", "k", "v"))
+        once = jax.lax.optimization_barrier(hidden) if barriers else hidden
+        twice = jax.lax.optimization_barrier(once) if barriers else hidden
+        inputs = {"q_gate": hidden, "k": once, "v": twice}
+        q_gate, k, v = (jnp.einsum("bse,ehd->bshd", x, parameters[name]) for name, x in inputs.items())
         q, k, gate = pallas_qk.fused_qk_rmsnorm_rope_gate(
             q_gate,
             k,
@@ -303,3 +309,13 @@ def test_a_layer_of_three_projections(by_name, attention, backward):
     check_layer(program, pattern, packed=False, backward=backward)
     merged = compiled(layer, parameters, backward=backward, mrope=False)
     assert any("computes nothing, of slice" in fault for fault in gpu_program.faults(merged, pattern))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backward", [False, True])
+def test_barriers_keep_three_projections_apart(by_name, attention, backward):
+    """Without a copy, and without a flag of XLA."""
+    function, pattern = attention
+    layer, parameters = layer_of_three_projections(function, barriers=True)
+    program = compiled(layer, parameters, backward=backward, mrope=False)
+    check_layer(program, pattern, packed=False, backward=backward)

@@ -87,10 +87,7 @@ def backward(
     spec, types, dtype = spec_of(inputs, options), gradient_types(inputs, options), inputs.q.dtype
     if spec.num_tokens == 0:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
-    if config is None:
-        num_axes = 1 if options.mrope_section is None else 3
-        cache_itemsize = 0 if inputs.cos_sin_cache is None else inputs.cos_sin_cache.dtype.itemsize
-        config = mosaic_backward(spec, cuda_target(), num_axes=num_axes, cache_itemsize=cache_itemsize)
+    config = config or configuration(inputs, options)
     thread = functools.partial(
         _backward_thread,
         rows=rows_for(spec, options),
@@ -120,6 +117,13 @@ def backward(
         return gradients
     summed = sum_rows(list(weights_in(gradients).values()), list(weights.values()))
     return gradients._replace(**dict(zip(weights, summed, strict=True)))
+
+
+def configuration(inputs: Inputs, options: Options) -> MosaicBackward:
+    """What the rule has for a call."""
+    num_axes = 1 if options.mrope_section is None else 3
+    cache_itemsize = 0 if inputs.cos_sin_cache is None else inputs.cos_sin_cache.dtype.itemsize
+    return mosaic_backward(spec_of(inputs, options), cuda_target(), num_axes=num_axes, cache_itemsize=cache_itemsize)
 
 
 def _warps_per_program(config: MosaicBackward) -> int:

@@ -75,9 +75,7 @@ def forward(inputs: Inputs, *, options: Options, config: MosaicForward | None = 
     if spec.num_tokens == 0:
         return empty(written)
     rows = rows_for(spec, options)
-    if config is None:
-        gate_copied, by_slot = bool(sharing(stored(rows), "q")[1]), inputs.slots is not None
-        config = mosaic_forward(spec, gate_copied=gate_copied, by_slot=by_slot)
+    config = config or configuration(inputs, options)
     layout = _layout(config, spec, inputs.q.dtype)
     groups_per_program = WARPGROUP // layout.threads
     q_programs, k_programs = (
@@ -96,6 +94,13 @@ def forward(inputs: Inputs, *, options: Options, config: MosaicForward | None = 
         layout=layout,
     )
     return launch(FORWARD_NAME, thread, inputs, written, num_programs=q_programs + k_programs, num_warpgroups=1)
+
+
+def configuration(inputs: Inputs, options: Options) -> MosaicForward:
+    """What the rule has for a call."""
+    spec = spec_of(inputs, options)
+    gate_copied = bool(sharing(stored(rows_for(spec, options)), "q")[1])
+    return mosaic_forward(spec, gate_copied=gate_copied, by_slot=inputs.slots is not None)
 
 
 def _layout(config: MosaicForward, spec: Spec, dtype: jnp.dtype) -> Layout:

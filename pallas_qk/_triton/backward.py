@@ -63,10 +63,7 @@ def backward(
     spec, types, dtype = spec_of(inputs, options), gradient_types(inputs, options), inputs.q.dtype
     if spec.num_tokens == 0:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
-    if config is None:
-        read = inputs.q, inputs.q_weight, inputs.k_weight, inputs.cos_sin_cache
-        wide = any(x is not None and x.dtype == jnp.float32 for x in read)
-        config = triton_backward(spec, cuda_target().num_sms, mrope=options.mrope_section is not None, wide=wide)
+    config = config or configuration(inputs, options)
     rows = rows_for(spec, options)
     kernel = functools.partial(
         _backward_kernel,
@@ -263,6 +260,15 @@ def _backward_kernel(
     def _():
         slot = program - jnp.minimum(group, k_programs)
         walk(slot, q_programs, slot, "q", spec.num_q_heads)
+
+
+def configuration(inputs: Inputs, options: Options) -> TritonBackward:
+    """What the rule has for a call."""
+    read = inputs.q, inputs.q_weight, inputs.k_weight, inputs.cos_sin_cache
+    wide = any(x is not None and x.dtype == jnp.float32 for x in read)
+    return triton_backward(
+        spec_of(inputs, options), cuda_target().num_sms, mrope=options.mrope_section is not None, wide=wide
+    )
 
 
 def _partial_rows(config: TritonBackward) -> int:

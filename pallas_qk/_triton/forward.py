@@ -56,8 +56,7 @@ def forward(
     if spec.num_tokens == 0:
         return empty(written)
     rows = rows_for(spec, options)
-    if config is None:
-        config = triton_forward(spec, gate_copied=bool(sharing(stored(rows), "q")[1]))
+    config = config or configuration(inputs, options)
     q_programs = pl.cdiv(spec.num_tokens * spec.num_q_heads, config.rows_per_program)
     k_programs = pl.cdiv(spec.num_tokens * spec.num_kv_heads, config.rows_per_program)
     dtype = inputs.q.dtype
@@ -89,6 +88,12 @@ def forward(
         name=FORWARD_NAME,
     )(inputs, caches)
     return outputs._replace(**{name: getattr(outputs, name).reshape(getattr(written, name).shape) for name in caches})
+
+
+def configuration(inputs: Inputs, options: Options) -> TritonForward:
+    """What the rule has for a call."""
+    spec = spec_of(inputs, options)
+    return triton_forward(spec, gate_copied=bool(sharing(stored(rows_for(spec, options)), "q")[1]))
 
 
 def _by_name(cache: jax.Array, options: Options, spec: Spec) -> jax.Array:
