@@ -1,6 +1,8 @@
-"""The examples that users read are run: the README's and those of the public docstrings. The API page is complete."""
+"""What users read is true: examples run, times are those of the record, files are there, the API page is complete."""
 
 import doctest
+import json
+import pathlib
 import re
 import types
 
@@ -8,7 +10,7 @@ import jax
 import pytest
 
 import pallas_qk
-from tests.pages import DOCS, README, python_blocks
+from tests.pages import DOCS, README, ROOT, python_blocks
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +41,17 @@ def run_guide(page: str, num_blocks: int) -> None:
         jax.config.update("jax_default_matmul_precision", before)
 
 
-@pytest.mark.parametrize("page, num_blocks", [("kv_cache.md", 13), ("porting.md", 20)])
+GUIDES = {
+    "kv_cache.md": 13,
+    "numerics.md": 1,
+    "options.md": 7,
+    "porting.md": 20,
+    "sharding.md": 4,
+    "training.md": 4,
+}
+
+
+@pytest.mark.parametrize("page, num_blocks", GUIDES.items())
 def test_a_guides_code_runs(page, num_blocks):
     run_guide(page, num_blocks)
 
@@ -47,6 +59,61 @@ def test_a_guides_code_runs(page, num_blocks):
 def test_the_serving_guides_code_runs(on_the_host):
     """It counts the memory of programs for a CPU."""
     run_guide("serving.md", 9)
+
+
+RECORD = ROOT / "benchmarks" / "results" / "h200.jsonl"
+FORWARD = ("oracle", "xla_plain", "mosaic_gpu")
+# A page, the first words of a table, its run, its operation and what its columns of times hold.
+TABLES = [
+    (README, "| q/kv heads | tokens | Triton", "20261124T171902Z", "forward", FORWARD),
+    (DOCS / "numbers.md", "| heads | tokens | Triton", "20261124T171902Z", "forward", FORWARD),
+    (
+        DOCS / "numbers.md",
+        "| heads | tokens | autodiff",
+        "20261124T171902Z",
+        "backward",
+        ("xla_plain", "xla", "mosaic_gpu"),
+    ),
+]
+
+
+def rows_of_table(page: pathlib.Path, heading: str) -> list[list[str]]:
+    """The cells of the rows below a table's heading."""
+    lines = page.read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(heading)) + 2
+    end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
+    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines[start:end]]
+
+
+@pytest.mark.parametrize("page, heading, run, op, columns", TABLES, ids=lambda x: getattr(x, "name", None))
+def test_times_are_those_of_the_record(page, heading, run, op, columns):
+    recorded = {}
+    for row in map(json.loads, RECORD.read_text().splitlines()):
+        if row["run"].startswith(run) and row["op"] == op:
+            case = row["implementation"], f"{row['num_q_heads']}/{row['num_kv_heads']}", str(row["num_tokens"])
+            recorded[case] = row
+    table = rows_of_table(page, heading)
+    assert len(table) >= 2
+    for heads, tokens, *cells in table:
+        want = [recorded[name, heads, tokens]["p50_us"] for name in columns]
+        want.append(recorded[columns[-1], heads, tokens]["fraction_of_copy"])
+        for cell, value in zip(cells, want, strict=True):
+            last_digit = 10.0 ** -len(cell.partition(".")[2])
+            assert abs(float(cell) - value) < 0.501 * last_digit, (heads, tokens, cell, value)
+
+
+def test_files_that_pages_name_are_there():
+    folders = "tests|examples|benchmarks|docs|torch_ref|pallas_qk"
+    for page in (README, ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")):
+        named = re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", page.read_text())
+        missing = [name for name in named if not (ROOT / name).exists()]
+        assert not missing, f"{page.name} must name files that are there, got {missing}"
+
+
+def test_the_citation_is_of_the_newest_release():
+    named = re.findall(r"^(?:version|date-released): (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    releases = re.findall(r"^## (\d\S*) - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert named == [pallas_qk.__version__, releases[0][1]] and releases[0][0] == pallas_qk.__version__
 
 
 FUNCTIONS = (
