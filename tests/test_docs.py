@@ -61,20 +61,7 @@ def test_the_serving_guides_code_runs(on_the_host):
     run_guide("serving.md", 9)
 
 
-RECORD = ROOT / "benchmarks" / "results" / "h200.jsonl"
-FORWARD = ("oracle", "xla_plain", "mosaic_gpu")
-# A page, the first words of a table, its run, its operation and what its columns of times hold.
-TABLES = [
-    (README, "| q/kv heads | tokens | Triton", "20261124T171902Z", "forward", FORWARD),
-    (DOCS / "numbers.md", "| heads | tokens | Triton", "20261124T171902Z", "forward", FORWARD),
-    (
-        DOCS / "numbers.md",
-        "| heads | tokens | autodiff",
-        "20261124T171902Z",
-        "backward",
-        ("xla_plain", "xla", "mosaic_gpu"),
-    ),
-]
+NUMBERS = DOCS / "numbers.md"
 
 
 def rows_of_table(page: pathlib.Path, heading: str) -> list[list[str]]:
@@ -85,21 +72,55 @@ def rows_of_table(page: pathlib.Path, heading: str) -> list[list[str]]:
     return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines[start:end]]
 
 
-@pytest.mark.parametrize("page, heading, run, op, columns", TABLES, ids=lambda x: getattr(x, "name", None))
-def test_times_are_those_of_the_record(page, heading, run, op, columns):
-    recorded = {}
-    for row in map(json.loads, RECORD.read_text().splitlines()):
-        if row["run"].startswith(run) and row["op"] == op:
-            case = row["implementation"], f"{row['num_q_heads']}/{row['num_kv_heads']}", str(row["num_tokens"])
-            recorded[case] = row
-    table = rows_of_table(page, heading)
-    assert len(table) >= 2
-    for heads, tokens, *cells in table:
-        want = [recorded[name, heads, tokens]["p50_us"] for name in columns]
-        want.append(recorded[columns[-1], heads, tokens]["fraction_of_copy"])
-        for cell, value in zip(cells, want, strict=True):
-            last_digit = 10.0 ** -len(cell.partition(".")[2])
-            assert abs(float(cell) - value) < 0.501 * last_digit, (heads, tokens, cell, value)
+def rows_of_run(run: str) -> dict[tuple, dict]:
+    """The record's rows by operation, implementation, heads and tokens."""
+    record = (ROOT / "benchmarks" / "results" / "h200.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, record) if row["run"].startswith(run)]
+    heads = "{num_q_heads}/{num_kv_heads}"
+    return {(x["op"], x["implementation"], heads.format(**x), str(x["num_tokens"])): x for x in rows if "p50_us" in x}
+
+
+def assert_rounded(cells: list[str], values: list[float]):
+    for cell, value in zip(cells, values, strict=True):
+        last_digit = 10.0 ** -len(cell.partition(".")[2])
+        assert abs(float(cell) - value) < 0.501 * last_digit, (cells, values)
+
+
+@pytest.mark.parametrize(
+    "page, heading, op, columns",
+    [
+        (README, "| q/kv heads | tokens | Triton", "forward", ("oracle", "xla_plain", "mosaic_gpu")),
+        (NUMBERS, "| heads | tokens | Triton", "forward", ("oracle", "xla_plain", "mosaic_gpu")),
+        (NUMBERS, "| heads | tokens | autodiff", "backward", ("xla_plain", "xla", "mosaic_gpu")),
+    ],
+    ids=["README", "forward", "backward"],
+)
+def test_times_of_the_op_are_those_of_the_record(page, heading, op, columns):
+    rows = rows_of_run("20261124T171902Z")
+    for heads, tokens, *cells in rows_of_table(page, heading):
+        found = [rows[op, name, heads, tokens] for name in columns]
+        assert_rounded(cells, [*(row["p50_us"] for row in found), found[-1]["fraction_of_copy"]])
+
+
+def test_times_of_blocks_are_those_of_the_record():
+    rows = rows_of_run("20261124T133006Z")
+    names = ("xla_plain", "mosaic_gpu", "mosaic_gpu_in_place")
+    for heads, direction, *cells in rows_of_table(NUMBERS, "| heads | direction"):
+        suffix = "" if direction == "forward" else "_backward"
+        found = [rows[f"block{suffix}", name, heads, "16384"] for name in names]
+        found.append(rows[f"block_packed{suffix}", "mosaic_gpu_in_place", heads, "16384"])
+        assert_rounded(cells[:4], [row["p50_us"] for row in found])
+        assert_rounded(cells[4].split(", "), [row["fraction_of_copy"] for row in found[2:]])
+
+
+def test_times_of_caches_are_those_of_the_record():
+    rows, other_rows = rows_of_run("20261129T091731Z"), rows_of_run("20261129T085639Z")
+    copied = [("kv_cache", name) for name in ("oracle", "mosaic_gpu_then_set", "mosaic_gpu")]
+    for tokens, *cells in rows_of_table(NUMBERS, "| tokens | Triton kernel, then"):
+        found = [rows[*key, "16/2", tokens] for key in (*copied, ("kv_cache_gate_in_place", "mosaic_gpu"))]
+        of_8_bits = other_rows if int(tokens) >= 1024 else rows
+        found.append(of_8_bits["kv_cache_fp8", "mosaic_gpu", "16/2", tokens])
+        assert_rounded(cells, [row["p50_us"] for row in found])
 
 
 def test_files_that_pages_name_are_there():
