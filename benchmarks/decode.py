@@ -141,7 +141,7 @@ def initial(layer: Layer, form: Form, num_sequences: int, seed: int = 0) -> tupl
     return Parameters(cos_sin_table(layer.context, layer.rotary_dim, layer.dtype), of_layers), state
 
 
-def step(implementation: Implementation, layer: Layer, form: Form, parameters: Parameters, state: State) -> State:
+def step(implementation: str, layer: Layer, form: Form, parameters: Parameters, state: State) -> State:
     """One token of every sequence through the layers, each beside a residual; positions go round in the caches."""
     one = functools.partial(_through_layer, implementation, layer, form, parameters.table, state.positions)
     hidden: jax.Array = state.hidden
@@ -164,7 +164,7 @@ def step(implementation: Implementation, layer: Layer, form: Form, parameters: P
 
 
 def _through_layer(
-    implementation: Implementation,
+    implementation: str,
     layer: Layer,
     form: Form,
     cos_sin_cache: jax.Array,
@@ -205,7 +205,7 @@ def _through_layer(
             k_scale=scale,
             v_scale=scale,
             copy_gate=False,
-            implementation=implementation,
+            implementation=cast(Implementation, implementation),
         )
         q, gate, caches = outputs.q, outputs.gate, outputs.kv_cache
     with jax.named_scope("attention"):
@@ -311,9 +311,7 @@ class Cost(NamedTuple):
 Step = Callable[[Parameters, State], State]
 
 
-def compiled(
-    implementation: Implementation, layer: Layer, form: Form, options: dict[str, Any], parameters, state: State
-):
+def compiled(implementation: str, layer: Layer, form: Form, options: dict[str, Any], parameters, state: State):
     """(compiled program, what its command buffers hold); each step writes into the state before it."""
     function = functools.partial(step, implementation, layer, form)
     with tempfile.TemporaryDirectory(prefix="pallas_qk_xla_") as directory:

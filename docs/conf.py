@@ -6,14 +6,20 @@ project = "pallas-qk"
 version = release = pallas_qk.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_heading_anchors = 2  # links to sections, as repository hosts make them
 root_doc = "README"
 PAGES = [
-    "docs/api",
+    "docs/options",
+    "docs/porting",
+    "docs/models",
+    "docs/training",
+    "docs/sharding",
     "docs/kv_cache",
     "docs/serving",
     "docs/generate",
-    "docs/porting",
-    "docs/models",
+    "docs/api",
+    "docs/numerics",
+    "docs/numbers",
     "benchmarks/README",
     "docs/testing",
     "docs/tried_and_lost",

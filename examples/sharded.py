@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_qk
+from pallas_qk import rope
 
 TOKENS, Q_HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, MAX_POSITION = 1024, 8, 2, 128, 64, 4096
 
@@ -34,22 +35,21 @@ def make_mesh() -> Mesh:
 
 def make_inputs() -> list[jax.Array]:
     keys = jax.random.split(jax.random.key(0), 5)
-    frequencies = 1e7 ** (-jnp.arange(0.0, ROTARY_DIM // 2) / (ROTARY_DIM // 2))
-    angles = jnp.arange(0.0, MAX_POSITION)[:, None] * frequencies[None, :]
+    rope_parameters = {"rope_theta": 1e7, "partial_rotary_factor": ROTARY_DIM / HEAD_DIM}
+    frequencies = rope.inv_frequencies(rope_parameters, head_dim=HEAD_DIM)
     return [
         jax.random.normal(keys[0], (TOKENS, Q_HEADS * 2 * HEAD_DIM), jnp.bfloat16),
         jax.random.normal(keys[1], (TOKENS, KV_HEADS * HEAD_DIM), jnp.bfloat16),
         jax.random.normal(keys[2], (HEAD_DIM,), jnp.bfloat16),
         jax.random.normal(keys[3], (HEAD_DIM,), jnp.bfloat16),
-        jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1).astype(jnp.bfloat16),
+        rope.cos_sin_cache(*frequencies, max_position=MAX_POSITION, dtype=jnp.bfloat16),
         jax.random.randint(keys[4], (TOKENS,), 0, MAX_POSITION),
     ]
 
 
-def op(*arrays: jax.Array, num_q_heads: int = Q_HEADS) -> tuple[jax.Array, ...]:
-    return pallas_qk.fused_qk_rmsnorm_rope_gate(
-        *arrays, 1e-6, num_q_heads=num_q_heads, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, rotary_dim=ROTARY_DIM
-    )
+def op(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The sizes follow from the arrays. In `jax.shard_map` those are the arrays of one device."""
+    return pallas_qk.fused_qk_rmsnorm_rope_gate(*arrays, 1e-6)
 
 
 def loss(*arrays: jax.Array) -> jax.Array:
@@ -76,11 +76,8 @@ def main() -> None:
     by_compiler = report("the compiler partitions", op, sharded)
     report("its gradients", jax.grad(loss, argnums=(0, 1, 2, 3)), sharded)
 
-    def one_device(*arrays):
-        return op(*arrays, num_q_heads=Q_HEADS // mesh.shape["model"])
-
     outputs = (P("data", "model"), P("data"), P("data", "model"))
-    mapped = jax.shard_map(one_device, mesh=mesh, in_specs=tuple(layouts), out_specs=outputs)
+    mapped = jax.shard_map(op, mesh=mesh, in_specs=tuple(layouts), out_specs=outputs)
     by_hand = report("in shard_map", mapped, sharded)
 
     for name, results in (("the compiler partitions", by_compiler), ("in shard_map", by_hand)):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 import pallas_qk
+from pallas_qk import rope
 
 VOCABULARY, DISTANCE = 32, 3
 BATCH, LENGTH, WIDTH = 16, 32, 128
@@ -39,35 +40,26 @@ def initial_parameters(key: jax.Array) -> dict[str, jax.Array]:
 
 def cos_sin_table() -> jax.Array:
     """(LENGTH, ROTARY_DIM), each row [cos | sin]."""
-    frequencies = 100.0 ** (-jnp.arange(0.0, ROTARY_DIM // 2) / (ROTARY_DIM // 2))
-    angles = jnp.arange(0.0, LENGTH)[:, None] * frequencies[None, :]
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    rope_parameters = {"rope_theta": 100.0, "partial_rotary_factor": ROTARY_DIM / HEAD_DIM}
+    return rope.cos_sin_cache(*rope.inv_frequencies(rope_parameters, head_dim=HEAD_DIM), max_position=LENGTH)
 
 
 def gated_attention(parameters: dict[str, jax.Array], hidden: jax.Array, table: jax.Array) -> jax.Array:
     """(BATCH, LENGTH, WIDTH) to the same shape."""
-
-    def prepare(q_gate, k):
-        return pallas_qk.fused_qk_rmsnorm_rope_gate(
-            q_gate,
-            k,
-            parameters["q_norm"],
-            parameters["k_norm"],
-            table,
-            jnp.arange(LENGTH),
-            1e-6,
-            num_q_heads=Q_HEADS,
-            num_kv_heads=KV_HEADS,
-            head_dim=HEAD_DIM,
-            rotary_dim=ROTARY_DIM,
-            norm_beta=1.0,
-        )
-
     # Three products of one array would be merged and cut up again by XLA on a GPU, into copies (docs/porting.md).
     once = jax.lax.optimization_barrier(hidden)
     twice = jax.lax.optimization_barrier(once)
-    # One launch for the whole batch, and one for its gradient.
-    q, k, gate = jax.vmap(prepare)(hidden @ parameters["q_gate"], once @ parameters["k"])
+    # One launch for the whole batch, whose sequences share their positions, and one for its gradient.
+    q, k, gate = pallas_qk.fused_qk_rmsnorm_rope_gate(
+        hidden @ parameters["q_gate"],
+        once @ parameters["k"],
+        parameters["q_norm"],
+        parameters["k_norm"],
+        table,
+        jnp.arange(LENGTH),
+        eps=1e-6,
+        norm_beta=1.0,
+    )
     attended = jax.nn.dot_product_attention(
         q.reshape(BATCH, LENGTH, Q_HEADS, HEAD_DIM),
         k.reshape(BATCH, LENGTH, KV_HEADS, HEAD_DIM),
