@@ -37,7 +37,13 @@ class Writer:
 
 
 def _plain(case: Case) -> Op:
-    """What a user would write, with a gate, if any, that XLA places, from separate arrays or a packed one."""
+    """What a user would write, with a gate, if any, that XLA places, from separate arrays or a packed one.
+
+    Raises:
+      NotImplementedError: the case isn't a norm with weights followed by a rotation.
+    """
+    if case.norm_order != "norm_first" or not case.rotary_dim or not case.weights or case.v_norm:
+        raise NotImplementedError(f"plain jnp normalises q and k with weights, then rotates them, got {case.id}")
     static: dict[str, Any] = case.static_arguments
     op = getattr(xla_plain, f"fused_qk{'v' * case.packed}_rmsnorm_rope{'_gate' if case.gate else ''}")
     return functools.partial(op, **static)

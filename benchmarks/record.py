@@ -73,6 +73,14 @@ def op_name(case: Case, op: str = "forward") -> str:
         parts.append(case.rotation)
     if not case.round_norm:
         parts.append("unrounded_norm")
+    if not case.rotary_dim:
+        parts.append("no_table")
+    elif case.norm_order != "norm_first":
+        parts.append(case.norm_order)
+    if not case.weights:
+        parts.append("no_weights")
+    if case.v_norm:
+        parts.append("v_norm")
     if case.mrope_section is not None:
         parts.append("mrope" if case.mrope_layout == "interleaved" else "mrope_sectioned")
     if jnp.dtype(case.cache_dtype or dtype) != dtype:

@@ -39,7 +39,19 @@ SUITES = {
     "prefill": Suite(("forward",), (512, 1024, 2048, 4096, 16384, 65536, 262144, 1048576)),
     "backward": Suite(("backward",), (64, 256, 1024, 4096, 16384, 65536)),
     "sizes": Suite(("forward",), (1, 256, 16384), size_heads()),
-    "options": Suite(("forward", "forward_pairs", "forward_unrounded_norm"), (64, 1024, 16384), ((16, 2),)),
+    "options": Suite(
+        (
+            "forward",
+            "forward_pairs",
+            "forward_unrounded_norm",
+            "forward_rotation_first",
+            "forward_no_table",
+            "forward_no_weights",
+            "forward_v_norm",
+        ),
+        (64, 1024, 16384),
+        ((16, 2),),
+    ),
     "block": Suite(
         ("gate_in_place", "block", "block_backward", "block_packed", "block_packed_backward"), (64, 1024, 16384)
     ),

@@ -227,6 +227,48 @@ def test_the_op_without_gates_is_timed_only_if_it_is_right(monkeypatch, as_users
     assert "BROKEN" in capsys.readouterr().out
 
 
+@needs_triton
+@pytest.mark.parametrize(
+    "op, skipped",
+    [
+        ("forward_pairs", []),
+        *((f"forward_{name}", ["xla_plain"]) for name in ("rotation_first", "no_table", "no_weights", "v_norm")),
+    ],
+)
+def test_the_op_with_an_option_is_timed_only_if_it_is_right(monkeypatch, as_users_run_it, capsys, op, skipped):
+    """In float16, in which the interpreted oracle rounds as a GPU does."""
+    providers = dict.fromkeys(["oracle", "xla", "xla_plain"])
+    providers = {name: PROVIDERS[name] for name in providers}
+    monkeypatch.setattr(operations, "agreement", lambda *args, platform: AGREEMENT(*args, platform="cpu"))
+    timed = [
+        name for name in ("oracle", "xla", "xla_plain") if name not in skipped and (op, name) != (V_NORM, "oracle")
+    ]
+    with jax.default_device(jax.devices("cpu")[0]):
+        inputs = make_inputs(SMALL)
+        calls, kept = OPERATIONS[op].check(SMALL, inputs, providers)
+        assert kept and list(calls) == timed
+        assert ("xla_plain skipped: plain jnp normalises q and k with weights" in capsys.readouterr().out) is bool(
+            skipped
+        )
+        original = JAX_OPS["xla"]
+
+        def spoiled(case):
+            """The last but one: k, or v where it is normalised."""
+
+            def run(*arrays):
+                *first, x, gate = original(case)(*arrays)
+                return *first, -x, gate
+
+            return run
+
+        monkeypatch.setitem(JAX_OPS, "xla", spoiled)
+        calls, kept = OPERATIONS[op].check(SMALL, inputs, providers)
+    assert not kept and "xla" not in calls and "BROKEN" in capsys.readouterr().out
+
+
+V_NORM = "forward_v_norm"
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("gate", ["copied", None])
 def test_every_form_of_the_plain_op_has_the_values_of_the_first(as_users_run_it, packed, gate):
@@ -274,7 +316,12 @@ def test_bytes_of_blocks():
     found = {name: operation.minimum_bytes(case) for name, operation in OPERATIONS.items()}
     assert found == {
         "forward": (4 * 4 + 2 * 2) * row + table_row,
-        **dict.fromkeys(("forward_pairs", "forward_unrounded_norm"), (4 * 4 + 2 * 2) * row + table_row),
+        **dict.fromkeys(
+            ("forward_pairs", "forward_unrounded_norm", "forward_rotation_first", "forward_no_weights"),
+            (4 * 4 + 2 * 2) * row + table_row,
+        ),
+        "forward_no_table": (4 * 4 + 2 * 2) * row,
+        "forward_v_norm": (4 * 4 + 4 * 2) * row + table_row,
         "backward": (5 * 4 + 3 * 2) * row,
         "forward_no_gate": (2 * 4 + 2 * 2) * row + table_row,
         "backward_no_gate": (3 * 4 + 3 * 2) * row,

@@ -390,6 +390,9 @@ def test_a_run_is_found_by_the_beginning_of_its_id():
         ({"packed": True, "gathered": True}, "forward_packed_table_row_a_token"),
         ({"rotation": "pairs"}, "forward_pairs"),
         ({"round_norm": False}, "forward_unrounded_norm"),
+        ({"norm_order": "rotation_first"}, "forward_rotation_first"),
+        ({"rotary_dim": 0, "norm_order": "rotation_first"}, "forward_no_table"),
+        ({"weights": False, "packed": True, "v_norm": True}, "forward_packed_no_weights_v_norm"),
         ({"rotation": "pairs", "round_norm": False, "mrope_section": (1, 0, 0)}, "forward_pairs_unrounded_norm_mrope"),
     ],
 )
@@ -664,10 +667,9 @@ def test_suites_cover_what_they_say():
     (changed,) = suites.timed(["qwen3"], [1], [(2, 1)], head_dim=64)[:1]
     assert changed.case == Case(1, 2, 1, 64, 128)
     assert [(task.op, task.case.num_tokens) for task in suites.timed(["options"])] == [
-        (op, num_tokens)
-        for op in ("forward", "forward_pairs", "forward_unrounded_norm")
-        for num_tokens in (64, 1024, 16384)
+        (op, num_tokens) for op in suites.SUITES["options"].ops for num_tokens in (64, 1024, 16384)
     ]
+    assert len(suites.SUITES["options"].ops) == 7 and set(suites.SUITES["options"].ops) <= set(operations.OPERATIONS)
 
 
 @pytest.mark.parametrize(
