@@ -1334,8 +1334,8 @@ MUTATIONS = [
         ),
         (
             "mosaic: two heads a thread with gates",
-            "two_heads = all_rotated and not gate_copied and not by_slot",
-            "two_heads = all_rotated and not by_slot",
+            "if all_rotated and not q_copied and num_rows",
+            "if all_rotated and num_rows",
             tests_of("choice", "test_rule_of_the_mosaic_gpu_kernel"),
         ),
         (
@@ -1345,16 +1345,28 @@ MUTATIONS = [
             tests_of("choice", "test_rule_of_the_mosaic_gpu_kernel"),
         ),
         (
-            "mosaic: two heads a thread by slot",
-            "not gate_copied and not by_slot and spec",
-            "not gate_copied and spec",
-            tests_of("choice", "test_two_heads_a_thread_are_not_taken_by_slot"),
+            "mosaic: two heads a thread with three rows of positions",
+            "heads = 1 if num_rows < 4096 else 2 if num_axes == 1 else 4",
+            "heads = 1 if num_rows < 4096 else 2",
+            tests_of("choice", "test_several_heads_a_thread"),
+        ),
+        (
+            "mosaic: k rows first where v is copied in many turns",
+            "k_first = not (k_copied and num_rows >= 131072)",
+            "k_first = True",
+            tests_of("choice", "test_several_heads_a_thread"),
         ),
         (
             "mosaic: groups of heads of two tokens",
             "return math.gcd(self.heads_per_thread, num_heads)",
             "return self.heads_per_thread",
             tests_of("heads_per_thread", f"{EVERY_FORM}[T5-H6.1-D64-R64-bfloat16-max_position=40-gate=None]"),
+        ),
+        (
+            "mosaic backward: two rows' worth of lanes a thread with three rows of positions",
+            "wide_threads = itemsize == 2 and num_axes == 1 and",
+            "wide_threads = itemsize == 2 and",
+            tests_of("mosaic_gpu_vjp", "test_a_thread_has_more_lanes"),
         ),
         (
             "mosaic backward: more programs than the GPU holds at once",
@@ -1743,7 +1755,7 @@ MUTATIONS = [
         ),
         (
             "triton: halves where the gate is not copied",
-            "(num_rows >= 32768 and gate_copied)",
+            "(num_rows >= 32768 and q_copied)",
             "num_rows >= 32768",
             tests_of("choice", "test_the_triton_kernel_takes_chunks_where_no_gate_is_copied"),
         ),

@@ -1,6 +1,7 @@
 """Which implementation runs, proven from the lowered text, and that a name never falls back."""
 
 import dataclasses
+import functools
 import inspect
 import itertools
 import re
@@ -299,21 +300,21 @@ def test_layout_rule_of_the_triton_kernel(num_tokens, head_dim, rotary_dim, layo
 @pytest.mark.parametrize("num_tokens", [1, 64, 1024, 16384])
 def test_pairs_have_one_layout(num_tokens):
     spec = Spec(num_tokens, 16, 2, 256, 64, "bfloat16", rotation="pairs")
-    for gate_copied in (True, False):
-        assert triton_forward(spec, gate_copied=gate_copied).layout == "pairs"
+    for q_copied in (True, False):
+        assert triton_forward(spec, q_copied=q_copied).layout == "pairs"
         for by_slot in (True, False):
-            assert mosaic_forward(spec, gate_copied=gate_copied, by_slot=by_slot).layout == "row"
+            assert mosaic_forward(spec, q_copied=q_copied, by_slot=by_slot).layout == "row"
     assert triton_backward(spec, 132).layout == "pairs"
 
 
 def test_the_triton_kernel_takes_chunks_where_no_gate_is_copied():
     spec = Spec(16384, 16, 2, 256, 64, "bfloat16")
     assert triton_forward(spec).layout == "halves"
-    assert triton_forward(spec, gate_copied=False).layout == "chunks"
+    assert triton_forward(spec, q_copied=False).layout == "chunks"
 
 
 @pytest.mark.parametrize(
-    "spec, gate_copied, config",
+    "spec, q_copied, config",
     [
         ((1, 16, 2, 256, 64), True, MosaicForward("halves", 1, "first")),
         ((16, 16, 2, 256, 64), True, MosaicForward("halves", 1, "after_gate", k_first=True)),
@@ -327,39 +328,40 @@ def test_the_triton_kernel_takes_chunks_where_no_gate_is_copied():
         ((64, 12, 2, 80, 80), True, MosaicForward("chunks", 4, "after_gate", k_first=True)),
         ((1024, 16, 2, 96, 6), True, MosaicForward("row", 2, "after_gate", k_first=True)),
         ((64, 16, 2, 256, 2), True, MosaicForward("halves", 1, "after_gate", k_first=True)),
-        ((63, 32, 8, 128, 128), False, MosaicForward("chunks", 4, "after_gate", k_first=True)),
-        ((64, 32, 8, 128, 128), False, MosaicForward("halves", 2, "first", k_first=True, heads_per_thread=2)),
-        ((64, 32, 8, 128, 128), True, MosaicForward("chunks", 4, "after_gate", k_first=True)),
-        ((4096, 32, 8, 128, 128), False, MosaicForward("halves", 2, "first", k_first=True, heads_per_thread=2)),
-        ((4097, 32, 8, 128, 128), False, MosaicForward("chunks", 4, "after_gate")),
+        ((1, 32, 8, 128, 128), False, MosaicForward("halves", 2, "first")),
+        ((127, 32, 8, 128, 128), False, MosaicForward("halves", 2, "first", k_first=True)),
+        ((128, 32, 8, 128, 128), False, MosaicForward("halves", 2, "first", k_first=True, heads_per_thread=2)),
+        ((128, 32, 8, 128, 128), True, MosaicForward("chunks", 4, "after_gate", k_first=True)),
+        ((65536, 32, 8, 128, 128), False, MosaicForward("halves", 2, "first", k_first=True, heads_per_thread=2)),
         ((1024, 32, 8, 128, 64), False, MosaicForward("chunks", 4, "after_gate", k_first=True)),
         ((8192, 8, 1, 256, 256), False, MosaicForward("halves", 1, "first", k_first=True, heads_per_thread=2)),
-        ((8193, 8, 1, 256, 256), False, MosaicForward("chunks", 2, "after_gate")),
         ((1024, 9, 3, 128, 128), False, MosaicForward("chunks", 4, "after_gate", k_first=True)),
         ((1024, 32, 8, 64, 64), False, MosaicForward("chunks", 8, "after_gate", k_first=True)),
         ((1024, 32, 8, 192, 192), False, MosaicForward("chunks", 2, "after_gate", k_first=True)),
     ],
 )
-def test_rule_of_the_mosaic_gpu_kernel(spec, gate_copied, config):
-    assert mosaic_forward(Spec(*spec, "bfloat16"), gate_copied=gate_copied) == config
+def test_rule_of_the_mosaic_gpu_kernel(spec, q_copied, config):
+    assert mosaic_forward(Spec(*spec, "bfloat16"), q_copied=q_copied) == config
 
 
-@pytest.mark.parametrize("gate_copied", [True, False])
+@pytest.mark.parametrize("q_copied", [True, False])
 @pytest.mark.parametrize("num_tokens", [1, 16, 64])
-def test_few_rows_by_slot_are_loaded_before_the_slot_counts(num_tokens, gate_copied):
+def test_few_rows_by_slot_are_loaded_before_the_slot_counts(num_tokens, q_copied):
     few, many = (Spec(n, 16, 2, 256, 64, "bfloat16") for n in (num_tokens, 256))
     config = MosaicForward("halves", 1, "first", k_first=True)
-    assert mosaic_forward(few, gate_copied=gate_copied, by_slot=True) == config
-    of_many = mosaic_forward(many, gate_copied=gate_copied)
-    assert mosaic_forward(many, gate_copied=gate_copied, by_slot=True) == of_many != config
+    assert mosaic_forward(few, q_copied=q_copied, by_slot=True) == config
+    of_many = mosaic_forward(many, q_copied=q_copied)
+    assert mosaic_forward(many, q_copied=q_copied, by_slot=True) == of_many != config
 
 
-def test_two_heads_a_thread_are_not_taken_by_slot():
-    spec = Spec(1024, 32, 8, 128, 128, "bfloat16")
-    two, of_slots = (mosaic_forward(spec, gate_copied=False, by_slot=by_slot) for by_slot in (False, True))
-    assert (two.heads_per_thread, of_slots.heads_per_thread) == (2, 1)
-    pairs = dataclasses.replace(spec, rotation="pairs")
-    assert mosaic_forward(pairs, gate_copied=False).heads_per_thread == 1
+def test_several_heads_a_thread():
+    few, some, many = (Spec(n, 32, 8, 128, 128, "bfloat16") for n in (64, 4095, 4096))
+    config = functools.partial(mosaic_forward, q_copied=False)
+    assert [config(spec, by_slot=True).heads_per_thread for spec in (few, some, many)] == [1, 2, 2]
+    assert [config(spec, num_axes=3).heads_per_thread for spec in (few, some, many)] == [1, 4, 4]
+    assert [config(spec, k_copied=True).k_first for spec in (few, some, many)] == [True, True, False]
+    assert config(many).k_first
+    assert config(dataclasses.replace(some, rotation="pairs")).heads_per_thread == 1
 
 
 def test_rows_for_another_dtype_are_cast_first_but_where_memory_binds():
@@ -367,7 +369,7 @@ def test_rows_for_another_dtype_are_cast_first_but_where_memory_binds():
         return mosaic_forward(Spec(num_tokens, 16, 2, 256, 64, "bfloat16"), by_slot=True, **how)
 
     assert [config(n).cast_first for n in (1, 256, 1023, 1024, 16384)] == [True, True, True, False, False]
-    assert config(16384, gate_copied=False).cast_first
+    assert config(16384, q_copied=False).cast_first
 
 
 def test_disable_jit_runs_the_same_op():

@@ -16,7 +16,7 @@ from tests import cached, forms
 from tests.cached import CachedCase
 from tests.cases import Case, numpy_inputs
 from tests.compare import assert_same
-from tests.mosaic_interpreter import emitted, execute
+from tests.mosaic_interpreter import emitted
 from tests.run import kernel
 
 # Groups of two heads of five tokens leave some threads of the last program without one.
@@ -71,8 +71,7 @@ def configs(case: Case):
 def assert_equal_bits(inputs: _rows.Inputs, options: Options, config: MosaicForward, want, heads=(2, 4)) -> None:
     for number in heads:
         several = dataclasses.replace(config, heads_per_thread=number)
-        function = functools.partial(_mosaic_gpu.forward, options=options, config=several)
-        assert_same(execute(function, inputs), want)
+        assert_same(kernel("forward", "mosaic_gpu", options, False, config=several)(inputs), want)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

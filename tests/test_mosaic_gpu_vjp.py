@@ -209,6 +209,29 @@ def test_warps_follow_the_bandwidth_of_a_multiprocessor(target, num_warpgroups):
             assert config == mosaic_backward(spec, unknown, num_axes=1, cache_itemsize=2)
 
 
+@pytest.mark.parametrize(
+    "spec, rows_per_warp, num_warpgroups",
+    [
+        ((16384, 32, 8, 128, 128, "bfloat16"), 4, 5),
+        ((16384, 8, 4, 256, 256, "float16"), 2, 5),
+        ((16384, 16, 2, 256, 64, "bfloat16"), 1, 6),
+        ((4096, 16, 2, 256, 64, "bfloat16"), 1, 6),
+        ((1024, 16, 2, 256, 64, "bfloat16"), 2, 4),
+        ((256, 16, 2, 256, 64, "bfloat16"), 2, 3),
+        ((1024, 32, 2, 256, 64, "bfloat16"), 2, 4),
+        ((1024, 16, 2, 256, 64, "float32"), 1, 6),
+        ((16384, 16, 2, 512, 512, "bfloat16"), 1, 5),
+        ((16384, 32, 8, 64, 64, "bfloat16"), 4, 6),
+    ],
+)
+def test_a_thread_has_more_lanes(spec, rows_per_warp, num_warpgroups):
+    """Where all of them are rotated, or where the arrays lie in L2."""
+    config = mosaic_backward(Spec(*spec), H200, num_axes=1, cache_itemsize=2)
+    assert (config.rows_per_warp, config.num_warpgroups) == (rows_per_warp, num_warpgroups)
+    of_three = mosaic_backward(Spec(*spec), H200, num_axes=3, cache_itemsize=2)
+    assert of_three.rows_per_warp == 256 // min(256, spec[3])
+
+
 def test_a_wave_of_any_size_has_work_for_each_warp():
     """What a sweep of configurations starts from: one program of so many warpgroups on each multiprocessor."""
     spec = Spec(4096, 32, 8, 128, 128, "bfloat16")

@@ -211,8 +211,8 @@ ERRORS = {
         {"mrope_section": (11, 11, 10)},
         "positions and mrope_section must be left out where cos_sin_cache is None, got mrope_section.",
     ),
-    "no rotary_dim": (
-        {"cos_sin_cache": jnp.zeros((9, 64), jnp.bfloat16), "positions": jnp.arange(5)},
+    "rotary_dim of none": (
+        {"cos_sin_cache": jnp.zeros((9, 64), jnp.bfloat16), "positions": jnp.arange(5), "rotary_dim": 0},
         "rotary_dim must be a positive even integer <= head_dim, got rotary_dim=0, head_dim=256.",
     ),
 }

@@ -205,7 +205,7 @@ def test_a_norm_of_v_in_a_cache_by_the_kernel(implementation):
     cache = jnp.zeros((size.num_tokens, 1, size.num_kv_heads, size.head_dim))
     slots = jnp.array([3, -1, 0, 4, 1], jnp.int32)
     inputs = _rows.Inputs(q, k, *size.weights(), table, positions[None], v, cache, cache, slots)
-    options = size.options(packed=None, cache_axes="b s h d", return_kv=True, v_norm=True)
+    options = size.options(packed=None, separate_v=True, cache_axes="b s h d", return_kv=True, v_norm=True)
     got, want = (cached_kernel("forward", name, options, False)(inputs) for name in (implementation, "xla"))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6)

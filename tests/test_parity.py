@@ -13,6 +13,7 @@ import pytest
 from tests import strategies
 from tests.cases import ORDER_CASES, SMALL_CASES, Case, make_inputs
 from tests.compare import assert_same
+from tests.fuzz import runs
 from tests.run import run
 
 pytest.importorskip("torch")
@@ -41,6 +42,8 @@ def on_a_gpu(case: Case):
 
 
 def assert_agrees(implementation: str, case: Case, inputs, platform: str = "gpu") -> None:
+    if not runs(implementation, case):
+        pytest.skip(f"{implementation} leaves such sizes to the others")
     want = to_jax(oracle(case, inputs)())
     got = in_form(case, run(implementation, case, inputs), want)
     result = agreement(implementation, case, got, want, platform=platform)
@@ -64,7 +67,9 @@ def test_agrees_with_the_interpreted_oracle(case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", suites.parity_cached_gpu()[:-3], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", [call for call in suites.parity_cached_gpu() if call.case.num_outputs < 2**27], ids=lambda case: case.id
+)
 def test_a_written_cache_agrees_on_a_gpu(gpu, implementation, case):
     """With the oracle's two launches: q, the gate, the caches, and what no slot names."""
     with strategies.x64(case):

@@ -37,8 +37,13 @@ class MosaicForward:
         return math.gcd(self.heads_per_thread, num_heads)
 
 
-def mosaic_forward(spec: Spec, *, gate_copied: bool = True, by_slot: bool = False) -> MosaicForward:
-    """The configuration for `spec`. `by_slot` says that k and v go where slots name.
+def mosaic_forward(
+    spec: Spec, *, q_copied: bool = True, k_copied: bool = False, by_slot: bool = False, num_axes: int = 1
+) -> MosaicForward:
+    """The configuration for `spec`, with 1 or 3 rows of positions.
+
+    `q_copied` and `k_copied` say that something is copied next to q, the gate, or next to k, v. `by_slot` says that k
+    and v go where slots name.
 
     H200, bf16, D = 256, R = 64, 16/2 heads unless said; times of one sentence are of one run. Halves take one row a
     warp, eight lanes a thread: 16 take 62 registers where 48 would do, since Mosaic GPU compiles with
@@ -71,30 +76,34 @@ def mosaic_forward(spec: Spec, *, gate_copied: bool = True, by_slot: bool = Fals
     takes 144.5. So halves cast first below 16384 rows. Chunks gain nothing else (with the gate in place 80.2 us at
     16384 both ways).
 
-    Two heads of one token a thread save every second load of a table row, which is as long as a row of q where all
-    lanes are rotated. They pay where nothing is copied next to q (H100, D = R = 128, 32/8 heads, no gate, against one
-    head: 1.60 against 1.63 us at T = 64, 2.34 against 2.40 at 256, 5.22 against 5.70 at 1024, 12.67 against 13.34 at
-    2048, 29.50 against 29.89 at 4096). Four heads gain no more. With gates and R = 64 two lose at T = 16 to 256 (2.62
-    against 2.53 us at 256) and are even at 1024. Not timed: D = R = 256, three rows of positions, a cache, the gate in
-    place, an H200.
+    Several heads of one token a thread save loads of a table row, which is as long as a row of q where all lanes are
+    rotated. Two of them pay where nothing is copied next to q: D = R = 128, 32/8 heads, no gate, 5.09 us against 5.38
+    with one head at T = 1024, 9.63 against 10.22 at 2048, 22.1 against 23.7 at 4096, 84.2 against 89.1 at 16384 (copy
+    80.1); D = R = 256, 8/4 heads, 51.8 against 54.4 at 16384. They are even at T = 64 and 256, and lose there with v
+    copied too (1.58 against 1.47 us at T = 64). k rows first lose where v is copied with them and turns are many (102.4
+    against 100.3 us, written by slot at T = 16384). Four heads gain with three rows of positions alone (5.66 against
+    6.13 us at T = 1024, 25.6 against 26.4 at 4096). On an H100, 32/8 heads, two gain 5.70 to 5.22 us at T = 1024 and
+    13.34 to 12.67 at 2048. With gates and R = 64 two are even at T = 1024 and lose elsewhere (137.7 against 135.8 us at
+    16384). Not timed: the gate in place where all lanes are rotated.
     """
     d, r, num_rows = spec.head_dim, spec.rotary_dim, spec.num_tokens * spec.num_q_heads
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(d)))
     partners_apart = spec.rotation == "halves"
     layout = "halves" if partners_apart and has_halves(d, r) else "row"
+    cast_first = not by_slot or num_rows < 16384
     if by_slot and num_rows <= 1024:
         return MosaicForward(layout, rows_per_warp, weights="first", k_first=True)
     all_rotated = layout == "halves" and r == d and 128 <= d <= 256
-    two_heads = all_rotated and not gate_copied and not by_slot and spec.num_q_heads % 2 == 0
-    if two_heads and num_rows >= 2048 and num_rows * d <= 2**24:
-        return MosaicForward(layout, rows_per_warp, weights="first", k_first=True, heads_per_thread=2)
+    if all_rotated and not q_copied and num_rows >= 64 and spec.num_q_heads % 2 == 0:
+        heads = 1 if num_rows < 4096 else 2 if num_axes == 1 else 4
+        k_first = not (k_copied and num_rows >= 131072)
+        return MosaicForward(layout, rows_per_warp, "first", k_first, cast_first, heads)
     k_first = 64 <= num_rows < 65536
     chunks = partners_apart and d // chunk_lanes(d, r) <= 16
-    if chunks and num_rows >= 512 and (num_rows < 16384 or not gate_copied):
+    if chunks and num_rows >= 512 and (num_rows < 16384 or not q_copied):
         return MosaicForward("chunks", min(32, 2 * rows_per_warp), weights="after_gate", k_first=k_first)
     after_sum = num_rows >= 65536 and r < d
     weights = "first" if num_rows < 64 else "after_sum" if after_sum else "after_gate"
-    cast_first = not by_slot or num_rows < 16384
     return MosaicForward(layout, rows_per_warp, weights=weights, k_first=k_first, cast_first=cast_first)
 
 
@@ -165,22 +174,34 @@ def mosaic_backward(spec: Spec, target: Target, *, num_axes: int, cache_itemsize
     prefetch (22) and several waves (9.4, and 5.8 at T = 1024) lost. A single program needs no second kernel: 2.30 us
     against 2.94 at T = 1. At T = 64 programs of two warpgroups take 4.10, of one 4.45.
 
+    Two tokens' worth of lanes a thread, so twice the rows a warp, hide more of each load's wait. They pay where all
+    lanes are rotated, and five warpgroups then fit: D = R = 128, 32/8 heads, 122.8 us against 140.3 at T = 16384 (copy
+    117.2), 34.0 against 38.5 at 4096, 7.90 against 8.90 at 1024; D = R = 256, 8/4 heads, 76.4 against 88.1 at 16384
+    (copy 71.3). With R = 64 they pay where the arrays fit into L2, in four warpgroups (11.5 against 12.5 us at
+    T = 1024, 5.44 against 5.86 at 256; 32/2 heads 25.0 against 26.2 at 1024), and lose at 16384 (185.6 against 177.2).
+    Not timed: three rows of positions, float32, other sizes of heads.
+
     An H100 has as many SMs and 0.70 of the bandwidth. There 24, 20 and 16 warps an SM take 68.8, 66.6 and 68.0 us at
     T = 4096, 265, 258.8 and 256.5 at 16384, 1028, 1008 and 1018 at 65536, and 500, 492 and 489 at 16384 with 32/2
     heads. 20 are 24 times 0.70 in whole warpgroups, and the best or within 1 %. Not timed: any other GPU. By bandwidth
     and SMs an H100 PCIe gets 12 warps and an H100 NVL 20. An H20 and a B200 would get more than 24, and stay at 24.
     """
     itemsize = 4 if spec.dtype == "float32" else 2
+    num_rows = spec.num_tokens * (spec.num_q_heads + spec.num_kv_heads)
+    in_l2 = 3 * num_rows * spec.head_dim * itemsize <= 64 * 2**20  # x, its cotangent and its gradient, nearly
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(spec.head_dim)))
+    all_rotated = spec.rotary_dim == spec.head_dim
+    wide_threads = itemsize == 2 and num_axes == 1 and spec.head_dim in (128, 256) and (all_rotated or in_l2)
+    if wide_threads:
+        rows_per_warp *= 2
     threads, lanes = mosaic_backward_group(spec, itemsize, rows_per_warp)
     vectors, rotated = (-(-size // (threads * lanes)) for size in (spec.head_dim, spec.rotary_dim))
     words, cache_words = (-(-lanes * size // 4) for size in (itemsize, cache_itemsize))
     # What a thread holds at once: sums and weights; x, dy and the gate's cotangent; cos and sin at each axis and the
     # masks that merge them. 16 registers more are enough without spills (sm_90a, CUDA 12.9 and 13.0).
     held = 2 * vectors * lanes + 3 * vectors * words + (3 * num_axes - 1) * rotated * cache_words
-    num_warpgroups = max(1, min(_MOST_WARPGROUPS, 512 // (held + 16)))
-    num_rows = spec.num_tokens * (spec.num_q_heads + spec.num_kv_heads)
-    if 3 * num_rows * spec.head_dim * itemsize > _L2_BYTES:  # x, its cotangent and its gradient
+    num_warpgroups = max(1, min(4 if wide_threads and not all_rotated else _MOST_WARPGROUPS, 512 // (held + 16)))
+    if 3 * num_rows * spec.head_dim * itemsize > _L2_BYTES:
         num_warpgroups = min(num_warpgroups, _warpgroups_in_flight(target))
 
     config = one_wave(spec, target.num_sms, rows_per_warp=rows_per_warp, num_warpgroups=num_warpgroups)

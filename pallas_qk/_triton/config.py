@@ -21,7 +21,7 @@ class TritonForward:
     num_stages: int = 1
 
 
-def triton_forward(spec: Spec, *, gate_copied: bool = True) -> TritonForward:
+def triton_forward(spec: Spec, *, q_copied: bool = True) -> TritonForward:
     """The configuration for `spec`.
 
     H200, bf16, D = 256, R = 64. Four rows and two warps a program served every size best (T = 16384, 16/2 heads: 1, 2,
@@ -39,7 +39,7 @@ def triton_forward(spec: Spec, *, gate_copied: bool = True) -> TritonForward:
     halves = has_halves(d, r)
     chunks = d // chunk_lanes(d, r) <= 12
     num_rows = spec.num_tokens * spec.num_q_heads
-    if halves and (num_rows < 128 or (num_rows >= 32768 and gate_copied) or not chunks):
+    if halves and (num_rows < 128 or (num_rows >= 32768 and q_copied) or not chunks):
         return TritonForward("halves")
     return TritonForward("chunks" if chunks else "row")
 

@@ -93,7 +93,7 @@ def forward(
 def configuration(inputs: Inputs, options: Options) -> TritonForward:
     """What the rule has for a call."""
     spec = spec_of(inputs, options)
-    return triton_forward(spec, gate_copied=bool(sharing(stored(rows_for(spec, options)), "q")[1]))
+    return triton_forward(spec, q_copied=bool(sharing(stored(rows_for(spec, options)), "q")[1]))
 
 
 def _by_name(cache: jax.Array, options: Options, spec: Spec) -> jax.Array:
