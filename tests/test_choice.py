@@ -335,6 +335,8 @@ def test_the_triton_kernel_takes_chunks_where_no_gate_is_copied():
         ((65536, 32, 8, 128, 128), False, MosaicForward("halves", 2, "first", k_first=True, heads_per_thread=2)),
         ((1024, 32, 8, 128, 64), False, MosaicForward("chunks", 4, "after_gate", k_first=True)),
         ((8192, 8, 1, 256, 256), False, MosaicForward("halves", 1, "first", k_first=True, heads_per_thread=2)),
+        ((1024, 16, 2, 512, 512), False, MosaicForward("halves", 1, "first", k_first=True)),
+        ((1024, 16, 2, 512, 128), False, MosaicForward("chunks", 1, "after_sum", k_first=True)),
         ((1024, 9, 3, 128, 128), False, MosaicForward("chunks", 4, "after_gate", k_first=True)),
         ((1024, 32, 8, 64, 64), False, MosaicForward("chunks", 8, "after_gate", k_first=True)),
         ((1024, 32, 8, 192, 192), False, MosaicForward("chunks", 2, "after_gate", k_first=True)),

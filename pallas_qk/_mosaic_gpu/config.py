@@ -85,6 +85,11 @@ def mosaic_forward(
     6.13 us at T = 1024, 25.6 against 26.4 at 4096). On an H100, 32/8 heads, two gain 5.70 to 5.22 us at T = 1024 and
     13.34 to 12.67 at 2048. With gates and R = 64 two are even at T = 1024 and lose elsewhere (137.7 against 135.8 us at
     16384). Not timed: the gate in place where all lanes are rotated.
+
+    D = 512, no gate, 16/2 heads: a warp has one row, since 32 lanes a thread leave too few threads. R = 512: halves,
+    weights and k rows first 158.9 us at T = 16384 (copy 145.2), 9.09 at 1024, where two rows in chunks take 189.9 and
+    10.4 and two heads a thread 9.02 at best. R = 128: chunks, weights after the sum 147.4 us (copy 141.5) and 8.29,
+    halves 156.2 and 8.83, two rows in chunks 160.6 and 9.18. Not timed: gates copied.
     """
     d, r, num_rows = spec.head_dim, spec.rotary_dim, spec.num_tokens * spec.num_q_heads
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(d)))
@@ -93,13 +98,15 @@ def mosaic_forward(
     cast_first = not by_slot or num_rows < 16384
     if by_slot and num_rows <= 1024:
         return MosaicForward(layout, rows_per_warp, weights="first", k_first=True)
-    all_rotated = layout == "halves" and r == d and 128 <= d <= 256
+    all_rotated = layout == "halves" and r == d and 128 <= d <= 512
     if all_rotated and not q_copied and num_rows >= 64 and spec.num_q_heads % 2 == 0:
-        heads = 1 if num_rows < 4096 else 2 if num_axes == 1 else 4
+        heads = 1 if num_rows < 4096 or d > 256 else 2 if num_axes == 1 else 4
         k_first = not (k_copied and num_rows >= 131072)
         return MosaicForward(layout, rows_per_warp, "first", k_first, cast_first, heads)
     k_first = 64 <= num_rows < 65536
     chunks = partners_apart and d // chunk_lanes(d, r) <= 16
+    if chunks and num_rows >= 512 and d > 256 and not q_copied:
+        return MosaicForward("chunks", rows_per_warp, weights="after_sum", k_first=True)
     if chunks and num_rows >= 512 and (num_rows < 16384 or not q_copied):
         return MosaicForward("chunks", min(32, 2 * rows_per_warp), weights="after_gate", k_first=k_first)
     after_sum = num_rows >= 65536 and r < d
