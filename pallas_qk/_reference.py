@@ -170,11 +170,11 @@ def norm_and_rope_backward(
 
     On a GPU XLA makes several kernels of it. The rotated lanes lie in memory between them, or each would rotate anew,
     and neither sum over a row needs the other, so that both are one pass. The whole backward takes 398 us that way, 435
-    with the sums apart, 692 rotating anew and 727 with neither, and autodiff of the op in plain jnp 459 (H200, bf16,
-    D = 256, R = 64, 16/2 heads, T = 16384). Where all lanes are rotated it is even with autodiff of plain jnp, which
+    with the sums apart, 692 rotating anew and 727 with neither, and autodiff of the op in plain jnp 459 (H200, bf16, D
+    = 256, R = 64, 16/2 heads, T = 16384). Where all lanes are rotated it is even with autodiff of plain jnp, which
     rounds them between its kernels: 442 us against 440 (D = R = 128, 32/8 heads), 274 against 266 (D = R = 256, 8/4).
-    Rounding them here too would take 354 and 215 us, and cost every gradient a second rounding. The price is range: with 1/rms outside, a row's sum of dy * w * x must
-    itself stay within float32.
+    Rounding them here too would take 354 and 215 us, and cost every gradient a second rounding. The price is range:
+    with 1/rms outside, a row's sum of dy * w * x must itself stay within float32.
     """
     x32, dy = x.astype(jnp.float32), dout.astype(jnp.float32)
 

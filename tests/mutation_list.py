@@ -1346,8 +1346,8 @@ MUTATIONS = [
         ),
         (
             "mosaic: two heads a thread with three rows of positions",
-            "heads = 1 if num_rows < 4096 else 2 if num_axes == 1 else 4",
-            "heads = 1 if num_rows < 4096 else 2",
+            "heads = 1 if num_rows < 4096 or d > 256 else 2 if num_axes == 1 else 4",
+            "heads = 1 if num_rows < 4096 or d > 256 else 2",
             tests_of("choice", "test_several_heads_a_thread"),
         ),
         (
