@@ -68,16 +68,21 @@ def rows_of_table(page: pathlib.Path, heading: str) -> list[list[str]]:
     """The cells of the rows below a table's heading."""
     lines = page.read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(heading)) + 2
-    end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
+    end = next((i for i in range(start, len(lines)) if not lines[i].startswith("|")), len(lines))
     return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines[start:end]]
 
 
-def rows_of_run(run: str) -> dict[tuple, dict]:
-    """The record's rows by operation, implementation, heads and tokens."""
+def record_of(run: str) -> list[dict]:
+    """The record's rows of one run."""
     record = (ROOT / "benchmarks" / "results" / "h200.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, record) if row["run"].startswith(run)]
+    return [row for row in map(json.loads, record) if row["run"].startswith(run)]
+
+
+def rows_of_run(run: str) -> dict[tuple, dict]:
+    """The rows with a time by operation, implementation, heads and tokens."""
     heads = "{num_q_heads}/{num_kv_heads}"
-    return {(x["op"], x["implementation"], heads.format(**x), str(x["num_tokens"])): x for x in rows if "p50_us" in x}
+    rows = [row for row in record_of(run) if "p50_us" in row]
+    return {(x["op"], x["implementation"], heads.format(**x), str(x["num_tokens"])): x for x in rows}
 
 
 def assert_rounded(cells: list[str], values: list[float]):
@@ -87,18 +92,20 @@ def assert_rounded(cells: list[str], values: list[float]):
 
 
 @pytest.mark.parametrize(
-    "page, heading, op, columns",
+    "page, heading, run, op, columns",
     [
-        (README, "| q/kv heads | tokens | Triton", "forward", ("oracle", "xla_plain", "mosaic_gpu")),
-        (NUMBERS, "| heads | tokens | Triton", "forward", ("oracle", "xla_plain", "mosaic_gpu")),
-        (NUMBERS, "| heads | tokens | autodiff", "backward", ("xla_plain", "xla", "mosaic_gpu")),
+        (README, "| q/kv heads | tokens | Triton", "20261124T171902Z", "forward", ("oracle", "xla_plain")),
+        (NUMBERS, "| heads | tokens | Triton", "20261124T171902Z", "forward", ("oracle", "xla_plain")),
+        (NUMBERS, "| heads | tokens | autodiff", "20261124T171902Z", "backward", ("xla_plain", "xla")),
+        (NUMBERS, "| heads of 128 | tokens | plain", "20261129T131905Z", "forward_no_gate", ("xla_plain", "xla")),
+        (NUMBERS, "| heads of 128 | tokens | autodiff", "20261129T131905Z", "backward_no_gate", ("xla_plain", "xla")),
     ],
-    ids=["README", "forward", "backward"],
+    ids=["README", "forward", "backward", "forward_no_gate", "backward_no_gate"],
 )
-def test_times_of_the_op_are_those_of_the_record(page, heading, op, columns):
-    rows = rows_of_run("20261124T171902Z")
+def test_times_of_the_op_are_those_of_the_record(page, heading, run, op, columns):
+    rows = rows_of_run(run)
     for heads, tokens, *cells in rows_of_table(page, heading):
-        found = [rows[op, name, heads, tokens] for name in columns]
+        found = [rows[op, name, heads, tokens] for name in (*columns, "mosaic_gpu")]
         assert_rounded(cells, [*(row["p50_us"] for row in found), found[-1]["fraction_of_copy"]])
 
 
@@ -113,14 +120,68 @@ def test_times_of_blocks_are_those_of_the_record():
         assert_rounded(cells[4].split(", "), [row["fraction_of_copy"] for row in found[2:]])
 
 
+KINDS_OF_CACHES = ("kv_cache", "kv_cache_gate_in_place", "kv_cache_fp8", "kv_cache_fp8_gate_in_place")
+
+
 def test_times_of_caches_are_those_of_the_record():
-    rows, other_rows = rows_of_run("20261129T091731Z"), rows_of_run("20261129T085639Z")
-    copied = [("kv_cache", name) for name in ("oracle", "mosaic_gpu_then_set", "mosaic_gpu")]
+    rows = rows_of_run("20261129T115653Z")
+    columns = [("kv_cache", name) for name in ("oracle", "mosaic_gpu_then_set")]
+    columns += [(kind, "mosaic_gpu") for kind in KINDS_OF_CACHES[:3]]
     for tokens, *cells in rows_of_table(NUMBERS, "| tokens | Triton kernel, then"):
-        found = [rows[*key, "16/2", tokens] for key in (*copied, ("kv_cache_gate_in_place", "mosaic_gpu"))]
-        of_8_bits = other_rows if int(tokens) >= 1024 else rows
-        found.append(of_8_bits["kv_cache_fp8", "mosaic_gpu", "16/2", tokens])
-        assert_rounded(cells, [row["p50_us"] for row in found])
+        assert_rounded(cells, [rows[*key, "16/2", tokens]["p50_us"] for key in columns])
+
+
+def test_what_8_bits_cost_and_save_is_in_the_record():
+    rows = rows_of_run("20261129T115653Z")
+
+    def times(tokens: int) -> list[float]:
+        return [rows[kind, "mosaic_gpu", "16/2", str(tokens)]["p50_us"] for kind in KINDS_OF_CACHES]
+
+    said = "costs (.+) to (.+) us more .+ up to 256 tokens. From 16,384 tokens on it saves (.+) % .+ or (.+) % with"
+    ((least, most, *shares),) = re.findall(said, NUMBERS.read_text().replace("\n", " "))
+    few = [times(tokens) for tokens in (1, 16, 64, 256)]
+    costs = [cost for copied, in_place, *fp8 in few for cost in (fp8[0] - copied, fp8[1] - in_place)]
+    assert_rounded([least, most], [min(costs), max(costs)])
+    for copied, in_place, *fp8 in map(times, (16384, 65536)):
+        assert_rounded(shares, [100 * (1 - fp8[0] / copied), 100 * (1 - fp8[1] / in_place)])
+
+
+FORMS = ("plain", "three", "barriers", "packed")
+STEPS = {"forward": "forward", "training": "training_step"}
+
+
+def test_times_of_layers_are_those_of_the_record():
+    rows = {(f"{x['layers']} of {x['model']}", x["op"], x["form"]): x for x in record_of("20261129T131958Z")}
+    listed = rows_of_table(NUMBERS, "| layers | step")
+    assert len(listed) * len(FORMS) == len(rows)
+    for layers, step, plain_ms, *shares, kernels in listed:
+        found = [rows[layers, STEPS[step], form] for form in FORMS]
+        assert_rounded([plain_ms], [found[0]["p50_us"] / 1000])
+        assert_rounded(shares, [row["share_of_plain"] for row in found[1:]])
+        assert kernels == ", ".join(str(row["kernels"]) for row in found)
+
+
+@pytest.mark.parametrize("page", [README, NUMBERS], ids=["README", "numbers"])
+def test_what_a_model_gains_is_in_the_record(page):
+    saved = [100 * (1 - x["share_of_plain"]) for x in record_of("20261129T131958Z") if x["form"] != "plain"]
+    said = r"([\d.]+) to ([\d.]+) % less time than with plain jnp"
+    ((least, most),) = re.findall(said, page.read_text().replace("\n", " "))
+    assert_rounded([least, most], [min(saved), max(saved)])
+
+
+def test_host_times_are_those_of_the_record():
+    rows = {(x["op"], x["implementation"], x.get("platform", "")): x for x in record_of("20261129T131850Z")}
+    calls = {
+        "`fused_qk_rmsnorm_rope_gate`": "forward_host",
+        "`fused_qkv_rmsnorm_rope_gate`": "forward_packed_host",
+        "`fused_qkv_rmsnorm_rope_gate_cache`": "forward_cache_host",
+    }
+    for function, *cells in rows_of_table(NUMBERS, "| function | eager"):
+        row = rows[calls[function], "mosaic_gpu", ""]
+        assert_rounded(cells, [row["eager_us"], row["jit_us"]])
+    for direction, platform, *cells in rows_of_table(NUMBERS, "| direction | lowered for"):
+        found = [rows[f"{direction}_layers", name, platform.lower()] for name in ("op", "attention")]
+        assert_rounded(cells, [(row["trace_ms"] + row["lower_ms"]) / row["layers"] for row in found])
 
 
 def test_files_that_pages_name_are_there():
