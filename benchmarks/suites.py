@@ -317,7 +317,9 @@ def parity_cached_gpu() -> list[CachedCase]:
         CachedCase(Case(129, 4, 1, 512, 512, v_norm=True, gate=None), "b s (h c) d", e4m3, return_kv=True),
         CachedCase(Case(129, 5, 2, 128, 0, f16, packed=True, v_norm=True), kv_dtype=bf16, return_kv=True),
         CachedCase(Case(129, 16, 2, norm_order="rotation_first", packed=True), "b h s (c d)", num_blocks=20),
-        CachedCase(Case(64, 5, 2, 64, 32, f16, norm_order="rotation_first", round_norm=False), kv_dtype=e5m2),
+        CachedCase(
+            Case(64, 5, 2, 64, 32, f16, norm_order="rotation_first", round_norm=False), kv_dtype=e5m2, return_kv=True
+        ),
     ]
     return layouts + codes + dtypes + options + slots + others
 

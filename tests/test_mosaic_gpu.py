@@ -54,7 +54,7 @@ def canonical(case: Case, inputs: Inputs) -> list[np.ndarray]:
         q_gate.reshape(case.num_tokens, case.num_q_heads, 2 * case.head_dim),
         k.reshape(case.num_tokens, case.num_kv_heads, case.head_dim),
         *rest,
-        positions if positions.ndim == 2 else positions[None],
+        None if positions is None else np.atleast_2d(positions),
     ]
 
 

@@ -75,9 +75,10 @@ def test_the_sum_of_many_partials():
     """More rows of partials than one tile holds."""
     rng = np.random.default_rng(0)
     partials = rng.standard_normal((9001 + 11, 20), np.float32)
-    types = (jax.ShapeDtypeStruct((20,), jnp.float32),) * 2
+    types = dict.fromkeys(("q_weight", "k_weight"), jax.ShapeDtypeStruct((20,), jnp.float32))
     kernel = functools.partial(sum_weights, q_rows=9001, types=types, interpret=not has_gpu())
-    for got, rows in zip(jax.jit(kernel)(partials), (partials[:9001], partials[9001:]), strict=True):
+    sums = jax.jit(kernel)(partials)
+    for got, rows in ((sums["q_weight"], partials[:9001]), (sums["k_weight"], partials[9001:])):
         exact = rows.astype(np.float64)
         assert (abs(np.asarray(got) - exact.sum(0)) <= len(rows) * ROUNDOFF["float32"] * abs(exact).sum(0)).all()
 
