@@ -270,6 +270,11 @@ LAYOUT_CASES = (
         if rotary_dim >= 2 and rotary_dim % 2 == 0
     ),
     Case(65, 12, 1, head_dim=8, rotary_dim=4),  # rows enough for chunks, and a row for every thread
+    *(  # rows enough for chunks of pairs
+        Case(65, 8, 2, head_dim, rotary_dim, dtype, rotation="pairs", round_norm=dtype == "bfloat16")
+        for head_dim, rotary_dim in ((256, 64), (128, 128))
+        for dtype in ("bfloat16", "float16", "float32")
+    ),
     Case(5, 3, 2, mrope_section=(18, 7, 7)),
     Case(5, 3, 2, head_dim=96, rotary_dim=96, mrope_section=(37, 3, 8), dtype="float16"),
     Case(5, 3, 2, head_dim=96, rotary_dim=96, mrope_section=(37, 3, 8), dtype="float16", rotation="pairs"),

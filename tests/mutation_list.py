@@ -1333,12 +1333,12 @@ MUTATIONS = [
             "mosaic: chunks of pairs",
             "chunks = partners_apart and d //",
             "chunks = d //",
-            tests_of("choice", "test_pairs_have_one_layout"),
+            tests_of("choice", "test_layouts_of_pairs"),
         ),
         (
             "mosaic: more rows than threads in a warp",
-            "min(32, 2 * rows_per_warp), weights",
-            "2 * rows_per_warp, weights",
+            "rows = min(32, 2 * rows_per_warp)",
+            "rows = 2 * rows_per_warp",
             tests_of("mosaic_gpu", "test_equals_the_definition[T65-H12.1-D8-R4-bfloat16]"),
         ),
         (
@@ -1364,6 +1364,18 @@ MUTATIONS = [
             'all_rotated = layout == "halves" and r == d',
             'all_rotated = layout == "halves"',
             tests_of("choice", "test_rule_of_the_mosaic_gpu_kernel"),
+        ),
+        (
+            "mosaic: a pair's lanes in chunks lie in two threads",
+            "width >= 2 * (32 // rows_per_warp)",
+            "width >= 32 // rows_per_warp",
+            tests_of("choice", "test_layouts_of_pairs"),
+        ),
+        (
+            "mosaic: two heads a thread for codes of few tokens",
+            "is_fp8(spec.cache_dtype) and num_rows >= 262144",
+            "is_fp8(spec.cache_dtype)",
+            tests_of("choice", "test_codes_and_a_gate_in_place_have_two_heads_a_thread_where_memory_binds"),
         ),
         (
             "mosaic: two heads a thread with three rows of positions",
@@ -1766,13 +1778,13 @@ MUTATIONS = [
             "triton: pairs in the layouts of halves",
             'return TritonForward(spec.rotation or "whole")',
             'return TritonForward("row" if spec.rotation else "whole")',
-            tests_of("choice", "test_pairs_have_one_layout"),
+            tests_of("choice", "test_layouts_of_pairs"),
         ),
         (
             "triton backward: pairs in a row of halves",
             'if spec.rotation == "halves" else spec.rotation or "whole"',
             'if spec.rotation else "whole"',
-            tests_of("choice", "test_pairs_have_one_layout"),
+            tests_of("choice", "test_layouts_of_pairs"),
         ),
         (
             "triton: halves where the gate is not copied",

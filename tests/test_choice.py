@@ -297,14 +297,31 @@ def test_layout_rule_of_the_triton_kernel(num_tokens, head_dim, rotary_dim, layo
     assert triton_forward(Spec(num_tokens, 16, 2, head_dim, rotary_dim, "bfloat16")).layout == layout
 
 
-@pytest.mark.parametrize("num_tokens", [1, 64, 1024, 16384])
-def test_pairs_have_one_layout(num_tokens):
-    spec = Spec(num_tokens, 16, 2, 256, 64, "bfloat16", rotation="pairs")
+@pytest.mark.parametrize("num_tokens", [1, 16, 128, 1024, 4096, 16384])
+@pytest.mark.parametrize("head_dim, rotary_dim", [(256, 64), (128, 128), (256, 16), (96, 6), (8, 4), (65, 6)])
+def test_layouts_of_pairs(num_tokens, head_dim, rotary_dim):
+    spec = Spec(num_tokens, 16, 2, head_dim, rotary_dim, "bfloat16", rotation="pairs")
+    one_wave = num_tokens in (128, 1024) and (head_dim, rotary_dim) in ((256, 64), (128, 128))
     for q_copied in (True, False):
         assert triton_forward(spec, q_copied=q_copied).layout == "pairs"
         for by_slot in (True, False):
-            assert mosaic_forward(spec, q_copied=q_copied, by_slot=by_slot).layout == "row"
+            layout = mosaic_forward(spec, q_copied=q_copied, by_slot=by_slot).layout
+            assert layout == ("chunks" if one_wave else "row")
     assert triton_backward(spec, 132).layout == "pairs"
+
+
+@pytest.mark.parametrize(
+    "num_tokens, q_copied, cache_dtype, heads",
+    [
+        (16384, False, "float8_e4m3fn", 2),
+        (16383, False, "float8_e5m2", 1),
+        (16384, True, "float8_e4m3fn", 1),
+        (16384, False, "bfloat16", 1),
+    ],
+)
+def test_codes_and_a_gate_in_place_have_two_heads_a_thread_where_memory_binds(num_tokens, q_copied, cache_dtype, heads):
+    spec = Spec(num_tokens, 16, 2, 256, 64, "bfloat16", cache_dtype=cache_dtype)
+    assert mosaic_forward(spec, q_copied=q_copied, by_slot=True).heads_per_thread == heads
 
 
 def test_the_triton_kernel_takes_chunks_where_no_gate_is_copied():

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from pallas_qk._fp8 import is_fp8
 from pallas_qk._options import Spec, Target, chunk_lanes, has_halves, next_power_of_2
 
 
@@ -11,8 +12,9 @@ class MosaicForward:
     """Launch configuration of the forward kernel on Pallas Mosaic GPU.
 
     `layout` says which lanes of a row one thread holds. "chunks": the same few lanes of each of the D/C chunks of C
-    lanes. "halves": vectors in pairs R/2 lanes apart. "row": consecutive vectors, the partners loaded once more. Rows
-    that are rotated by pairs, or not at all, have no other layout, and no partners elsewhere.
+    lanes, so that all threads share the rotation. "halves": vectors in pairs R/2 lanes apart. "row": consecutive
+    vectors, the partners loaded once more. Rows that are rotated by pairs have no halves, and rows that are not rotated
+    have no other layout than "row".
     A row has 32/rows_per_warp threads, or fewer where it is too short. `weights` says when they are loaded: "first",
     with x; "after_gate", once the gate (or v) is stored; "after_sum", once the squares are summed. With nothing to
     copy, "after_gate" means "first" and takes 31 registers (sm_90a, D = 256, "halves").
@@ -35,6 +37,12 @@ class MosaicForward:
     def heads_of(self, num_heads: int) -> int:
         """Heads of one token that a thread has, of an axis of so many."""
         return math.gcd(self.heads_per_thread, num_heads)
+
+
+def has_chunks_of_pairs(head_dim: int, rotary_dim: int, rows_per_warp: int) -> bool:
+    """Whether a row that is rotated by pairs has a few chunks of a pair at least for each thread."""
+    width = chunk_lanes(head_dim, 2 * rotary_dim)
+    return rows_per_warp <= 16 and head_dim // width <= 16 and width >= 2 * (32 // rows_per_warp)
 
 
 def mosaic_forward(
@@ -73,8 +81,12 @@ def mosaic_forward(
 
     Codes of 8 bits, and in the same run a cache of 16 bits: cast first they take 1.28 us where that takes 1.12 at
     T = 1, 2.56 where it takes 2.46 at 256, and 147.5 where it takes 145.0 at 16384; else 1.60, 2.82, and 142.5 where it
-    takes 144.5. So halves cast first below 16384 rows. Chunks gain nothing else (with the gate in place 80.2 us at
-    16384 both ways).
+    takes 144.5. So halves cast first below 16384 rows. With the gate in place chunks take 80.2 us at 16384 both ways,
+    and 78.2 with two heads a thread (copy 76.0), 306.4 against 313.5 at 65536 (copy 299.9). With a cache of 16 bits two
+    heads lose there (83.5 against 83.0 us at 16384), and at T = 1024 with either.
+
+    Pairs: chunks of R lanes lead where a launch is one wave or little more (6.02 against 6.43 us at T = 1024, where
+    halves that are rotated take 6.22) and are even at T = 64. Not timed: T = 256 and 2048.
 
     Several heads of one token a thread save loads of a table row, which is as long as a row of q where all lanes are
     rotated. Two of them pay where nothing is copied next to q: D = R = 128, 32/8 heads, no gate, 5.09 us against 5.38
@@ -105,10 +117,14 @@ def mosaic_forward(
         return MosaicForward(layout, rows_per_warp, "first", k_first, cast_first, heads)
     k_first = 64 <= num_rows < 65536
     chunks = partners_apart and d // chunk_lanes(d, r) <= 16
+    if spec.rotation == "pairs" and 512 <= num_rows < 32768 and has_chunks_of_pairs(d, r, 2 * rows_per_warp):
+        return MosaicForward("chunks", 2 * rows_per_warp, weights="after_gate", k_first=True)
     if chunks and num_rows >= 512 and d > 256 and not q_copied:
         return MosaicForward("chunks", rows_per_warp, weights="after_sum", k_first=True)
     if chunks and num_rows >= 512 and (num_rows < 16384 or not q_copied):
-        return MosaicForward("chunks", min(32, 2 * rows_per_warp), weights="after_gate", k_first=k_first)
+        heads = 2 if not q_copied and is_fp8(spec.cache_dtype) and num_rows >= 262144 else 1
+        rows = min(32, 2 * rows_per_warp)
+        return MosaicForward("chunks", rows, weights="after_gate", k_first=k_first, heads_per_thread=heads)
     after_sum = num_rows >= 65536 and r < d
     weights = "first" if num_rows < 64 else "after_sum" if after_sum else "after_gate"
     return MosaicForward(layout, rows_per_warp, weights=weights, k_first=k_first, cast_first=cast_first)

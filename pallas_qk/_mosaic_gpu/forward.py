@@ -112,7 +112,7 @@ def _layout(config: MosaicForward, spec: Spec, dtype: jnp.dtype) -> Layout:
     # Tiles of `width` lanes at `offsets` of the row, shared out among the threads, a vector at a time.
     match config.layout:
         case "chunks":
-            width = chunk_lanes(head_dim, rotary_dim)
+            width = chunk_lanes(head_dim, 2 * rotary_dim if spec.rotation == "pairs" else rotary_dim)
             offsets = list(range(0, head_dim, width))
         case "halves":
             width, offsets = head_dim // 2, [0, half]
