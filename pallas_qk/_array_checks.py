@@ -2,6 +2,7 @@
 
 import functools
 import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -75,12 +76,12 @@ class Function(NamedTuple):
 
     @property
     def sizes(self) -> str:
-        """Of the first array's last axes."""
+        """Of the first array's last axes, and what takes an array of other sizes."""
         rows = "2 * head_dim" if self.gated else "head_dim"
         if not self.packed:
-            return f"num_q_heads, {rows}, as one axis or two"
+            return f"num_q_heads, {rows}, as one axis or two; {self.other}"
         q = "q and gate of each head" if self.gated else "q"
-        return f"num_q_heads * {rows} + 2 * num_kv_heads * head_dim, [{q} | k | v]"
+        return f"num_q_heads * {rows} + 2 * num_kv_heads * head_dim, [{q} | k | v]; {self.other}"
 
     @property
     def other(self) -> str:
@@ -158,7 +159,7 @@ def check_arrays(function: Function, inputs: Inputs, sizes: Sizes) -> bool:
     for name in activations[1:]:
         source = sources[name]
         shape = (source.token // source.head, source.head) if split else (source.token,)
-        hint = "num_kv_heads, head_dim" if split else "num_kv_heads * head_dim"
+        hint = "num_kv_heads, head_dim; tokens come before heads" if split else "num_kv_heads * head_dim"
         check_shape(name, arrays[name], (*lead, *shape), f"the leading axes of {first}, then {hint}")
     for name in weights:
         check_shape(name, arrays[name], (head_dim,), "head_dim")
@@ -205,7 +206,7 @@ def _check_first(
     A single head fits both readings of (..., 1, width); the number of axes of the positions, or of a gathered table,
     then tells the leading ones. Without either, k tells: one head of k is the same array in both readings.
     """
-    name, remedy = function.array, f"{function.sizes}; {function.other}"
+    name, remedy = function.array, function.sizes
     q, flat = inputs.q, (source.token,)
     if source.heads is None:
         _check_trailing(name, q, [flat], remedy)
@@ -225,8 +226,13 @@ def _check_first(
 
 def _check_trailing(name: str, array, trailing: list[tuple[int, ...]], remedy: str) -> None:
     if not any(array.shape[-len(shape) :] == shape for shape in trailing):
-        shapes = " or ".join(f"(..., {', '.join(map(str, shape))})" for shape in trailing)
-        raise ValueError(f"{name} must have shape {shapes}, got {tuple(array.shape)}. Its sizes: {remedy}.")
+        raise wrong_last_axes(name, array, trailing, remedy)
+
+
+def wrong_last_axes(name: str, array, trailing: Sequence[tuple[int | str, ...]], remedy: str) -> ValueError:
+    """Of an array that ends in none of these sizes; a str stands for a size that nothing tells."""
+    shapes = " or ".join(f"(..., {', '.join(map(str, shape))})" for shape in trailing)
+    return ValueError(f"{name} must have shape {shapes}, got {tuple(array.shape)}. Its sizes: {remedy}.")
 
 
 def check_shape(name: str, array, shape: tuple[int | str, ...], remedy: str) -> None:

@@ -2,6 +2,7 @@
 
 import numbers
 import operator
+from collections.abc import Mapping
 from typing import cast, get_args
 
 import jax
@@ -224,4 +225,15 @@ def describe(value) -> str:
     kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"a {kind} of shape {tuple(value.shape)} and dtype {value.dtype}"
+    if isinstance(value, Mapping):
+        return f"a {kind} with the keys {list(value)!r:.80}"
+    if _holds_arrays(value):
+        return f"a {kind} of length {len(value)} that starts with {describe(value[0])}"
     return f"{value!r:.80} of type {kind}"
+
+
+def _holds_arrays(value) -> bool:
+    """Whose representation would show, and so read, all of their elements."""
+    if isinstance(value, list | tuple):
+        return any(hasattr(x, "dtype") or isinstance(x, Mapping) or _holds_arrays(x) for x in value)
+    return False

@@ -1,6 +1,6 @@
 """The sizes of a call: those that are given, and what its arrays say of the others."""
 
-from pallas_qk._array_checks import Function, check_array
+from pallas_qk._array_checks import Function, check_array, wrong_last_axes
 from pallas_qk._checks import check_count
 from pallas_qk._rows import WEIGHTS, Inputs
 
@@ -12,10 +12,10 @@ def filled(
 ) -> tuple[int, int, int, int]:
     """The four sizes. What was given is kept, so that the checks of shapes tell what doesn't fit it."""
     num_q_heads, num_kv_heads, head_dim, rotary_dim = sizes
-    if rotary_dim is None:
-        rotary_dim = 0 if inputs.cos_sin_cache is None else _shape("cos_sin_cache", inputs.cos_sin_cache)[-1]
     if head_dim is None:
         head_dim = _length_of_weights(inputs)
+    if rotary_dim is None:
+        rotary_dim = 0 if inputs.cos_sin_cache is None else _width_of_table(inputs.cos_sin_cache, head_dim)
     if q_alone and num_kv_heads is None:
         num_kv_heads = 0
     if num_q_heads is not None and num_kv_heads is not None:
@@ -26,8 +26,7 @@ def filled(
             check_count(name, value)
     of_q = 2 * head_dim if function.gated else head_dim
     if function.packed:
-        width = _shape(function.array, inputs.q)[-1]
-        heads = _heads_of_packed(width, num_q_heads, num_kv_heads, of_q, head_dim)
+        heads = _heads_of_packed(function, inputs.q, num_q_heads, num_kv_heads, of_q, head_dim)
     else:
         heads = _heads_of_axes(function, inputs, num_q_heads, num_kv_heads, of_q, head_dim, mrope)
     return *heads, head_dim, rotary_dim
@@ -48,17 +47,35 @@ def _length_of_weights(inputs: Inputs) -> int:
     raise ValueError("head_dim must be given without weights, got None. Pass the number of elements of a head.")
 
 
+def _width_of_table(table, head_dim: int) -> int:
+    check_count("head_dim", head_dim)
+    shape = _shape("cos_sin_cache", table)
+    if shape[-1] % 2 or not 0 < shape[-1] <= head_dim:
+        raise ValueError(
+            f"cos_sin_cache must have rows of a positive even length <= head_dim = {head_dim}, got shape {shape}. "
+            f"Make it for heads of this size: pallas_qk.rope.inv_frequencies takes head_dim={head_dim}."
+        )
+    return shape[-1]
+
+
 def _heads_of_packed(
-    width: int, num_q_heads: int | None, num_kv_heads: int | None, of_q: int, of_k: int
+    function: Function, qkv, num_q_heads: int | None, num_kv_heads: int | None, of_q: int, of_k: int
 ) -> tuple[int, int]:
-    """Of one number of heads the other one; each is at least 1."""
+    """Of one number of heads the other one."""
+    width = _shape(function.array, qkv)[-1]
     if num_q_heads is not None:
-        return num_q_heads, max(1, (width - num_q_heads * of_q) // (2 * of_k))
-    if num_kv_heads is None:
+        heads, rest = divmod(width - num_q_heads * of_q, 2 * of_k)
+        found, wanted = (num_q_heads, heads), f"{num_q_heads * of_q} + num_kv_heads * {2 * of_k}"
+    elif num_kv_heads is not None:
+        heads, rest = divmod(width - 2 * num_kv_heads * of_k, of_q)
+        found, wanted = (heads, num_kv_heads), f"num_q_heads * {of_q} + {2 * num_kv_heads * of_k}"
+    else:
         raise ValueError(
             "num_q_heads or num_kv_heads must be given with packed qkv, got neither. Pass one: the other follows."
         )
-    return max(1, (width - 2 * num_kv_heads * of_k) // of_q), num_kv_heads
+    if rest or heads < 1:
+        raise wrong_last_axes(function.array, qkv, [(wanted,)], function.sizes)
+    return found
 
 
 def _heads_of_axes(
@@ -70,7 +87,7 @@ def _heads_of_axes(
     of_k: int,
     mrope: bool,
 ) -> tuple[int, int]:
-    """From an axis of heads, or from a last axis that holds all of them; each is at least 1."""
+    """From an axis of heads, or from a last axis that holds all of them."""
     shape = _shape(function.array, inputs.q)
     num_lead = None
     if inputs.positions is not None:
@@ -81,11 +98,16 @@ def _heads_of_axes(
     has_axis = len(shape) > 1 and shape[-1] == of_q and num_lead != len(shape) - 1
     has_axis = has_axis and num_q_heads in (None, shape[-2])
 
-    def heads(shape: tuple[int, ...], width: int) -> int:
-        return shape[-2] if has_axis and len(shape) > 1 else max(1, shape[-1] // width)
+    def heads(name: str, array, number: str, width: int, remedy: str) -> int:
+        shape = _shape(name, array)
+        if has_axis and len(shape) > 1:
+            return shape[-2]
+        if shape[-1] % width or not shape[-1]:
+            raise wrong_last_axes(name, array, [(f"{number} * {width}",), (number, width)], remedy)
+        return shape[-1] // width
 
     if num_q_heads is None:
-        num_q_heads = heads(shape, of_q)
+        num_q_heads = heads(function.array, inputs.q, "num_q_heads", of_q, function.sizes)
     if num_kv_heads is None:
-        num_kv_heads = heads(_shape("k", inputs.k), of_k)
+        num_kv_heads = heads("k", inputs.k, "num_kv_heads", of_k, "num_kv_heads, head_dim, as one axis or two")
     return num_q_heads, num_kv_heads

@@ -345,6 +345,12 @@ def _pick_layer_type(rope_parameters: Mapping[str, Any] | None, layer_type: str 
             f"rope_parameters must be a dict or None, got {rope_parameters!r:.80}. "
             "Pass the configuration's rope_parameters or rope_scaling."
         )
+    for name, more in (("rope_parameters", ""), ("rope_scaling", ' and rope_theta=config["rope_theta"]')):
+        if isinstance(rope_parameters.get(name), Mapping):
+            raise ValueError(
+                f"rope_parameters must be the dict of a configuration's RoPE, got a dict with {name}, as a whole "
+                f'configuration has it. Pass config["{name}"]{more}.'
+            )
     entries = {name: value for name, value in rope_parameters.items() if isinstance(value, Mapping)}
     says_rope = any(not _COMMON_KEYS.isdisjoint(entry) for entry in entries.values())
     has_layer_types = says_rope and _COMMON_KEYS.isdisjoint(rope_parameters)

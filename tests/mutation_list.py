@@ -276,6 +276,27 @@ MUTATIONS = [
         ),
     ),
     *_in(
+        "pallas_qk/_sizes.py",
+        (
+            "sizes: heads of which a part is left over",
+            "if shape[-1] % width or not shape[-1]:",
+            "if not shape[-1]:",
+            tests_of("sizes", "test_what_does_not_fit_is_refused"),
+        ),
+        (
+            "sizes: a packed width with a part of a head",
+            "if rest or heads < 1:",
+            "if heads < 1:",
+            tests_of("sizes", "test_a_packed_width_that_heads_do_not_fill_is_refused"),
+        ),
+        (
+            "sizes: a table wider than the heads",
+            "if shape[-1] % 2 or not 0 < shape[-1] <= head_dim:",
+            "if shape[-1] % 2 or not shape[-1]:",
+            tests_of("sizes", "test_what_does_not_fit_is_refused"),
+        ),
+    ),
+    *_in(
         "pallas_qk/_mesh_checks.py",
         (
             "sharding: a head cut across devices",

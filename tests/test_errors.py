@@ -46,6 +46,7 @@ Q_GATE = (
     "Its sizes: num_q_heads, 2 * head_dim, as one axis or two; fused_qk_rmsnorm_rope takes q without gates."
 )
 K = "k must have shape {}, got {}. Its sizes: the leading axes of q_gate, then {}."
+IN_HEADS = "num_kv_heads, head_dim; tokens come before heads"
 POSITIONS = (
     "positions must have shape {}, or one that broadcasts to it, got {}. "
     "Its sizes: the leading axes of q_gate; three rows of positions need mrope_section."
@@ -135,6 +136,24 @@ BAD_CALLS = [
         "q_gate must be a JAX or NumPy array, got [[0.0]] of type list. Convert it with jnp.asarray.",
         q_gate=[[0.0]],
     ),
+    # What holds arrays is described without their elements.
+    bad(
+        TypeError,
+        "cos_sin_cache must be a JAX or NumPy array, got a tuple of length 2 that starts with a numpy.ndarray of shape "
+        "(8,) and dtype float64. Convert it with jnp.asarray.",
+        cos_sin_cache=lambda: (np.zeros(8), 1.0),
+    ),
+    bad(
+        TypeError,
+        "k must be a JAX or NumPy array, got a list of length 1 that starts with a list of length 2 that starts with "
+        "0.0 of type float. Convert it with jnp.asarray.",
+        k=lambda: [[0.0, np.zeros(8)]],
+    ),
+    bad(
+        TypeError,
+        "q_weight must be a JAX or NumPy array, got a dict with the keys ['kernel']. Convert it with jnp.asarray.",
+        q_weight=lambda: {"kernel": np.zeros(8)},
+    ),
     bad(
         TypeError,
         "q_gate " + FLOATING.format("float64"),
@@ -175,7 +194,7 @@ BAD_CALLS = [
     bad(ValueError, K.format("(4, 128)", "(5, 128)", "num_kv_heads * head_dim"), k=(5, 128)),
     bad(ValueError, K.format("(4, 128)", "(4, 64)", "num_kv_heads * head_dim"), k=(4, 64)),
     bad(ValueError, K.format("(4, 128)", "(4, 2, 64)", "num_kv_heads * head_dim"), k=(4, 2, 64)),
-    bad(ValueError, K.format("(4, 2, 64)", "(4, 128)", "num_kv_heads, head_dim"), q_gate=(4, 3, 128)),
+    bad(ValueError, K.format("(4, 2, 64)", "(4, 128)", IN_HEADS), q_gate=(4, 3, 128)),
     bad(ValueError, K.format("(2, 2, 128)", "(4, 128)", "num_kv_heads * head_dim"), q_gate=(2, 2, 384)),
     bad(ValueError, "q_weight must have shape (64,), got (32,). Its sizes: head_dim.", q_weight=(32,)),
     bad(ValueError, "k_weight must have shape (64,), got (1, 64). Its sizes: head_dim.", k_weight=(1, 64)),
@@ -269,7 +288,7 @@ BAD_CALLS = [
     ),
     bad(
         ValueError,
-        K.format("(4, 2, 64)", "(4, 1, 128)", "num_kv_heads, head_dim"),
+        K.format("(4, 2, 64)", "(4, 1, 128)", IN_HEADS),
         num_q_heads=1,
         q_gate=(4, 1, 128),
         k=(4, 1, 128),
@@ -326,7 +345,7 @@ QKV_WITHOUT_GATES = (
             "fused_qk_rmsnorm_rope",
             ValueError,
             "k must have shape (2, 2, 2, 64), got (4, 128). "
-            "Its sizes: the leading axes of q, then num_kv_heads, head_dim.",
+            "Its sizes: the leading axes of q, then num_kv_heads, head_dim; tokens come before heads.",
             {"q": (2, 2, 3, 64)},
         ),
         (

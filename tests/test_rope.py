@@ -528,6 +528,10 @@ def test_errors_say_the_rule_and_what_they_got(call, error, message):
 
 
 LAYER_TYPE = "Pass the name of the entry to read, if rope_parameters holds one dict per layer type."
+WHOLE = (
+    "rope_parameters must be the dict of a configuration's RoPE, got a dict with {}, as a whole configuration has it. "
+    "Pass {}."
+)
 NUMPY_OR_JAX = "positions must have an integer or floating dtype, got {}. Cast them with astype."
 SECTION = (
     "mrope_section must be integers >= 0 that sum to len(inv_freq) = 4, got {}. "
@@ -556,6 +560,16 @@ ROWS = (
             lambda: rope.inv_frequencies(THETA | {"a": {"b": 1}}, head_dim=8, layer_type="full"),
             ValueError,
             f"layer_type must be None for rope_parameters without layer types, got 'full'. {LAYER_TYPE}",
+        ),
+        (
+            lambda: rope.inv_frequencies({"hidden_size": 64, "rope_parameters": THETA}, head_dim=8),
+            ValueError,
+            WHOLE.format("rope_parameters", 'config["rope_parameters"]'),
+        ),
+        (
+            lambda: rope.inv_frequencies(THETA | {"rope_scaling": {"type": "linear", "factor": 2.0}}, head_dim=8),
+            ValueError,
+            WHOLE.format("rope_scaling", 'config["rope_scaling"] and rope_theta=config["rope_theta"]'),
         ),
         (lambda: rope.cos_sin_rows([True], ONE), TypeError, NUMPY_OR_JAX.format("bool")),
         (lambda: rope.cos_sin_rows(jnp.ones(3, jnp.complex64), ONE), TypeError, NUMPY_OR_JAX.format("complex64")),

@@ -106,6 +106,14 @@ def test_broadcast_over_a_sharded_batch(on_the_host, mode):
         assert_same(list(jax.jit(lambda *args: op(*args))(*args)), list(want))
 
 
+Q_GATE = (
+    "q_gate must have shape (..., num_q_heads * 128) or (..., num_q_heads, 128), got {}. "
+    "Its sizes: num_q_heads, 2 * head_dim, as one axis or two; fused_qk_rmsnorm_rope takes q without gates."
+)
+TABLE = (
+    "cos_sin_cache must have rows of a positive even length <= head_dim = 64, got shape {}. "
+    "Make it for heads of this size: pallas_qk.rope.inv_frequencies takes head_dim=64."
+)
 BAD: dict[str, tuple[dict, type[Exception], str]] = {
     "no weights": (
         {"q_weight": None, "k_weight": None, "head_dim": None},
@@ -125,8 +133,26 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
     "a width that heads don't fill": (
         {"q_gate": jnp.zeros((6, 500), jnp.bfloat16), "num_q_heads": None},
         ValueError,
-        "q_gate must have shape (..., 384) or (..., 3, 128), got (6, 500). "
-        "Its sizes: num_q_heads, 2 * head_dim, as one axis or two; fused_qk_rmsnorm_rope takes q without gates.",
+        Q_GATE.format("(6, 500)"),
+    ),
+    "q without gates": (
+        {"q_gate": jnp.zeros((6, 4, 64), jnp.bfloat16), "num_q_heads": None},
+        ValueError,
+        Q_GATE.format("(6, 4, 64)"),
+    ),
+    "no width": ({"q_gate": jnp.zeros((6, 0), jnp.bfloat16), "num_q_heads": None}, ValueError, Q_GATE.format("(6, 0)")),
+    "k of a width that heads don't fill": (
+        {"k": jnp.zeros((6, 100), jnp.bfloat16), "num_kv_heads": None},
+        ValueError,
+        "k must have shape (..., num_kv_heads * 64) or (..., num_kv_heads, 64), got (6, 100). "
+        "Its sizes: num_kv_heads, head_dim, as one axis or two.",
+    ),
+    "heads before tokens": (
+        {"q_gate": jnp.zeros((2, 4, 6, 128), jnp.bfloat16), "k": jnp.zeros((2, 2, 6, 64), jnp.bfloat16)}
+        | dict.fromkeys(SIZES),
+        ValueError,
+        "k must have shape (2, 4, 6, 64), got (2, 2, 6, 64). "
+        "Its sizes: the leading axes of q_gate, then num_kv_heads, head_dim; tokens come before heads.",
     ),
     "a number that is none": (
         {"num_q_heads": 0, "num_kv_heads": None},
@@ -149,6 +175,26 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
         "cos_sin_cache must have shape (max_position, 16), got (4096, 32). "
         "Its sizes: rotary_dim, each row [cos | sin].",
     ),
+    "a table for longer heads": (
+        {"cos_sin_cache": jnp.zeros((32, 128)), "rotary_dim": None},
+        ValueError,
+        TABLE.format("(32, 128)"),
+    ),
+    "a table of an odd width": (
+        {"cos_sin_cache": jnp.zeros((32, 7)), "rotary_dim": None},
+        ValueError,
+        TABLE.format("(32, 7)"),
+    ),
+    "a table without a width": (
+        {"cos_sin_cache": jnp.zeros((32, 0)), "rotary_dim": None},
+        ValueError,
+        TABLE.format("(32, 0)"),
+    ),
+    "a table, and a head_dim that is none": (
+        {"head_dim": "64", "rotary_dim": None},
+        TypeError,
+        "head_dim must be an integer known when tracing, got '64' of type str. Pass a Python int.",
+    ),
 }
 
 
@@ -160,3 +206,26 @@ def test_what_does_not_fit_is_refused(name):
     with pytest.raises(error, match="must") as caught:
         pallas_qk.fused_qk_rmsnorm_rope_gate(**arrays | case.static_arguments | changes)
     assert str(caught.value) == message
+
+
+PACKED = (
+    "qkv must have shape (..., {}), got {}. Its sizes: num_q_heads * 2 * head_dim + 2 * num_kv_heads * head_dim, "
+    "[q and gate of each head | k | v]; fused_qkv_rmsnorm_rope takes q without gates."
+)
+
+
+@pytest.mark.parametrize("width", [512 + 192, 512, 256], ids=["part of a head", "no kv head", "too few q heads"])
+def test_a_packed_width_that_heads_do_not_fill_is_refused(width):
+    """The message has the number of heads that was given, and none that wasn't."""
+    arrays = jnp.zeros((6, width), jnp.bfloat16), *(jnp.zeros(64),) * 2, jnp.zeros((8, 32)), jnp.arange(6), 1e-6
+    message = PACKED.format("512 + num_kv_heads * 128", f"(6, {width})")
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        pallas_qk.fused_qkv_rmsnorm_rope_gate(*arrays, num_q_heads=4)
+
+
+@pytest.mark.parametrize("width", [256 + 192, 256, 128], ids=["part of a head", "no q head", "too few kv heads"])
+def test_a_packed_width_that_q_heads_do_not_fill_is_refused(width):
+    arrays = jnp.zeros((6, width), jnp.bfloat16), *(jnp.zeros(64),) * 2, jnp.zeros((8, 32)), jnp.arange(6), 1e-6
+    message = PACKED.format("num_q_heads * 128 + 256", f"(6, {width})")
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        pallas_qk.fused_qkv_rmsnorm_rope_gate(*arrays, num_kv_heads=2)
