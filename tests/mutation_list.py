@@ -374,27 +374,6 @@ MUTATIONS = [
         ),
     ),
     *_in(
-        "pallas_qk/_sizes.py",
-        (
-            "the rotary_dim of a table is half of its width",
-            'else _shape("cos_sin_cache", inputs.cos_sin_cache)[-1]',
-            'else _shape("cos_sin_cache", inputs.cos_sin_cache)[-1] // 2',
-            tests_of("sizes", "test_any_size_may_be_left_out"),
-        ),
-        (
-            "the heads of k in a packed array, from the heads of q alone",
-            "(width - num_q_heads * of_q) // (2 * of_k)",
-            "(width - num_q_heads * of_q) // of_k",
-            tests_of("sizes", "test_packed_arrays_need_one_number_of_heads"),
-        ),
-        (
-            "a single head without an axis is an axis of tokens",
-            "shape[-1] == of_q and num_lead != len(shape) - 1",
-            "shape[-1] == of_q",
-            tests_of("sizes", "test_any_size_may_be_left_out"),
-        ),
-    ),
-    *_in(
         "pallas_qk/_passed.py",
         (
             "True is taken for the 1 that passed",
