@@ -46,8 +46,8 @@ def fused_qk_rmsnorm_rope_gate(
         out[R:]    = y[R:]
 
     Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim; ... are any leading axes, such as (T,) or (batch,
-    sequence), equal for all arrays. Heads may be a separate axis; the results then have it too. Boxes that give their
-    array by `__jax_array__`, such as `flax.nnx.Param`, are taken for every array.
+    sequence), equal for all arrays but those that broadcast. Heads may be a separate axis; the results then have it
+    too. Boxes that give their array by `__jax_array__`, such as `flax.nnx.Param`, are taken for every array.
 
     Args:
       q_gate: (..., Hq*2*D) or (..., Hq, 2*D), each head [q | gate]; float16, bfloat16 or float32. Leading
@@ -67,7 +67,8 @@ def fused_qk_rmsnorm_rope_gate(
         ambiguous; the rank of positions, or of those rows, decides. Without either, the form of `k` does.
       eps: added to the mean of squares; a Python number.
       num_q_heads: query heads in `q_gate`. What is left out of the four sizes follows from the arrays, and what is
-        given is checked. A single head without an axis of its own must be given where `positions` broadcast.
+        given is checked. Without it a last axis of one head lies behind an axis of heads, and a flat q of the other
+        function, with gates or without, isn't noticed.
       num_kv_heads: key heads in `k`; 0 exactly where `k` is None.
       head_dim: elements of a head, the length of the weights. It must be given where they are None.
       rotary_dim: elements of a head that are rotated, from the first; even and at most `head_dim`. The width of the

@@ -155,7 +155,7 @@ def check_arrays(function: Function, inputs: Inputs, sizes: Sizes) -> bool:
     if inputs.positions is not None:
         _check_positions_dtype(inputs.positions.dtype)
 
-    lead, split = _check_first(function, inputs, sources["q"], head_dim, mrope)
+    lead, split = _check_first(function, inputs, sources, mrope)
     for name in activations[1:]:
         source = sources[name]
         shape = (source.token // source.head, source.head) if split else (source.token,)
@@ -199,13 +199,14 @@ def check_integers(name: str, dtype) -> None:
 
 
 def _check_first(
-    function: Function, inputs: Inputs, source: Source, head_dim: int, mrope: bool
+    function: Function, inputs: Inputs, sources: dict[str, Source], mrope: bool
 ) -> tuple[tuple[int, ...], bool]:
     """The leading axes, and whether heads have an axis of their own.
 
-    A single head fits both readings of (..., 1, width); the number of axes of the positions, or of a gathered table,
-    then tells the leading ones. Without either, k tells: one head of k is the same array in both readings.
+    A single head fits both readings of (..., 1, width). Slots, which have the leading axes, then tell, or else several
+    heads of k, or the number of axes of the positions or of a gathered table. Without any it is an axis of heads.
     """
+    source = sources["q"]
     name, remedy = function.array, function.sizes
     q, flat = inputs.q, (source.token,)
     if source.heads is None:
@@ -215,12 +216,15 @@ def _check_first(
     _check_trailing(name, q, [flat, split], remedy)
     fits_split = q.shape[-2:] == split
     if fits_split and q.shape[-1:] == flat:
-        if inputs.cos_sin_cache is not None:
+        of_k = sources.get("k")
+        if inputs.slots is not None:
+            fits_split = np.ndim(inputs.slots) != q.ndim - 1
+        elif of_k is not None and of_k.token > of_k.head:
+            fits_split = inputs.k.shape[-1:] == (of_k.head,)
+        elif inputs.cos_sin_cache is not None:
             table = inputs.positions is None
             num_lead = inputs.cos_sin_cache.ndim - 1 if table else inputs.positions.ndim - mrope
             fits_split = num_lead != q.ndim - 1
-        elif inputs.k is not None:
-            fits_split = inputs.k.shape[-1:] == (head_dim,)
     return q.shape[: -2 if fits_split else -1], fits_split
 
 

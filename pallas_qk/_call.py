@@ -28,13 +28,10 @@ def call(function: Function, inputs: Inputs, *values, **more) -> Outputs:
     is_new = static is None
     if is_new:
         static = _checked(function, inputs, *values, **more)
-    v = inputs.v
-    if passes_by := v is not None and not static["call"].options.separate_v:
-        inputs = inputs._replace(v=None)
     outputs = _run(_with_arrays(inputs), name=function.name, **static)
     if is_new:
         _passed.keep(signature, static)
-    return outputs._replace(v=jnp.asarray(v)) if passes_by else outputs
+    return outputs
 
 
 def _checked(
@@ -58,7 +55,7 @@ def _checked(
     """The static arguments of `_run`. It reads no element of an array, and nothing else that `_passed` leaves out."""
     rotated = inputs.cos_sin_cache is not None
     q_alone = inputs.k is None and not (function.packed or function.separate_v)
-    every = filled(function, inputs, sizes, q_alone=q_alone, mrope=mrope_section is not None)
+    every = filled(function, inputs, sizes, q_alone=q_alone)
     num_q_heads, num_kv_heads, head_dim, rotary_dim = _checks.check_sizes(*every, rotated=rotated, q_alone=q_alone)
     rotation_by_name, by_order = _checks.check_rotation(rotation), _checks.check_norm_order(norm_order)
     norm_beta = _checks.check_norm_beta(norm_beta)
@@ -138,7 +135,10 @@ def _with_arrays(inputs: Inputs) -> Inputs:
 
 @functools.partial(jax.jit, static_argnames=("name", "call", "split"))
 def _run(inputs: Inputs, *, name: str, call: Call, split: bool) -> Outputs:
-    """Jitted here, so that an eager call gives the bits of a call inside `jax.jit`."""
+    """Jitted here, so that an eager call gives the bits of a call inside `jax.jit`.
+
+    A v that no kernel takes is a result as it is.
+    """
     from pallas_qk import _derivatives  # late: to define primitives it imports jax.extend, and so Pallas (17 ms)
 
     for integers in _INTEGERS:
@@ -159,9 +159,13 @@ def _run(inputs: Inputs, *, name: str, call: Call, split: bool) -> Outputs:
     for scale in _SCALES:
         if (x := getattr(inputs, scale)) is not None:  # a Python number that went through a jit may have another dtype
             inputs = inputs._replace(**{scale: x.reshape(-1).astype(jnp.float32)})
+    passing = {}
+    if inputs.v is not None and not call.options.separate_v:
+        passing = {"v": lax.convert_element_type(inputs.v, inputs.v.dtype)}  # without a weak type
+        inputs = inputs._replace(v=None)
     with jax.named_scope(name):
         if not split:
-            return _derivatives.forward(call, inputs)
+            return _derivatives.forward(call, inputs)._replace(**passing)
         rows = {name: x for name in ("q", "k", "v") if (x := getattr(inputs, name)) is not None}
         outputs = _derivatives.forward(call, inputs._replace(**{name: _flat(x) for name, x in rows.items()}))
         head_dim = head_dim_of(inputs, call.options)
@@ -170,7 +174,7 @@ def _run(inputs: Inputs, *, name: str, call: Call, split: bool) -> Outputs:
             for name, x in outputs._asdict().items()
             if x is not None and name not in CACHES
         }
-        return outputs._replace(**in_heads)
+        return outputs._replace(**in_heads | passing)
 
 
 def _flat(x: jax.Array) -> jax.Array:

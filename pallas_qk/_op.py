@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import mlir
-from jax.sharding import ManualAxisType, PartitionSpec
+from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec
 
 from pallas_qk import _implementations, _mesh_checks, _reference
 from pallas_qk._batching import batch, has_batched_leading_axes, register_batching
@@ -65,10 +65,13 @@ def result_types(results: Outputs | Gradients, options: Options, operands):
         like, reads = as_outputs(options, sources), read_by_outputs(options, *operands)
     else:
         like, reads = differentiated(inputs), read_by_gradients(options, *operands)
+    mesh = jax.sharding.get_abstract_mesh()
     for result, x, read in zip(results, like, reads, strict=True):
         if result is not None:
             varying = frozenset().union(*(y.manual_axis_type.varying for y in read if y is not None))
             update = {"shape": result.shape, "dtype": result.dtype, "manual_axis_type": ManualAxisType(varying=varying)}
+            if varying and x.sharding.mesh.empty:  # a constant of the program, which knows of no mesh
+                update["sharding"] = NamedSharding(mesh, PartitionSpec(*[None] * len(result.shape)))
             types.append(x.update(weak_type=False, **update))
     return types
 

@@ -7,9 +7,7 @@ from pallas_qk._rows import WEIGHTS, Inputs
 Sizes = tuple[int | None, int | None, int | None, int | None]  # num_q_heads, num_kv_heads, head_dim, rotary_dim
 
 
-def filled(
-    function: Function, inputs: Inputs, sizes: Sizes, *, q_alone: bool, mrope: bool
-) -> tuple[int, int, int, int]:
+def filled(function: Function, inputs: Inputs, sizes: Sizes, *, q_alone: bool) -> tuple[int, int, int, int]:
     """The four sizes. What was given is kept, so that the checks of shapes tell what doesn't fit it."""
     num_q_heads, num_kv_heads, head_dim, rotary_dim = sizes
     if head_dim is None:
@@ -20,7 +18,8 @@ def filled(
         num_kv_heads = 0
     if num_q_heads is not None and num_kv_heads is not None:
         return num_q_heads, num_kv_heads, head_dim, rotary_dim
-    given = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads or None, "head_dim": head_dim}
+    # q alone has no heads of k to count.
+    given = {"num_q_heads": num_q_heads, "num_kv_heads": None if q_alone else num_kv_heads, "head_dim": head_dim}
     for name, value in given.items():
         if value is not None:
             check_count(name, value)
@@ -28,7 +27,7 @@ def filled(
     if function.packed:
         heads = _heads_of_packed(function, inputs.q, num_q_heads, num_kv_heads, of_q, head_dim)
     else:
-        heads = _heads_of_axes(function, inputs, num_q_heads, num_kv_heads, of_q, head_dim, mrope)
+        heads = _heads_of_axes(function, inputs, num_q_heads, num_kv_heads, of_q, head_dim)
     return *heads, head_dim, rotary_dim
 
 
@@ -79,24 +78,19 @@ def _heads_of_packed(
 
 
 def _heads_of_axes(
-    function: Function,
-    inputs: Inputs,
-    num_q_heads: int | None,
-    num_kv_heads: int | None,
-    of_q: int,
-    of_k: int,
-    mrope: bool,
+    function: Function, inputs: Inputs, num_q_heads: int | None, num_kv_heads: int | None, of_q: int, of_k: int
 ) -> tuple[int, int]:
-    """From an axis of heads, or from a last axis that holds all of them."""
+    """From an axis of heads, or from a last axis that holds all of them.
+
+    A last axis that holds one head lies behind an axis of heads, unless k or a given number says otherwise. Positions
+    don't count: those that broadcast, or have an axis too many, fit either reading.
+    """
     shape = _shape(function.array, inputs.q)
-    num_lead = None
-    if inputs.positions is not None:
-        check_array("positions", inputs.positions)
-        num_lead = inputs.positions.ndim - mrope
-    elif inputs.cos_sin_cache is not None:
-        num_lead = len(_shape("cos_sin_cache", inputs.cos_sin_cache)) - 1
-    has_axis = len(shape) > 1 and shape[-1] == of_q and num_lead != len(shape) - 1
-    has_axis = has_axis and num_q_heads in (None, shape[-2])
+    k_is_flat = False
+    if inputs.k is not None:
+        *_, of_heads, width = (1, *_shape("k", inputs.k))
+        k_is_flat = width != of_k or num_kv_heads not in (None, of_heads)
+    has_axis = len(shape) > 1 and shape[-1] == of_q and num_q_heads in (None, shape[-2]) and not k_is_flat
 
     def heads(name: str, array, number: str, width: int, remedy: str) -> int:
         shape = _shape(name, array)

@@ -277,22 +277,16 @@ BAD_CALLS = [
         "num_kv_heads must be at least 1, got 0. Pass the number that this device's arrays hold.",
         num_kv_heads=0,
     ),
-    # A single head, read by the number of axes of the positions.
+    # A single head beside several of k, which tell whether heads are an axis.
     bad(
         ValueError,
-        K.format("(4, 1, 128)", "(4, 2, 64)", "num_kv_heads * head_dim"),
+        POSITIONS.format("(4,)", "(4, 1)"),
         num_q_heads=1,
         q_gate=(4, 1, 128),
         k=(4, 2, 64),
         positions=(4, 1),
     ),
-    bad(
-        ValueError,
-        K.format("(4, 2, 64)", "(4, 1, 128)", IN_HEADS),
-        num_q_heads=1,
-        q_gate=(4, 1, 128),
-        k=(4, 1, 128),
-    ),
+    bad(ValueError, POSITIONS.format("(4, 1)", "(4,)"), num_q_heads=1, q_gate=(4, 1, 128), k=(4, 1, 128)),
 ]
 
 

@@ -72,10 +72,10 @@ def test_three_arrays_are_a_packed_one(implementation, case):
 
 @pytest.mark.parametrize("gate", ["copied", "in_place", None])
 def test_v_that_is_not_normalised_is_the_array_itself(gate):
-    """No work: neither a copy of v nor a kernel that knows it."""
+    """No work: no kernel knows it."""
     case = Case(5, 4, 3, 64, 16, separate_v=True, gate=gate)
     args = forms.arguments(case, make_inputs(case))
-    assert by_name(case, forms.op(case)(*args))["v"] is args[2]
+    assert_same([by_name(case, forms.op(case)(*args))["v"]], [args[2]])
     without = Case(**vars(case) | {"separate_v": False})
 
     def kernels_of(case: Case) -> list[str]:
@@ -83,6 +83,18 @@ def test_v_that_is_not_normalised_is_the_array_itself(gate):
         return kernels(lowered_text(jax.jit(lambda *args: op(*args)), *forms.arguments(case, make_inputs(case))))
 
     assert kernels_of(case) == kernels_of(without)
+
+
+def test_v_that_passes_by_is_one_of_the_call_s_arrays():
+    """As q and k it must be there, and a result has no weak type."""
+    case = Case(5, 4, 3, 64, 16, "float32", separate_v=True)
+    q, k, v, *others = forms.arguments(case, make_inputs(case))
+    weak = jnp.full(v.shape, 2.0)
+    assert weak.weak_type and not by_name(case, forms.op(case)(q, k, weak, *others))["v"].weak_type
+    gone = v + 0
+    gone.delete()
+    with pytest.raises(RuntimeError, match="deleted"):
+        forms.op(case)(q, k, gone, *others)
 
 
 @pytest.mark.parametrize("v_norm", [False, True])

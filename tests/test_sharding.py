@@ -734,3 +734,22 @@ def test_the_list_of_collectives_sees_what_is_there():
         "  %rs = f32[2]{0} reduce-scatter(f32[16]{0} %a), dimensions={0}\n"
     )
     assert [line.split()[0] for line in collectives(asynchronous)] == ["all-reduce-start", "reduce-scatter"]
+
+
+def test_gradients_inside_shard_map_with_weights_that_are_constants(on_the_host):
+    """They know of no mesh, and their gradients vary over it."""
+    case = Case(8, 4, 2, 64, 32, "float32")
+    inputs = make_inputs(case)
+    constants = [np.asarray(x) for x in list(inputs)[2:5]]
+
+    def gradient(q_gate, k, positions):
+        def loss(q_gate):
+            outputs = op(case)(q_gate, k, *constants, positions)
+            return sum((x**2).sum() for x in outputs)
+
+        return jax.grad(loss)(q_gate)
+
+    want = gradient(inputs.q_gate, inputs.k, inputs.positions)
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    sharded = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=P("x"), out_specs=P("x")))
+    np.testing.assert_allclose(sharded(inputs.q_gate, inputs.k, inputs.positions), want, rtol=1e-6, atol=1e-6)

@@ -45,7 +45,11 @@ def test_any_size_may_be_left_out(case):
     want = forms.op(case)(*args)
     for count in (1, 4):
         for names in itertools.combinations(SIZES, count):
-            assert_same(list(left_out(case, *names)(*args)), list(want))
+            if (case.num_q_heads, case.num_kv_heads) == (1, 1) and {"num_q_heads", "num_kv_heads"} <= set(names):
+                with pytest.raises(ValueError, match=r"^positions must have shape \(\)"):  # tokens read as heads
+                    left_out(case, *names)(*args)
+            else:
+                assert_same(list(left_out(case, *names)(*args)), list(want))
             got = left_out(case, *names)(*in_heads(case, args))
             assert_same([x.reshape(y.shape) for x, y in zip(got, want, strict=True)], list(want))
             assert all(x.ndim == 3 for x in got)
@@ -63,6 +67,44 @@ def test_packed_arrays_need_one_number_of_heads(gate, names):
     message = "num_q_heads or num_kv_heads must be given with packed qkv, got neither. Pass one: the other follows."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         left_out(case, "num_q_heads", "num_kv_heads")(*args)
+
+
+def test_positions_with_an_axis_too_many_are_seen_where_tokens_are_as_many_as_heads():
+    case = Case(4, 4, 4, 64, 32, gate=None)
+    q, k, *others, positions = in_heads(case, forms.arguments(case, make_inputs(case)))
+    for wrong in (positions[None], jnp.zeros((4, 4), jnp.int32)):
+        with pytest.raises(ValueError, match=r"^positions must have shape \(4,\)"):
+            left_out(case, *SIZES)(q, k, *others, wrong)
+
+
+@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("lead", [(), (3,)], ids=["broadcast", "given"])
+def test_a_single_flat_head_beside_slots(length, lead):
+    """Slots say which axes are the tokens', also where a sequence has one."""
+    case = Case(3 * length, 1, 1, 64, 32, gate=None)
+    inputs, cache = make_inputs(case), jnp.zeros((3, length, 1, 64), case.dtype)
+    q, k = (x.reshape(3, length, 64) for x in (forms.split_gates(case, inputs.q_gate)[0], inputs.k))
+    positions = jnp.broadcast_to(jnp.arange(length), (*lead, length))
+    outputs = pallas_qk.fused_qkv_rmsnorm_rope_cache(
+        (q, k, k),
+        inputs.q_weight,
+        inputs.k_weight,
+        inputs.cos_sin_cache,
+        positions,
+        (cache, cache),
+        jnp.arange(3 * length).reshape(3, length),
+        **case.static_arguments,
+    )
+    want = forms.op(case)(q, k, *list(inputs)[2:5], jnp.broadcast_to(jnp.arange(length), (3, length)))
+    assert_same([outputs.q, outputs.kv_cache[0].reshape(want[1].shape)], list(want))
+
+
+def test_several_heads_of_k_tell_a_single_flat_head():
+    case = Case(5, 1, 2, 64, 32)
+    q_gate, k, *others, _ = forms.arguments(case, make_inputs(case))
+    want = forms.op(case)(q_gate, k, *others, jnp.full(5, 7, jnp.int32))
+    got = forms.op(case)(q_gate[:, None], k[:, None], *others, jnp.full(1, 7, jnp.int32))
+    assert_same([x[:, 0] for x in got], list(want))
 
 
 BATCH = 3

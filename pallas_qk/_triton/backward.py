@@ -102,14 +102,15 @@ def sum_weights(partials: jax.Array, q_rows: int, types, interpret: bool) -> dic
     """The column sums (D,) of the first `q_rows` rows of partials, for q, and of the others, for k, as `types`."""
     num_rows, head_dim = partials.shape
     tile_rows = min(next_power_of_2(max(q_rows, num_rows - q_rows)), _SUM_ROWS)
-    return pl.pallas_call(
+    sums = pl.pallas_call(
         functools.partial(_weight_sum_kernel, q_rows=q_rows),
         grid=(len(types) * pl.cdiv(head_dim, _SUM_COLUMNS),),
-        out_shape=jax.tree.map(lambda x: output(x.shape, x.dtype), types),
+        out_shape=tuple(output(x.shape, x.dtype) for x in types.values()),
         compiler_params=plt.CompilerParams(num_warps=max(1, tile_rows // _SUM_ROWS_OF_A_WARP), num_stages=1),
         interpret=interpret,
         name=WEIGHT_SUM_NAME,
     )(partials)
+    return dict(zip(types, sums, strict=True))
 
 
 def _backward_kernel(
@@ -325,7 +326,7 @@ def _cos_and_sin(inputs: Inputs, positions, frequency, rotated, options: Options
     return cos, sin
 
 
-def _weight_sum_kernel(partials_ref, sums: dict, *, q_rows: int):
+def _weight_sum_kernel(partials_ref, of_q_ref, of_k_ref=None, *, q_rows: int):
     """One program: the sum of a few columns of q's partials, or of k's, in a fixed order."""
     all_rows, head_dim = partials_ref.shape
     num_groups = pl.cdiv(head_dim, _SUM_COLUMNS)
@@ -347,10 +348,10 @@ def _weight_sum_kernel(partials_ref, sums: dict, *, q_rows: int):
 
     @pl.when(program < num_groups)
     def _():
-        sum_columns(0, q_rows, program, sums["q_weight"])
+        sum_columns(0, q_rows, program, of_q_ref)
 
-    if "k_weight" in sums:
+    if of_k_ref is not None:
 
         @pl.when(program >= num_groups)
         def _():
-            sum_columns(q_rows, all_rows - q_rows, program - num_groups, sums["k_weight"])
+            sum_columns(q_rows, all_rows - q_rows, program - num_groups, of_k_ref)
