@@ -750,6 +750,5 @@ def test_gradients_inside_shard_map_with_weights_that_are_constants(on_the_host)
         return jax.grad(loss)(q_gate)
 
     want = gradient(inputs.q_gate, inputs.k, inputs.positions)
-    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
-    sharded = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=P("x"), out_specs=P("x")))
+    sharded = jax.jit(jax.shard_map(gradient, mesh=mesh(x=2), in_specs=P("x"), out_specs=P("x")))
     np.testing.assert_allclose(sharded(inputs.q_gate, inputs.k, inputs.positions), want, rtol=1e-6, atol=1e-6)
