@@ -22,7 +22,7 @@ from benchmarks.progress import progress, say
 from benchmarks.providers import Call, repeated_inputs
 from benchmarks.timing import Samples, measure
 from pallas_qk import _implementations
-from pallas_qk._mosaic_gpu.config import MosaicBackward, MosaicForward, mosaic_backward_group
+from pallas_qk._mosaic_gpu.config import MosaicBackward, MosaicForward, mosaic_backward_group, shares
 from pallas_qk._options import Spec, chunk_lanes, has_halves
 from pallas_qk._rows import Gradients, Inputs, Outputs, spec_of
 from pallas_qk._target import cuda_target
@@ -110,18 +110,13 @@ def space(rule: Config, spec: Spec, sms: int) -> Space:
 
 
 def shared(config: Config, total: int, spec: Spec) -> Config:
-    """`total` warps or programs shared by q rows and k rows; no more of them than the longest share needs."""
+    """`total` warps or programs shared by q rows and k rows."""
     if isinstance(config, MosaicBackward):
         rows = 32 // mosaic_backward_group(spec, 4 if spec.dtype == "float32" else 2, config.rows_per_warp)[0]
     else:
         assert isinstance(config, TritonBackward)
         rows = config.rows_per_step
-    heads = spec.num_q_heads, spec.num_kv_heads
-    of_k = max(min(1, heads[1]), round(total * heads[1] / sum(heads)))
-    counts: dict[str, Any] = {}
-    for name, num_heads, share in zip(_SHARED[type(config)], heads, (max(1, total - of_k), of_k), strict=True):
-        steps = -(-spec.num_tokens * num_heads // rows)
-        counts[name] = -(-steps // -(-steps // share)) if steps else 0
+    counts: dict[str, Any] = dict(zip(_SHARED[type(config)], shares(spec, total, rows), strict=True))
     return dataclasses.replace(config, **counts)
 
 

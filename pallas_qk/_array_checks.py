@@ -244,8 +244,12 @@ def check_shape(name: str, array, shape: tuple[int | str, ...], remedy: str) -> 
         isinstance(want, str) or got == want for got, want in zip(array.shape, shape, strict=True)
     )
     if not matches:
-        inner = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
-        raise ValueError(f"{name} must have shape ({inner}), got {tuple(array.shape)}. Its sizes: {remedy}.")
+        raise ValueError(f"{name} must have shape {_written(shape)}, got {tuple(array.shape)}. Its sizes: {remedy}.")
+
+
+def _written(shape: tuple[int | str, ...]) -> str:
+    """As Python writes a tuple; a str is the name of a size."""
+    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
 
 
 def _check_broadcasts(
@@ -257,8 +261,7 @@ def _check_broadcasts(
     own = got[start:end]
     fits = start <= end and got[:start] == front and got[end:] == back and len(own) <= len(lead)
     if not fits or any(a not in (1, b) for a, b in zip(reversed(own), reversed(lead), strict=False)):
-        inner = ", ".join(map(str, shape := (*front, *lead, *back))) + ("," if len(shape) == 1 else "")
-        rule = f"{name} must have shape ({inner}), or one that broadcasts to it"
+        rule = f"{name} must have shape {_written((*front, *lead, *back))}, or one that broadcasts to it"
         raise ValueError(f"{rule}, got {got}. Its sizes: {remedy}.")
 
 

@@ -34,6 +34,11 @@ class Options:
     scale_per_head: tuple[bool, bool] | None = None
     round_dweights: bool = False  # gradients of the weights: rounded to the weights' dtypes, or in float32
 
+    @property
+    def num_axes(self) -> int:
+        """Rows of positions."""
+        return 1 if self.mrope_section is None else 3
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:

@@ -1403,8 +1403,8 @@ MUTATIONS = [
         ),
         (
             "mosaic backward: more programs than the GPU holds at once",
-            "resident = 4 * num_warpgroups * num_sms",
-            "resident = 8 * num_warpgroups * num_sms",
+            "shares(spec, 4 * num_warpgroups * num_sms, rows_per_tile)",
+            "shares(spec, 8 * num_warpgroups * num_sms, rows_per_tile)",
             tests_of("mosaic_gpu_vjp", "test_the_rule_is_one_resident_wave"),
         ),
         (
@@ -1415,7 +1415,7 @@ MUTATIONS = [
         ),
         (
             "mosaic backward: fewer warps where L2 holds the arrays",
-            "if 3 * num_rows * spec.head_dim * itemsize > _L2_BYTES:",
+            "if num_bytes > _L2_BYTES:",
             "if True:",
             tests_of("mosaic_gpu_vjp", "test_warps_follow_the_bandwidth_of_a_multiprocessor"),
         ),

@@ -256,18 +256,16 @@ PACKED = (
 )
 
 
-@pytest.mark.parametrize("width", [512 + 192, 512, 256], ids=["part of a head", "no kv head", "too few q heads"])
-def test_a_packed_width_that_heads_do_not_fill_is_refused(width):
+OF_K, OF_Q = ({"num_q_heads": 4}, "512 + num_kv_heads * 128"), ({"num_kv_heads": 2}, "num_q_heads * 128 + 256")
+
+
+@pytest.mark.parametrize(
+    "given, wanted, width",  # a part of a head, none, and too few heads of those that were given
+    [(*OF_K, 512 + 192), (*OF_K, 512), (*OF_K, 256), (*OF_Q, 256 + 192), (*OF_Q, 256), (*OF_Q, 128)],
+)
+def test_a_packed_width_that_heads_do_not_fill_is_refused(given, wanted, width):
     """The message has the number of heads that was given, and none that wasn't."""
     arrays = jnp.zeros((6, width), jnp.bfloat16), *(jnp.zeros(64),) * 2, jnp.zeros((8, 32)), jnp.arange(6), 1e-6
-    message = PACKED.format("512 + num_kv_heads * 128", f"(6, {width})")
+    message = PACKED.format(wanted, f"(6, {width})")
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        pallas_qk.fused_qkv_rmsnorm_rope_gate(*arrays, num_q_heads=4)
-
-
-@pytest.mark.parametrize("width", [256 + 192, 256, 128], ids=["part of a head", "no q head", "too few kv heads"])
-def test_a_packed_width_that_q_heads_do_not_fill_is_refused(width):
-    arrays = jnp.zeros((6, width), jnp.bfloat16), *(jnp.zeros(64),) * 2, jnp.zeros((8, 32)), jnp.arange(6), 1e-6
-    message = PACKED.format("num_q_heads * 128 + 256", f"(6, {width})")
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        pallas_qk.fused_qkv_rmsnorm_rope_gate(*arrays, num_kv_heads=2)
+        pallas_qk.fused_qkv_rmsnorm_rope_gate(*arrays, **given)

@@ -121,9 +121,10 @@ def backward(
 
 def configuration(inputs: Inputs, options: Options) -> MosaicBackward:
     """What the rule has for a call."""
-    num_axes = 1 if options.mrope_section is None else 3
-    cache_itemsize = 0 if inputs.cos_sin_cache is None else inputs.cos_sin_cache.dtype.itemsize
-    return mosaic_backward(spec_of(inputs, options), cuda_target(), num_axes=num_axes, cache_itemsize=cache_itemsize)
+    spec, cache_itemsize = spec_of(inputs, options), 0
+    if inputs.cos_sin_cache is not None:
+        cache_itemsize = inputs.cos_sin_cache.dtype.itemsize
+    return mosaic_backward(spec, cuda_target(), num_axes=options.num_axes, cache_itemsize=cache_itemsize)
 
 
 def _warps_per_program(config: MosaicBackward) -> int:

@@ -161,16 +161,20 @@ def one_wave(spec: Spec, num_sms: int, *, rows_per_warp: int, num_warpgroups: in
     """One program of `num_warpgroups` on each of `num_sms` streaming multiprocessors, or fewer where rows run out."""
     itemsize = 4 if spec.dtype == "float32" else 2
     rows_per_tile = 32 // mosaic_backward_group(spec, itemsize, rows_per_warp)[0]
+    q_warps, k_warps = shares(spec, 4 * num_warpgroups * num_sms, rows_per_tile)
+    return MosaicBackward(rows_per_warp, num_warpgroups, q_warps, k_warps)
+
+
+def shares(spec: Spec, num_warps: int, rows_per_tile: int) -> tuple[int, int]:
+    """Warps for tiles of q rows and for those of k rows, by their numbers; no more than the longest share needs."""
     q_tiles, k_tiles = (-(-spec.num_tokens * h // rows_per_tile) for h in (spec.num_q_heads, spec.num_kv_heads))
-    resident = 4 * num_warpgroups * num_sms
-    k_warps = round(resident * spec.num_kv_heads / (spec.num_q_heads + spec.num_kv_heads))
-    k_warps = min(resident - 1, max(min(1, k_tiles), k_warps))
-    # No more warps than the longest share needs.
+    k_warps = round(num_warps * spec.num_kv_heads / (spec.num_q_heads + spec.num_kv_heads))
+    k_warps = min(num_warps - 1, max(min(1, k_tiles), k_warps))
     q_warps, k_warps = (
         -(-tiles // -(-tiles // warps)) if tiles else 0
-        for tiles, warps in ((q_tiles, resident - k_warps), (k_tiles, k_warps))
+        for tiles, warps in ((q_tiles, num_warps - k_warps), (k_tiles, k_warps))
     )
-    return MosaicBackward(rows_per_warp, num_warpgroups, q_warps, k_warps)
+    return q_warps, k_warps
 
 
 _MOST_WARPGROUPS = 6  # on an SM; what an H200's share of its bandwidth, 4800 GB/s for 132 SMs, asks for
@@ -211,7 +215,8 @@ def mosaic_backward(spec: Spec, target: Target, *, num_axes: int, cache_itemsize
     """
     itemsize = 4 if spec.dtype == "float32" else 2
     num_rows = spec.num_tokens * (spec.num_q_heads + spec.num_kv_heads)
-    in_l2 = 3 * num_rows * spec.head_dim * itemsize <= 64 * 2**20  # x, its cotangent and its gradient, nearly
+    num_bytes = 3 * num_rows * spec.head_dim * itemsize  # of x, its cotangent and its gradient, nearly
+    in_l2 = num_bytes <= 64 * 2**20
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(spec.head_dim)))
     all_rotated = spec.rotary_dim == spec.head_dim
     wide_threads = itemsize == 2 and num_axes == 1 and spec.head_dim in (128, 256) and (all_rotated or in_l2)
@@ -224,7 +229,7 @@ def mosaic_backward(spec: Spec, target: Target, *, num_axes: int, cache_itemsize
     # masks that merge them. 16 registers more are enough without spills (sm_90a, CUDA 12.9 and 13.0).
     held = 2 * vectors * lanes + 3 * vectors * words + (3 * num_axes - 1) * rotated * cache_words
     num_warpgroups = max(1, min(4 if wide_threads and not all_rotated else _MOST_WARPGROUPS, 512 // (held + 16)))
-    if 3 * num_rows * spec.head_dim * itemsize > _L2_BYTES:
+    if num_bytes > _L2_BYTES:
         num_warpgroups = min(num_warpgroups, _warpgroups_in_flight(target))
 
     config = one_wave(spec, target.num_sms, rows_per_warp=rows_per_warp, num_warpgroups=num_warpgroups)

@@ -100,9 +100,8 @@ def configuration(inputs: Inputs, options: Options) -> MosaicForward:
     """What the rule has for a call."""
     spec = spec_of(inputs, options)
     q_copied, k_copied = (bool(sharing(stored(rows_for(spec, options)), heads)[1]) for heads in ("q", "k"))
-    num_axes = 1 if options.mrope_section is None else 3
     by_slot = inputs.slots is not None
-    return mosaic_forward(spec, q_copied=q_copied, k_copied=k_copied, by_slot=by_slot, num_axes=num_axes)
+    return mosaic_forward(spec, q_copied=q_copied, k_copied=k_copied, by_slot=by_slot, num_axes=options.num_axes)
 
 
 def _layout(config: MosaicForward, spec: Spec, dtype: jnp.dtype) -> Layout:

@@ -235,8 +235,7 @@ class Table:
         if self.positions is None:
             return [token]
         first = self.positions + token.resized(64)
-        num_axes = 1 if self.options.mrope_section is None else 3
-        return [(first + axis * self.num_tokens).load_integer() for axis in range(num_axes)]
+        return [(first + axis * self.num_tokens).load_integer() for axis in range(self.options.num_axes)]
 
     def row(self, position: Int) -> Pointer:
         """A position's row of the table; row 0 stands for a position outside.
