@@ -76,7 +76,6 @@ class Case:
             for field in dataclasses.fields(self)
             if field.name in ("rotation", "round_norm", "norm_order")
             and (value := getattr(self, field.name)) != field.default
-            and (value := getattr(self, field.name)) != field.default
         }
 
     @property
