@@ -72,10 +72,11 @@ def promise(implementation: str, case: Case, num_elements: int, platform: str) -
 
     On a GPU every name promises equal bits but for two. "xla" does where `max_differing` is 0 and elsewhere keeps to a
     count and a distance, "xla_plain" keeps to the distance that a lost round trip allows. In float32 these two keep to
-    a relative bound, and so does every name up to 32 lanes a head: there the serving kernel adds the first pair as a
-    fused multiply-add in each of the two threads that share it, and they disagree.
+    a relative bound, and so does every name up to 32 lanes a head that are normalised first: there the serving kernel
+    adds the first pair as a fused multiply-add in each of the two threads that share it, and they disagree.
     """
-    same_tree = platform == "gpu" and implementation not in ("xla", "xla_plain") and case.head_dim > 32
+    threads_agree = case.head_dim > 32 or (case.rotary_dim > 0 and case.norm_order == "rotation_first")
+    same_tree = platform == "gpu" and implementation not in ("xla", "xla_plain") and threads_agree
     if jnp.dtype(case.dtype) == jnp.float32 and not same_tree:
         bound = tolerances.float32_bound(case, tree=platform == "gpu" and implementation != "xla_plain")
         return Promise(num_elements, bound, bound, "relative")

@@ -535,9 +535,8 @@ def test_interpreting_leaves_triton_as_it_was():
 COMPILED = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing is compiled")
 
 
-def compile_oracle(head_dim, aligned=True, fusion=True, **changes):
+def compile_oracle(head_dim, aligned=True, fusion=True, kernel=triton_oracle._qk_rmsnorm_rope_gate, **changes):
     """`aligned`: whether Triton knows the addresses and strides of q_gate and k to be multiples of 16."""
-    kernel = triton_oracle._qk_rmsnorm_rope_gate
     block = triton.next_power_of_2(head_dim)
     constants = {
         "num_q_heads": 3,
@@ -605,6 +604,15 @@ def test_the_compiler_has_no_say_in_an_explicit_rotation(form):
     fused, separate = (after_the_sum(EXPLICIT[form], fusion) for fusion in (True, False))
     assert fused == separate and fused["fma"] == 2
     assert after_the_sum({}, True) != after_the_sum({}, False)
+
+
+@COMPILED
+@pytest.mark.parametrize("head_dim", [16, 24, 32])
+def test_one_lane_a_thread_has_rounded_squares_where_the_rotation_comes_first(head_dim):
+    """No square is fused into the first sum of two threads, which would then disagree."""
+    ptx = compile_oracle(head_dim, kernel=triton_oracle._qk_rope_rmsnorm_gate, dtype=tl.float32)["ptx"]
+    sums = re.findall(r"\b(fma|add|shfl)(?:\.rn|\.sync\.bfly)?\.[fb]32", ptx.partition("rsqrt.")[0].partition("shfl.")[2])
+    assert [x for x in sums if x != "shfl"] == ["add"] * (triton.next_power_of_2(head_dim).bit_length() - 1) + ["fma"]
 
 
 @pytest.mark.gpu
