@@ -126,12 +126,15 @@ def combine(parameters: Parameters, attended: jax.Array, gate: jax.Array) -> jax
 Attention = str | Callable | None  # "xla", "cudnn", a function of what `attend` takes, or what `default_attention` says
 
 
-def default_attention(dtype) -> str:
-    """cuDNN's where it takes heads of 256: on Hopper and later, in 16 bits. JAX traces it on such a machine alone."""
-    device = jax.local_devices()[0]
-    capability = getattr(device, "compute_capability", "0") if device.platform == "gpu" else "0"
+def default_attention(dtype, length: int = 0) -> str:
+    """cuDNN's where it takes heads of 256: on Hopper and later, in 16 bits. JAX traces it on such a machine alone.
+
+    Its gradients need sequences of even length. Where none are taken, leave `length` out.
+    """
+    device = jax.config.jax_default_device or jax.local_devices()[0]
+    capability = getattr(device, "compute_capability", "0") if getattr(device, "platform", device) == "gpu" else "0"
     is_hopper = re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 9.0
-    return "cudnn" if is_hopper and jnp.dtype(dtype).itemsize == 2 else "xla"
+    return "cudnn" if is_hopper and jnp.dtype(dtype).itemsize == 2 and length % 2 == 0 else "xla"
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, attention: Attention) -> jax.Array:
@@ -174,7 +177,7 @@ def forward(
       (B, S, E).
     """
     q, k, v, gate = project(parameters, hidden, positions, cos_sin_cache, config)
-    return combine(parameters, attend(q, k, v, None, attention), gate)
+    return combine(parameters, attend(q, k, v, None, attention or default_attention(q.dtype, q.shape[1])), gate)
 
 
 def prefill(

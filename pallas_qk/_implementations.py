@@ -71,7 +71,8 @@ def first_supported(spec: Spec, target: Target) -> str:
 
 def _default_platform() -> str:
     try:
-        platform = jax.default_backend()
+        device = jax.config.jax_default_device  # type: ignore[attr-defined]  # a device, or a platform's name
+        platform = getattr(device, "platform", device) or jax.default_backend()
     except (AssertionError, RuntimeError) as error:  # the former says nothing
         raise RuntimeError(
             f"JAX must start to tell the default device's platform, got {error!r}. "

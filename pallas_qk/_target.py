@@ -17,7 +17,7 @@ class _Kind(NamedTuple):
 
 
 _UNKNOWN = _Kind((8, 0))  # an Ampere, whose code every later GPU runs
-# By words of `device_kind`. Of those that fit the first counts: an H100 PCIe is an H100 too.
+# By words of `device_kind`, in any case. Of those that fit the first counts: an H100 PCIe is an H100 too.
 _KINDS = {
     "V100": _Kind((7, 0)),
     "T4": _Kind((7, 5)),
@@ -38,6 +38,7 @@ _KINDS = {
     "H800 NVL": _Kind((9, 0), 3900),
     "H800": _Kind((9, 0), 3350),
     "H200": _Kind((9, 0), 4800),
+    "H20 3e": _Kind((9, 0), 4800),
     "H20": _Kind((9, 0), 4000),
     "GH200 480GB": _Kind((9, 0), 4000),  # 480 GB next to its processor and 96 GB of HBM3
     "GH200": _Kind((9, 0), 4900),  # 144 GB of HBM3e
@@ -57,8 +58,8 @@ _HOPPER, _HOPPER_SMS = "NVIDIA H100", 132
 
 
 def _known_of(device_kind: str) -> _Kind:
-    words = set(device_kind.replace("-", " ").split())
-    return next((known for name, known in _KINDS.items() if words.issuperset(name.split())), _UNKNOWN)
+    words = set(device_kind.upper().replace("-", " ").split())
+    return next((known for name, known in _KINDS.items() if words.issuperset(name.upper().split())), _UNKNOWN)
 
 
 def _abstract_gpu() -> AbstractDevice | None:

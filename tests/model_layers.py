@@ -211,7 +211,9 @@ def with_shared(layer, hidden, embedding):
 def with_reused(layer, hidden, embedding):
     """Of a layer that attends with another one's k and v."""
     k = torch.ones(len(hidden), 2, LENGTH, layer.head_dim)
-    return with_mask(layer, hidden, embedding, shared_kv_states={layer.layer_type: (k, k)})
+    # Transformers 5.17 names the other layer by its index, later ones by its type.
+    by_name = dict.fromkeys((layer.layer_type, getattr(layer, "kv_shared_layer_index", None)), (k, k))
+    return with_mask(layer, hidden, embedding, shared_kv_states=by_name)
 
 
 def across(name: str) -> Callable:

@@ -203,11 +203,13 @@ def test_compute_capability_of_an_abstract_device(kind, capability):
         ("NVIDIA H100 PCIe", 2000),
         ("NVIDIA H100 NVL", 3900),
         ("NVIDIA-H100-PCIe", 2000),
+        ("NVIDIA-H100-PCIE-80GB", 2000),
         ("NVIDIA H800", 3350),
         ("NVIDIA H800 PCIe", 2000),
         ("NVIDIA H200", 4800),
         ("NVIDIA H200 NVL", 4800),
         ("NVIDIA H20", 4000),
+        ("NVIDIA H20-3e", 4800),
         ("NVIDIA GH200 480GB", 4000),
         ("NVIDIA GH200 144G HBM3e", 4900),
         ("NVIDIA B200", 8000),
@@ -224,6 +226,14 @@ def test_bandwidth_of_a_kind(monkeypatch, kind, bandwidth):
         assert (target.bandwidth, target.num_sms) == (bandwidth, 78)
     monkeypatch.setattr(_target, "local_gpus", lambda: [Gpu(kind, "9.0")])
     assert _target.cuda_target() == Target((9, 0), 132, bandwidth)
+
+
+@pytest.mark.parametrize("device", ["cpu", jax.devices("cpu")[0]], ids=["by name", "a device"])
+def test_the_default_device_is_asked_first(monkeypatch, device):
+    """On a machine with a GPU it may be a CPU."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with jax.default_device(device):
+        assert pallas_qk.default_implementation(1, 16, 2, 256, 64, "bfloat16").name == "xla"
 
 
 def test_without_a_gpu_code_is_made_for_an_h100(monkeypatch):

@@ -190,7 +190,12 @@ def packed_layer(attention):
     rows = CONFIG.num_q_heads * CONFIG.head_dim
     shapes = [(HIDDEN_SIZE, columns), (CONFIG.head_dim,), (CONFIG.head_dim,), (rows, HIDDEN_SIZE)]
     parameters = gated_attention.Parameters(*(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes))
-    return functools.partial(gated_attention.forward, config=CONFIG, attention=attention), parameters
+
+    def attend(q, k, v, lengths):
+        assert lengths is None
+        return attention(q, k, v)
+
+    return functools.partial(gated_attention.forward, config=CONFIG, attention=attend), parameters
 
 
 def layer_of_three_projections(attention, *, barriers: bool = False):

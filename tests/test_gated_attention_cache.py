@@ -1,6 +1,7 @@
 """The example's KV cache at its ends: lengths that don't fit are refused where they are known, and NaN where not."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -209,10 +210,20 @@ def test_a_cache_of_8_bits(dtype):
         assert 0 < error < 2.0 ** (-3 if dtype == "float8_e4m3fn" else -2)
 
 
-def test_the_default_attention_is_xla_off_hopper():
-    assert gated_attention.default_attention(jnp.float32) == "xla"
-    if jax.default_backend() == "cpu":
-        assert gated_attention.default_attention(jnp.bfloat16) == "xla"
+def test_the_default_attention(monkeypatch):
+    class Gpu(NamedTuple):
+        platform: str
+        compute_capability: str
+
+    def of(capability: str, *arguments) -> str:
+        monkeypatch.setattr(jax, "local_devices", lambda: [Gpu("gpu", capability)])
+        return gated_attention.default_attention(*arguments)
+
+    assert [of(capability, "bfloat16", 2) for capability in ("9.0", "10.0", "8.9")] == ["cudnn", "cudnn", "xla"]
+    assert [of("9.0", *x) for x in (["float32"], ["float16"], ["float16", 17])] == ["xla", "cudnn", "xla"]
+    for host in ("cpu", jax.devices("cpu")[0]):
+        with jax.default_device(host):
+            assert of("9.0", "bfloat16") == "xla"
 
 
 def test_scales_may_be_shared():

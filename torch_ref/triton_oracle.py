@@ -404,8 +404,8 @@ def _qk_rope_rmsnorm_gate(
     second = tl.fma(other, sin, x * cos)
     z = tl.where(is_rotated, tl.where(is_first, first, second), x).to(dtype).to(tl.float32)
 
-    # Up to 32 lanes a thread holds one. The compiler would fuse its square, but not its partner's, into the first sum of
-    # the two, and each would get another sum. It leaves a product alone that is a fused one already.
+    # Up to 32 lanes a thread holds one. The compiler would fuse its square, but not its partner's, into the first sum
+    # of the two, and each would get another sum. It leaves a product alone that is a fused one already.
     squares = z * z if row_block > 32 else tl.fma(z, z, 0.0)
     inv_rms = tl.rsqrt(_sum(squares, axis=0) / head_dim + eps)
     weight = tl.load(weight_ref + lane, mask=in_row, other=0.0)
