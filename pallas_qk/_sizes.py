@@ -1,5 +1,7 @@
 """The sizes of a call: those that are given, and what its arrays say of the others."""
 
+from typing import Any, NamedTuple
+
 from pallas_qk._array_checks import Function, check_array, wrong_last_axes
 from pallas_qk._checks import check_count
 from pallas_qk._rows import WEIGHTS, Inputs
@@ -82,26 +84,52 @@ def _heads_of_axes(
 ) -> tuple[int, int]:
     """From an axis of heads, or from a last axis that holds all of them.
 
-    A last axis that holds one head lies behind an axis of heads, unless k or a given number says otherwise. Positions
-    don't count: those that broadcast, or have an axis too many, fit either reading.
+    Where both readings fit, it is an axis of heads. Positions don't count: those that broadcast, or have an axis too
+    many, fit either reading.
     """
-    shape = _shape(function.array, inputs.q)
-    k_is_flat = False
+    arrays = [_Heads(function.array, inputs.q, "num_q_heads", num_q_heads, of_q, function.sizes)]
     if inputs.k is not None:
-        *_, of_heads, width = (1, *_shape("k", inputs.k))
-        k_is_flat = width != of_k or num_kv_heads not in (None, of_heads)
-    has_axis = len(shape) > 1 and shape[-1] == of_q and num_q_heads in (None, shape[-2]) and not k_is_flat
+        remedy = "num_kv_heads, head_dim, as one axis or two"
+        arrays.append(_Heads("k", inputs.k, "num_kv_heads", num_kv_heads, of_k, remedy))
+    shapes = [_shape(x.name, x.array) for x in arrays]
+    if len({len(shape) for shape in shapes}) > 1:
+        raise ValueError(
+            f"{function.array} and k must both have an axis of heads, or neither, got shapes {shapes[0]} and "
+            f"{shapes[1]}. Reshape one of them."
+        )
+    by_axis = all(x.count(by_axis=True) for x in arrays)
+    if not by_axis and len({shape[:-1] for shape in shapes}) > 1:
+        if all(x.count(by_axis=False) for x in arrays):
+            raise ValueError(
+                f"{function.array} and k must have equal leading axes in front of heads of {of_q} and {of_k} elements, "
+                f"got shapes {shapes[0]} and {shapes[1]}. Check the tokens and head_dim = {of_k}; {function.other}."
+            )
+        by_axis = len({shape[:-2] for shape in shapes}) == 1  # then the last of the leading axes holds heads
+    counts = [x.count(by_axis) for x in arrays]
+    for x, count in zip(arrays, counts, strict=True):
+        if not count:
+            raise x.wrong(by_axis)
+    return counts[0], counts[1] if inputs.k is not None else 0
 
-    def heads(name: str, array, number: str, width: int, remedy: str) -> int:
-        shape = _shape(name, array)
-        if has_axis and len(shape) > 1:
-            return shape[-2]
-        if shape[-1] % width or not shape[-1]:
-            raise wrong_last_axes(name, array, [(f"{number} * {width}",), (number, width)], remedy)
-        return shape[-1] // width
 
-    if num_q_heads is None:
-        num_q_heads = heads(function.array, inputs.q, "num_q_heads", of_q, function.sizes)
-    if num_kv_heads is None:
-        num_kv_heads = heads("k", inputs.k, "num_kv_heads", of_k, "num_kv_heads, head_dim, as one axis or two")
-    return num_q_heads, num_kv_heads
+class _Heads(NamedTuple):
+    """An array of heads, and what is known of them."""
+
+    name: str
+    array: Any
+    number: str  # the name of their number
+    given: int | None
+    width: int  # of one
+    remedy: str
+
+    def count(self, by_axis: bool) -> int:
+        """How many there are, read as an axis of heads or as one axis for all; 0 where it doesn't fit."""
+        heads, last = (0, *self.array.shape)[-2:]
+        found = heads * (last == self.width) if by_axis else last // self.width * (last % self.width == 0)
+        return found if self.given in (None, found) else 0
+
+    def wrong(self, by_axis: bool) -> ValueError:
+        heads = self.number if self.given is None else self.given
+        flat = f"{heads} * {self.width}" if self.given is None else self.given * self.width
+        forms = [(heads, self.width)] if by_axis else [(flat,), (heads, self.width)]
+        return wrong_last_axes(self.name, self.array, forms, self.remedy)

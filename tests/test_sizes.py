@@ -177,11 +177,6 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
         ValueError,
         Q_GATE.format("(6, 500)"),
     ),
-    "q without gates": (
-        {"q_gate": jnp.zeros((6, 4, 64), jnp.bfloat16), "num_q_heads": None},
-        ValueError,
-        Q_GATE.format("(6, 4, 64)"),
-    ),
     "no width": ({"q_gate": jnp.zeros((6, 0), jnp.bfloat16), "num_q_heads": None}, ValueError, Q_GATE.format("(6, 0)")),
     "k of a width that heads don't fill": (
         {"k": jnp.zeros((6, 100), jnp.bfloat16), "num_kv_heads": None},
@@ -216,6 +211,43 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
         ValueError,
         "cos_sin_cache must have shape (max_position, 16), got (4096, 32). "
         "Its sizes: rotary_dim, each row [cos | sin].",
+    ),
+    "heads of q alone in an axis": (
+        {"q_gate": jnp.zeros((6, 4, 128)), "num_q_heads": None, "num_kv_heads": None},
+        ValueError,
+        "q_gate and k must both have an axis of heads, or neither, got shapes (6, 4, 128) and (6, 128). "
+        "Reshape one of them.",
+    ),
+    "another number of heads in an axis": (
+        {"q_gate": jnp.zeros((6, 4, 128)), "k": jnp.zeros((6, 2, 64)), "num_q_heads": None, "num_kv_heads": 4},
+        ValueError,
+        "k must have shape (..., 4, 64), got (6, 2, 64). Its sizes: num_kv_heads, head_dim, as one axis or two.",
+    ),
+    "an axis of heads without gates": (
+        {"q_gate": jnp.zeros((6, 4, 64)), "k": jnp.zeros((6, 2, 64)), "num_q_heads": None, "num_kv_heads": None},
+        ValueError,
+        "q_gate must have shape (..., num_q_heads, 128), got (6, 4, 64). "
+        "Its sizes: num_q_heads, 2 * head_dim, as one axis or two; fused_qk_rmsnorm_rope takes q without gates.",
+    ),
+    "weights of half a head": (
+        {
+            "q_gate": jnp.zeros((6, 4, 128)),
+            "k": jnp.zeros((6, 2, 64)),
+            "q_weight": jnp.zeros(32),
+            "k_weight": jnp.zeros(32),
+            "num_q_heads": None,
+            "num_kv_heads": None,
+            "head_dim": None,
+        },
+        ValueError,
+        "q_gate and k must have equal leading axes in front of heads of 64 and 32 elements, got shapes (6, 4, 128) and "
+        "(6, 2, 64). Check the tokens and head_dim = 32; fused_qk_rmsnorm_rope takes q without gates.",
+    ),
+    "another number of tokens": (
+        {"k": jnp.zeros((5, 128)), "num_q_heads": None, "num_kv_heads": None},
+        ValueError,
+        "q_gate and k must have equal leading axes in front of heads of 128 and 64 elements, got shapes (6, 512) and "
+        "(5, 128). Check the tokens and head_dim = 64; fused_qk_rmsnorm_rope takes q without gates.",
     ),
     "a table for longer heads": (
         {"cos_sin_cache": jnp.zeros((32, 128)), "rotary_dim": None},
