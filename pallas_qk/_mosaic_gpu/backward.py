@@ -34,6 +34,7 @@ from pallas_qk._mosaic_gpu.emit import (
     constant,
     f32,
     from_thread,
+    keep_above,
     loop,
     narrow,
     ptx,
@@ -217,7 +218,7 @@ def _backward_thread(
                 beside = place.first - lead.first
                 for v, words in zip(wide_vectors, copy, strict=True):
                     (_at(target, row, v) + beside).store(words)
-            _keep_above(row)
+            keep_above(row)
 
             added = sums
             for name, kind in normed.items():
@@ -455,13 +456,3 @@ def _at(rows: RowsIn, row: Int, v: Vector) -> Pointer:
     offset = rows.offset(row) + v.column.resized(64)
     opaque = Int(ptx("mov.b64 $0, $1;", "=l,l", offset.value.type, offset.value))
     return rows.array + opaque + (rows.place.first + v.base)
-
-
-def _keep_above(row: Int) -> None:
-    """Keeps loads and stores in front of what follows; ptxas would sink some of them among the sums.
-
-    It moves nothing across a pmevent, even one that a false predicate never lets happen (without it 192.8 us against
-    188.8, T = 16384, 16/2 heads, two rows per warp; a bar.warp.sync it sinks).
-    """
-    code = "{ .reg .pred p; setp.eq.u32 p, $0, -1; @p pmevent 1; }"
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), [row.value], code, "r", has_side_effects=True)

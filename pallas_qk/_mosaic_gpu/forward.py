@@ -27,6 +27,7 @@ from pallas_qk._mosaic_gpu.emit import (
     Value,
     bits_of,
     constant,
+    keep_above,
     narrow,
     select,
     thread_index,
@@ -78,22 +79,41 @@ def forward(inputs: Inputs, *, options: Options, config: MosaicForward | None = 
     config = config or configuration(inputs, options)
     layout = _layout(config, spec, inputs.q.dtype)
     groups_per_program = WARPGROUP // layout.threads
-    q_programs, k_programs = (
-        pl.cdiv(spec.num_tokens * num_heads // config.heads_of(num_heads), groups_per_program)
-        for num_heads in (spec.num_q_heads, spec.num_kv_heads)
-    )
+    works = {heads: _works(rows, heads) for heads in ("q", "k")}
+    programs_each = {
+        heads: pl.cdiv(spec.num_tokens * num_heads // config.heads_of(num_heads), groups_per_program)
+        for heads, num_heads in (("q", spec.num_q_heads), ("k", spec.num_kv_heads))
+    }
+    num_programs = sum(len(works[heads]) * programs_each[heads] for heads in works)
     thread = functools.partial(
         _forward_thread,
-        rows=rows,
+        works=works,
         groups_per_program=groups_per_program,
-        programs=(q_programs, k_programs),
+        programs_each=programs_each,
         max_position=0 if inputs.cos_sin_cache is None else inputs.cos_sin_cache.shape[0],
         spec=spec,
         options=options,
         config=config,
         layout=layout,
     )
-    return launch(FORWARD_NAME, thread, inputs, written, num_programs=q_programs + k_programs, num_warpgroups=1)
+    return launch(FORWARD_NAME, thread, inputs, written, num_programs=num_programs, num_warpgroups=1)
+
+
+class _Work(NamedTuple):
+    """The kinds of rows that one thread treats together: they share an axis of heads."""
+
+    normed: dict[str, Rows]
+    copied: dict[str, Rows]
+
+
+def _works(rows: dict[str, Rows], heads: str) -> list[_Work]:
+    """What programs of these heads do: one kind of rows that are normalised each, and the first copies the others.
+
+    A thread with k and a normalised v would need registers for both, and so would each thread of the kernel (146.96 us
+    where v is copied, 16/2 heads, T = 16384).
+    """
+    normed, copied = sharing(stored(rows), heads)
+    return [_Work({name: kind}, {} if number else copied) for number, (name, kind) in enumerate(normed.items())]
 
 
 def configuration(inputs: Inputs, options: Options) -> MosaicForward:
@@ -135,16 +155,16 @@ def _forward_thread(
     inputs: Inputs,
     outputs: Outputs,
     *,
-    rows: dict[str, Rows],
+    works: dict[str, list[_Work]],
     groups_per_program: int,
-    programs: tuple[int, int],
+    programs_each: dict[str, int],
     max_position: int,
     spec: Spec,
     options: Options,
     config: MosaicForward,
     layout: Layout,
 ) -> None:
-    """One thread: its lanes of a group of rows, of every kind that shares the heads of q, or those of k.
+    """One thread: its lanes of a group of rows, of every kind of one `_Work`.
 
     A group is `heads_per_thread` heads of one token, or one row. All of its rows and the table are loaded before the
     first store. A group past the end repeats the last one, with equal bits, so that stores need no mask.
@@ -156,12 +176,11 @@ def _forward_thread(
     vectors, rotations = _vectors_and_rotations(layout, member, head_dim, options)
     wide_vectors = copied_vectors(layout, member, head_dim, dtype)
 
-    def treat(block: Int, heads: str, num_heads: int):
+    def treat(block: Int, work: _Work, num_heads: int):
         size = config.heads_of(num_heads)
         # Each head of a group is the group's first row, of a kind that lies so many heads further on.
         normed, copied = (
-            {(name, head): kind.ahead(head) for name, kind in kinds.items() for head in range(size)}
-            for kinds in sharing(stored(rows), heads)
+            {(name, head): kind.ahead(head) for name, kind in kinds.items() for head in range(size)} for kinds in work
         )
         num_groups = num_tokens * num_heads // size
         row = block * groups_per_program + thread // layout.threads
@@ -221,6 +240,8 @@ def _forward_thread(
         # Loaded after a store they might alias, the weights keep ptxas from moving that store, and the loads before it,
         # below the sum.
         load_weights("after_gate")
+        if copies and not any(kind.weight for kind in normed.values()):
+            keep_above(row)
 
         # What the heads of a group share is computed where the first of them needs it.
         @functools.cache
@@ -268,16 +289,21 @@ def _forward_thread(
             for target in targets[name]:
                 target.store(vectors[:own], words[:own], dtype, cast_first=config.cast_first)
 
-    q_programs, k_programs = programs
+    k_each = programs_each["k"]
+    q_programs, k_programs = (len(works[heads]) * programs_each[heads] for heads in ("q", "k"))
     if config.k_first:
         is_k, k_before = program < k_programs, program
     else:
         is_k, k_before = spread_k(program, q_programs, k_programs)
-    if k_programs:
-        with when(is_k):
-            treat(k_before, "k", spec.num_kv_heads)
+    for number, work in enumerate(works["k"]):
+        block = k_before - number * k_each if number else k_before
+        # Unsigned: a block below 0 is a large one.
+        is_own = is_k & (block < k_each) if len(works["k"]) > 1 else is_k
+        with when(is_own):
+            treat(block, work, spec.num_kv_heads)
+    (work,) = works["q"]
     with when(is_k.equals(0)):
-        treat(program - k_before.minimum(k_programs), "q", spec.num_q_heads)
+        treat(program - k_before.minimum(k_programs), work, spec.num_q_heads)
 
 
 class Rotation(NamedTuple):
