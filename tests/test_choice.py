@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import inspect
 import itertools
 import re
@@ -391,6 +392,18 @@ def test_several_heads_a_thread():
     assert [config(spec, k_copied=True).k_first for spec in (few, some, many)] == [True, True, False]
     assert config(many).k_first
     assert config(dataclasses.replace(some, rotation="pairs")).heads_per_thread == 1
+
+
+@pytest.mark.parametrize("implementation", GPU_IMPLEMENTATIONS)
+def test_the_rule_of_a_call_knows_its_cache(monkeypatch, implementation):
+    """Caches are moved among the outputs before the kernel is made."""
+    forward = importlib.import_module(f"pallas_qk._{implementation}.forward")
+    rule = "mosaic_forward" if implementation == "mosaic_gpu" else "triton_forward"
+    right, seen = getattr(forward, rule), []
+    monkeypatch.setattr(forward, rule, lambda spec, *args, **how: seen.append(spec) or right(spec, *args, **how))
+    call = CachedCase(Case(64, 4, 2, 64, 32, packed=True), kv_dtype="float8_e4m3fn")
+    lowered_text(cached.op(call, implementation), *jax.eval_shape(lambda: cached.arguments(call)))
+    assert {spec.cache_dtype for spec in seen} == {"float8_e4m3fn"} and all(spec.cache_shape for spec in seen)
 
 
 def test_rows_for_another_dtype_are_cast_first_but_where_memory_binds():

@@ -58,7 +58,7 @@ def test_a_guides_code_runs(page, num_blocks):
 
 def test_the_serving_guides_code_runs(on_the_host):
     """It counts the memory of programs for a CPU."""
-    run_guide("serving.md", 11)
+    run_guide("serving.md", 10)
 
 
 NUMBERS = DOCS / "numbers.md"

@@ -72,11 +72,11 @@ FORWARD_NAME = "pallas_qk_mosaic_gpu_forward"
 def forward(inputs: Inputs, *, options: Options, config: MosaicForward | None = None) -> Outputs:
     """The contract of `_reference.forward`."""
     spec, types = spec_of(inputs, options), output_types(inputs, options)
-    inputs, written = with_caches(inputs, types)
     if spec.num_tokens == 0:
-        return empty(written)
+        return empty(with_caches(inputs, types)[1])
     rows = rows_for(spec, options)
     config = config or configuration(inputs, options)
+    inputs, written = with_caches(inputs, types)
     layout = _layout(config, spec, inputs.q.dtype)
     groups_per_program = WARPGROUP // layout.threads
     works = {heads: _works(rows, heads) for heads in ("q", "k")}

@@ -52,11 +52,11 @@ def forward(
 ) -> Outputs:
     """The contract of `_reference.forward`. `interpret` runs the kernel in plain XLA, without inline assembly."""
     spec, types = spec_of(inputs, options), output_types(inputs, options)
-    inputs, written = with_caches(inputs, types)
     if spec.num_tokens == 0:
-        return empty(written)
+        return empty(with_caches(inputs, types)[1])
     rows = rows_for(spec, options)
     config = config or configuration(inputs, options)
+    inputs, written = with_caches(inputs, types)
     q_programs = pl.cdiv(spec.num_tokens * spec.num_q_heads, config.rows_per_program)
     k_programs = pl.cdiv(spec.num_tokens * spec.num_kv_heads, config.rows_per_program)
     dtype = inputs.q.dtype
