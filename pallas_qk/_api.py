@@ -1,7 +1,7 @@
 """The public functions without a KV cache."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -28,7 +28,7 @@ def fused_qk_rmsnorm_rope_gate(
     mrope_section: Sequence[int] | None = None,
     norm_beta: float = 0.0,
     *,
-    copy_gate: bool = True,
+    copy_gate: bool | Literal["never"] = True,
     mrope_layout: MropeLayout = "interleaved",
     rotation: RotationName = "halves",
     round_norm: bool = True,
@@ -154,7 +154,7 @@ def fused_qk_rmsnorm_rope_gate(
     outputs = call(
         Function("fused_qk_rmsnorm_rope_gate"),
         Inputs(q_gate, k, q_weight, k_weight, cos_sin_cache, positions),
-        "copied" if _checks.check_copy_gate(copy_gate) else "in_place",
+        _checks.check_copy_gate(copy_gate),
         eps,
         (num_q_heads, num_kv_heads, head_dim, rotary_dim),
         mrope_section,
@@ -240,7 +240,7 @@ def fused_qkv_rmsnorm_rope_gate(
     mrope_section: Sequence[int] | None = None,
     norm_beta: float = 0.0,
     *,
-    copy_gate: bool = True,
+    copy_gate: bool | Literal["never"] = True,
     mrope_layout: MropeLayout = "interleaved",
     rotation: RotationName = "halves",
     round_norm: bool = True,
@@ -283,7 +283,7 @@ def fused_qkv_rmsnorm_rope_gate(
     outputs = call(
         function,
         Inputs(q, k, q_weight, k_weight, cos_sin_cache, positions, v),
-        "copied" if _checks.check_copy_gate(copy_gate) else "in_place",
+        _checks.check_copy_gate(copy_gate),
         eps,
         (num_q_heads, num_kv_heads, head_dim, rotary_dim),
         mrope_section,

@@ -1,7 +1,7 @@
 """The public functions that write k and v into a KV cache."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 
@@ -43,7 +43,7 @@ def fused_qkv_rmsnorm_rope_gate_cache(
     k_scale: jax.Array | float | None = None,
     v_scale: jax.Array | float | None = None,
     return_kv: bool = False,
-    copy_gate: bool = True,
+    copy_gate: bool | Literal["never"] = True,
     mrope_layout: MropeLayout = "interleaved",
     rotation: RotationName = "halves",
     round_norm: bool = True,
@@ -131,7 +131,7 @@ def fused_qkv_rmsnorm_rope_gate_cache(
         qkv,
         (q_weight, k_weight, cos_sin_cache, positions),
         (kv_cache, slot_mapping, cache_axes, layer, k_scale, v_scale, return_kv),
-        "copied" if _checks.check_copy_gate(copy_gate) else "in_place",
+        _checks.check_copy_gate(copy_gate),
         eps,
         (num_q_heads, num_kv_heads, head_dim, rotary_dim),
         mrope_section,

@@ -9,7 +9,7 @@ from jax.interpreters import mlir
 
 from pallas_qk import _implementations, _reference
 from pallas_qk._options import Options
-from pallas_qk._rows import Gradients, Inputs, Outputs, gradient_types, output_types, spec_of
+from pallas_qk._rows import Gradients, Inputs, Outputs, Product, gradient_types, output_types, spec_of
 from pallas_qk._target import as_on_a_gpu, cuda_target
 
 
@@ -24,6 +24,12 @@ def forward(inputs: Inputs, *, options: Options, implementation: str | None) -> 
 def backward(inputs: Inputs, cotangents: Outputs, *, options: Options, implementation: str | None) -> Gradients:
     """The contract of `_reference.backward`, by the implementation asked for or by the first that runs."""
     return _bind("backward", (inputs, cotangents), gradient_types(inputs, options), options, implementation)
+
+
+def gate_backward(inputs: Inputs, operands: Product, *, options: Options, implementation: str | None) -> Product:
+    """The contract of `_reference.gate_backward`, by the implementation asked for or by the first that runs."""
+    types = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (inputs.q, operands.attended))
+    return _bind("gate_backward", (inputs, operands), Product(*types), options, implementation)
 
 
 def _bind(direction: str, operands, results, options: Options, implementation: str | None):

@@ -23,6 +23,7 @@ from pallas_qk._rows import (
     Gradients,
     Inputs,
     Outputs,
+    Product,
     as_gradients,
     as_outputs,
     axes,
@@ -52,7 +53,14 @@ def backward(call: Call, inputs: Inputs, cotangents: Outputs) -> Gradients:
     return as_gradients(call.options, gradients)
 
 
-def result_types(results: Outputs | Gradients, options: Options, operands):
+def gate_backward(call: Call, inputs: Inputs, operands: Product) -> Product:
+    """The cotangents of the gate, where it lies, and of attended, from that of their product."""
+    both = inputs, operands
+    leaves, tree = jax.tree.flatten(both)
+    return Product(*gate_backward_p.bind(*leaves, call=call, tree=tree, body=program("gate_backward", call, both)))
+
+
+def result_types(results: Outputs | Gradients | Product, options: Options, operands):
     """Types of results that have a shape and dtype: sharded as what they are like, varying as what they depend on."""
     inputs, types = operands[0], []
     like: tuple
@@ -63,6 +71,9 @@ def result_types(results: Outputs | Gradients, options: Options, operands):
             for array, kinds in kinds_in_outputs(options).items()
         ]
         like, reads = as_outputs(options, sources), read_by_outputs(options, *operands)
+    elif isinstance(results, Product):
+        attended = operands[1].attended
+        like, reads = Product(inputs.q, attended, attended), Product(*[jax.tree.leaves(operands)] * 3)
     else:
         like, reads = differentiated(inputs), read_by_gradients(options, *operands)
     mesh = jax.sharding.get_abstract_mesh()
@@ -106,6 +117,7 @@ def _op_primitive(name: str, direction: str, as_results: Callable) -> Primitive:
 
 forward_p = _op_primitive("fused_qk_rmsnorm_rope_gate", "forward", as_outputs)
 backward_p = _op_primitive("fused_qk_rmsnorm_rope_gate_backward", "backward", as_gradients)
+gate_backward_p = _op_primitive("apply_gate_backward", "gate_backward", lambda options, leaves: Product(*leaves))
 
 
 def _forward_batch(axis, args, dims, *, call: Call, tree, body):
@@ -148,5 +160,16 @@ def _backward_batch(axis, args, dims, *, call: Call, tree, body):
     return outputs, [0] * len(outputs)
 
 
+def _gate_backward_batch(axis, args, dims, *, call: Call, tree, body):
+    del body
+
+    def bind(*args):
+        return jax.tree.leaves(gate_backward(call, *jax.tree.unflatten(tree, args)))
+
+    names = jax.tree.leaves(axes(call.options, *jax.tree.unflatten(tree, args)))
+    return batch(bind, names, axis, args, dims), [0, 0]
+
+
 register_batching(forward_p, _forward_batch)
 register_batching(backward_p, _backward_batch)
+register_batching(gate_backward_p, _gate_backward_batch)
