@@ -1454,6 +1454,12 @@ MUTATIONS = [
             tests_of("mosaic_gpu_vjp", "test_a_thread_has_more_lanes"),
         ),
         (
+            "mosaic backward: one row a warp where nothing is copied",
+            "in_l2 or (spec.head_dim == 256 and not q_copied)",
+            "in_l2",
+            tests_of("mosaic_gpu_vjp", "test_more_lanes_where_nothing_is_copied"),
+        ),
+        (
             "mosaic backward: more programs than the GPU holds at once",
             "shares(spec, 4 * num_warpgroups * num_sms, rows_per_tile)",
             "shares(spec, 8 * num_warpgroups * num_sms, rows_per_tile)",

@@ -129,7 +129,10 @@ def configuration(inputs: Inputs, options: Options) -> MosaicBackward:
     spec, cache_itemsize = spec_of(inputs, options), 0
     if inputs.cos_sin_cache is not None:
         cache_itemsize = inputs.cos_sin_cache.dtype.itemsize
-    return mosaic_backward(spec, cuda_target(), num_axes=options.num_axes, cache_itemsize=cache_itemsize)
+    q_copied = bool(sharing(moved(rows_for(spec, options)), "q")[1])
+    return mosaic_backward(
+        spec, cuda_target(), q_copied=q_copied, num_axes=options.num_axes, cache_itemsize=cache_itemsize
+    )
 
 
 def _warps_per_program(config: MosaicBackward) -> int:
