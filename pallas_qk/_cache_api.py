@@ -8,6 +8,7 @@ import jax
 from pallas_qk import _cache_checks, _checks
 from pallas_qk._array_checks import as_called
 from pallas_qk._call import call
+from pallas_qk._gate import Gate
 from pallas_qk._options import Implementation, MropeLayout, NormOrder, RotationName
 from pallas_qk._rows import Inputs
 
@@ -16,7 +17,7 @@ class CacheOutputs(NamedTuple):
     """The results of a function that writes a KV cache: a named tuple, and so a pytree."""
 
     q: jax.Array  #: normalised and rotated; (..., Hq*D), or (..., Hq, D) where q was given with an axis of heads
-    gate: jax.Array | None  #: unchanged, in the shape of `q`; None for q without gates
+    gate: jax.Array | Gate | None  #: unchanged, in the shape of `q`, or a `Gate`; None for q without gates
     kv_cache: tuple[jax.Array, jax.Array] | jax.Array  #: with the tokens' rows, in the form in which it was given
     k: jax.Array | None  #: normalised and rotated; (..., Hkv*D) or (..., Hkv, D); None unless `return_kv`
     v: jax.Array | None  #: unchanged unless `v_norm`, in the shape of `k`; None unless `return_kv`
