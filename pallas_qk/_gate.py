@@ -97,7 +97,8 @@ def apply_gate(attended: jax.Array, gate: Gate) -> jax.Array:
             f"attended must have shape {forms[0]} or {forms[1]}, got {tuple(attended.shape)}. "
             "Its sizes: those of the op's q_out; heads are one axis with the elements of each, or two."
         )
-    return _run(attended, array, call=gate._call)
+    product: jax.Array = _run(attended, array, call=gate._call)
+    return product
 
 
 @functools.partial(jax.jit, static_argnames="call")

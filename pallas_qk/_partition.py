@@ -15,7 +15,9 @@ import jax
 import numpy as np
 from jax import lax
 from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
+from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import PyTreeDef
 
 from pallas_qk import _cache_axes, _dispatch, _mesh_checks, _reference
 from pallas_qk._options import Options
@@ -41,20 +43,22 @@ from pallas_qk._rows import (
 )
 
 
-def on_one_device(direction: str, call: Call, tree, *leaves: jax.Array) -> list[jax.Array]:
+def on_one_device(direction: str, call: Call, tree: PyTreeDef, *leaves: jax.Array) -> list[jax.Array]:
     """The op on one device's arrays, by the implementation that is chosen there."""
-    run: Callable = getattr(_dispatch, direction)
+    run: Callable[..., Any] = getattr(_dispatch, direction)
     return _run_on_heads(functools.partial(run, implementation=call.implementation), call, tree, leaves, flatten=True)
 
 
-def in_plain_xla(direction: str, call: Call, tree, *leaves: jax.Array) -> list[jax.Array]:
+def in_plain_xla(direction: str, call: Call, tree: PyTreeDef, *leaves: jax.Array) -> list[jax.Array]:
     """The op on arrays of any sharding, which the compiler partitions as it does any other program."""
-    run: Callable = getattr(_reference, direction)
+    run: Callable[..., Any] = getattr(_reference, direction)
     return _run_on_heads(run, call, tree, leaves, flatten=False)
 
 
-def _run_on_heads(run: Callable, call: Call, tree, leaves, *, flatten: bool) -> list[jax.Array]:
-    def with_rows_in_place(inputs: Inputs, *others: Any, options: Options):
+def _run_on_heads(
+    run: Callable[..., Any], call: Call, tree: PyTreeDef, leaves: Sequence[jax.Array], *, flatten: bool
+) -> list[jax.Array]:
+    def with_rows_in_place(inputs: Inputs, *others: Any, options: Options) -> Any:
         """Rows that no kernel writes are a slice, which XLA fuses into what reads it."""
         results = run(inputs, *others, options=options)
         if isinstance(results, Outputs):
@@ -68,13 +72,13 @@ def _run_on_heads(run: Callable, call: Call, tree, leaves, *, flatten: bool) -> 
     return jax.tree.leaves(on_heads(with_rows_in_place, call.options, *operands, flatten=flatten))
 
 
-def program(direction: str, call: Call, operands):
+def program(direction: str, call: Call, operands: tuple[Any, ...]) -> ClosedJaxpr:
     """The op as a jaxpr of arrays without mesh axes: of one device inside shard_map, elsewhere of all of them."""
     leaves, tree = jax.tree.flatten(operands)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.manual_axes:
         _mesh_checks.check_manual_axes(mesh)
-        function: Callable = functools.partial(on_one_device, direction, call, tree)
+        function: Callable[..., Any] = functools.partial(on_one_device, direction, call, tree)
     else:
         function = _partitioned(direction, call, tree, operands[0].q.ndim - 1)
     with without_mesh():
@@ -82,7 +86,7 @@ def program(direction: str, call: Call, operands):
 
 
 @functools.cache
-def _partitioned(direction: str, call: Call, tree, num_lead: int) -> Callable:
+def _partitioned(direction: str, call: Call, tree: PyTreeDef, num_lead: int) -> Callable[..., Any]:
     partitioned = custom_partitioning(lambda *leaves: on_one_device(direction, call, tree, *leaves))
     partitioned.def_partition(
         functools.partial(partition, direction, call, tree),
@@ -93,7 +97,7 @@ def _partitioned(direction: str, call: Call, tree, num_lead: int) -> Callable:
     return partitioned
 
 
-def _all_axes(direction: str, options: Options, operands) -> tuple[list[str], list[str]]:
+def _all_axes(direction: str, options: Options, operands: Sequence[Any]) -> tuple[list[str], list[str]]:
     """The axes of the operands and of the results."""
     results: Any = differentiated(operands[0])
     if direction == "forward":
@@ -104,7 +108,7 @@ def _all_axes(direction: str, options: Options, operands) -> tuple[list[str], li
     return jax.tree.leaves(of_operands), jax.tree.leaves(of_results)
 
 
-def _sharding_rule(direction: str, options: Options, tree, num_lead: int) -> SdyShardingRule:
+def _sharding_rule(direction: str, options: Options, tree: PyTreeDef, num_lead: int) -> SdyShardingRule:
     """Leading axes and heads may be sharded, a packed axis may not: its parts don't end where shards do.
 
     Lanes count with the heads, so that `partition` sees where one is cut. Every other axis gets a factor of its own.
@@ -116,7 +120,7 @@ def _sharding_rule(direction: str, options: Options, tree, num_lead: int) -> Sdy
     numbers = itertools.count()
     rows_per_head: dict[str, int] = {}
 
-    def dims(axis: str) -> list:
+    def dims(axis: str) -> list[Any]:
         heads, count = split_axis(axis)
         if axis == "...":
             return lead
@@ -138,7 +142,9 @@ def _sharding_rule(direction: str, options: Options, tree, num_lead: int) -> Sdy
     return SdyShardingRule(operands, results, **factor_sizes)
 
 
-def partition(direction: str, call: Call, tree, mesh: Mesh, operands, results):
+def partition(
+    direction: str, call: Call, tree: PyTreeDef, mesh: Mesh, operands: Sequence[Any], results: Any
+) -> tuple[Mesh, Callable[..., list[jax.Array]], list[NamedSharding], tuple[NamedSharding, ...]]:
     """What each device computes and how arrays are laid out for it, as `custom_partitioning` asks.
 
     q says how leading axes are sharded: Shardy leaves it to us where another array is sharded otherwise.
@@ -162,7 +168,7 @@ def partition(direction: str, call: Call, tree, mesh: Mesh, operands, results):
         parts = [lead if name == "..." else [heads.get(split_axis(name)[0], ())] for name in names.split()]
         return NamedSharding(mesh, PartitionSpec(*itertools.chain.from_iterable(parts)))
 
-    def one_device(*leaves):
+    def one_device(*leaves: jax.Array) -> list[jax.Array]:
         sums = {"q_weight": tokens + heads["q"], "k_weight": tokens + heads["k"]}
         with without_mesh():
             if direction != "backward" or not any(sums.values()):
@@ -220,7 +226,7 @@ def _prime_factors(n: int) -> list[int]:
     return [smallest, *_prime_factors(n // smallest)] if smallest else []
 
 
-def _starts(x) -> dict[jax.Device, tuple[int, ...]]:
+def _starts(x: Any) -> dict[jax.Device, tuple[int, ...]]:
     """Where each device's part of x starts, as if each axis had as many elements as there are devices.
 
     The devices are in the order in which collectives number them.
@@ -229,7 +235,7 @@ def _starts(x) -> dict[jax.Device, tuple[int, ...]]:
     return {device: tuple(s.start or 0 for s in index) for device, index in indices.items()}
 
 
-def _mesh_axes(mesh: Mesh, x) -> list[tuple[str, ...]]:
+def _mesh_axes(mesh: Mesh, x: Any) -> list[tuple[str, ...]]:
     """The mesh axes over which each axis of x is sharded, major to minor; none where no order of them fits."""
     starts = np.array(list(_starts(x).values())).reshape(*mesh.devices.shape, x.ndim)
     found = []
