@@ -710,7 +710,7 @@ MUTATIONS = [
             "apply_gate: the product on explicit axes left to no compiler",
             "= compiler_partitioned(gated, jax.typeof(attended).sharding)(q, attended)",
             "= gated(q, attended)",
-            tests_of("gate", "test_meshes[False-explicit, set_mesh-both]"),
+            tests_of("gate", "test_attended_sharded_otherwise[explicit, set_mesh]"),
         ),
     ),
     *_in(
