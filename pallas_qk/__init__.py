@@ -12,5 +12,6 @@ from pallas_qk._cache_api import CacheOutputs as CacheOutputs
 from pallas_qk._cache_api import fused_qkv_rmsnorm_rope_cache as fused_qkv_rmsnorm_rope_cache
 from pallas_qk._cache_api import fused_qkv_rmsnorm_rope_gate_cache as fused_qkv_rmsnorm_rope_gate_cache
 from pallas_qk._implementations import IMPLEMENTATIONS as IMPLEMENTATIONS
+from pallas_qk._projection_api import fused_qkv_projection_rmsnorm_rope_gate as fused_qkv_projection_rmsnorm_rope_gate
 
 __version__ = "0.1.0"

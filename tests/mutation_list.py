@@ -1159,6 +1159,18 @@ MUTATIONS = [
     *_in(
         "pallas_qk/_mosaic_gpu/thread.py",
         (
+            "mosaic: the fused form without mRoPE",
+            "mlir_math.fma(b, c, arith.mulf(a, s)) if fuses_y2 else",
+            "mlir_math.fma(b, c, arith.mulf(a, s)) if True else",
+            RECIPE,
+        ),
+        (
+            "mosaic: the fused form with mRoPE",
+            "mlir_math.fma(b, c, arith.mulf(a, s)) if fuses_y2 else",
+            "mlir_math.fma(b, c, arith.mulf(a, s)) if False else",
+            RECIPE,
+        ),
+        (
             "mosaic: the frequencies of pairs a vector off",
             "[lane >> 1]",
             "[(lane >> 1) + layout.lanes // 2]",
@@ -1436,8 +1448,8 @@ MUTATIONS = [
         ),
         (
             "mosaic: the lanes of a pair exchanged",
-            "_rotate(own[::2], own[1::2], cos, sin, fuses_y2)",
-            "_rotate(own[1::2], own[::2], cos, sin, fuses_y2)",
+            "rotate(own[::2], own[1::2], cos, sin, fuses_y2)",
+            "rotate(own[1::2], own[::2], cos, sin, fuses_y2)",
             OF_PAIRS["mosaic_gpu"],
         ),
         (
@@ -1451,18 +1463,6 @@ MUTATIONS = [
             "partner_index = layout.bases.index(base + half)",
             "partner_index = layout.bases.index(half)",
             tests_of("mosaic_gpu", "test_every_configuration_gives_the_same_bits"),
-        ),
-        (
-            "mosaic: the fused form without mRoPE",
-            "mlir_math.fma(b, c, arith.mulf(a, s)) if fuses_y2 else",
-            "mlir_math.fma(b, c, arith.mulf(a, s)) if True else",
-            RECIPE,
-        ),
-        (
-            "mosaic: the fused form with mRoPE",
-            "mlir_math.fma(b, c, arith.mulf(a, s)) if fuses_y2 else",
-            "mlir_math.fma(b, c, arith.mulf(a, s)) if False else",
-            RECIPE,
         ),
         (
             "mosaic: rows past the last",

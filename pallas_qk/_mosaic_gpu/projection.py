@@ -1,0 +1,474 @@
+"""The product of hidden states and a packed weight, with the op as its epilogue: one kernel for Hopper.
+
+T num_tokens, E width of the hidden states, Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim.
+
+The grid is persistent: a cluster of two programs, one on each of two SMs, walks over its share of tiles. A tile is one
+column of D columns of the weight, which is one head of q, gate, k or v, for 128 tokens in each of the two programs. A
+program has three warpgroups. One loads steps of 64 columns of the hidden states and 64 rows of the weight by TMA into a
+ring of four stages, of the weight half in each program of the cluster, for both. The other two multiply 64 tokens each.
+Right after its last step such a warpgroup holds whole rows in registers: it rounds them as a product does, normalises
+and rotates them, and stores them by TMA through shared memory while the ring fills again.
+
+H200, bf16, 16/2 heads, E = 2048, T = 16384: 799.6 us, where the product by cuBLAS takes 769.2 and product and op 911.3,
+or 849.4 with the gate in place; at T = 4096 209.6 against 235.2 and 219.0. 32/2 heads, E = 4096: 759.2 against 788.9
+and 757.9 at T = 4096, 3147.8 against 3320.0 and 3196.9 at 16384. Few tiles leave SMs idle: 71.6 against 62.0 at
+T = 1024. Lost: an epilogue in pieces under the next tile's first products (895.2 where this takes 791.3), and no
+cluster (811.9). Three warpgroups that multiply don't fit: ptxas has 160 registers for a thread that holds 128 sums.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array as mgpu_array
+from jax.experimental.mosaic.gpu import utils as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from pallas_qk._mosaic_gpu.emit import (
+    WARPGROUP,
+    Int,
+    Pointer,
+    Value,
+    bits_of,
+    constant,
+    narrow,
+    thread_index,
+    widen,
+)
+from pallas_qk._mosaic_gpu.thread import (
+    Layout,
+    Table,
+    Vector,
+    effective_weights,
+    inv_rms,
+    rotate,
+    sum_of_squares,
+)
+from pallas_qk._options import Options, Spec, Target, rotation_fuses_y2
+from pallas_qk._rows import WEIGHTS, Inputs, Outputs
+from pallas_qk._target import cuda_target
+
+PROJECTION_NAME = "pallas_qk_mosaic_gpu_projection_forward"
+
+HEAD_DIM, ROTARY_DIM = 256, 64  # D and R: a tile is a head wide
+STEP = 64  # columns of the hidden states, and rows of the weight
+_STAGES = 4  # of the ring: 192 of an SM's 227 KB
+_CLUSTER = 2  # programs that share a tile of the weight
+_ROWS, _MULTIPLIERS = 64, 2  # tokens of a warpgroup that multiplies, and how many of these a program has
+_TOKENS = _ROWS * _MULTIPLIERS  # of a program
+_CHUNK, _SLOTS = 64, 2  # columns that a warpgroup stores at once, and its slots for them
+_SWIZZLED = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)  # what wgmma reads: rows of 128 bytes
+# Columns of tiles that are walked side by side. L2 holds what they read.
+_WALKED = 8
+# The second of the warpgroups begins so many steps late, so that one stores while the other multiplies.
+_LAG = 2
+# Of a thread that loads, and of one that multiplies: 40 * 128 + 232 * 256 are the registers of an SM.
+_REGISTERS = 40, 232
+
+# Names that must differ from the axes of a user's mesh.
+_PROGRAM, _IN_CLUSTER, _WARPGROUP = "pallas_qk_program", "pallas_qk_cluster", "pallas_qk_warpgroup"
+
+# What a thread holds of an array (64, columns): row `quarter` + 8h, elements 8j + 2 * quad and the next, for all j.
+_QUADS = Layout(threads=4, lanes=2, bases=tuple(range(0, HEAD_DIM, 8)), bits=(1, 2), partners=True)
+_ROW_HALVES = 2
+
+
+def unsupported_projection(spec: Spec, width: int, target: Target) -> str | None:
+    """Why the kernel can't run `spec` on `target`, from hidden states of this width; None if it can."""
+    if target.compute_capability != (9, 0):
+        major, minor = target.compute_capability
+        return f"it needs compute capability 9.0 (wgmma), got {major}.{minor}"
+    if spec.dtype not in ("float16", "bfloat16"):
+        return f"it multiplies float16 or bfloat16, got {spec.dtype}"
+    if (spec.head_dim, spec.rotary_dim) != (HEAD_DIM, ROTARY_DIM):
+        got = f"head_dim={spec.head_dim}, rotary_dim={spec.rotary_dim}"
+        return f"it takes heads of {HEAD_DIM} elements of which {ROTARY_DIM} are rotated, got {got}"
+    if not isinstance(width, int) or width % STEP or not width:
+        return f"it takes hidden states whose width is a multiple of {STEP}, got {width}"
+    return None
+
+
+class _Sizes(NamedTuple):
+    num_tokens: int
+    width: int
+    num_q_heads: int
+    num_kv_heads: int
+    max_position: int
+
+    @property
+    def row_blocks(self) -> int:
+        """Tiles along the tokens."""
+        return pl.cdiv(self.num_tokens, _TOKENS * _CLUSTER)
+
+    @property
+    def heads(self) -> int:
+        """Tiles along the columns of the weight: q and gate by turns, then k, then v."""
+        return 2 * (self.num_q_heads + self.num_kv_heads)
+
+
+def project(hidden: jax.Array, weight: jax.Array, inputs: Inputs, *, options: Options) -> Outputs:
+    """The op on hidden (T, E) @ weight (E, N), whose columns are packed; `inputs` has what else the op reads.
+
+    Results are flat in heads.
+    """
+    num_q_heads, num_kv_heads = options.packed or (0, 0)
+    num_tokens, width = hidden.shape
+    sizes = _Sizes(num_tokens, width, num_q_heads, num_kv_heads, inputs.cos_sin_cache.shape[0])
+    # TMA knows rows by tiles of eight. XLA fuses the padding into what computes the hidden states; cutting it off the
+    # results takes a copy of them.
+    padding = -num_tokens % 8
+    hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
+    types = [
+        jax.ShapeDtypeStruct((num_tokens + padding, heads * HEAD_DIM), hidden.dtype)
+        for heads in (num_q_heads, num_kv_heads, num_kv_heads, num_q_heads)
+    ]
+    if not num_tokens:
+        return Outputs(*(jnp.zeros(x.shape, x.dtype) for x in types))
+    if inputs.q_weight.dtype != inputs.k_weight.dtype:  # a thread loads either
+        both = (inputs.q_weight, inputs.k_weight)
+        inputs = inputs._replace(**dict(zip(WEIGHTS, (x.astype(jnp.float32) for x in both), strict=True)))
+    read = [x for x in inputs if x is not None]
+    num_programs = max(2, cuda_target().num_sms // (2 * _CLUSTER) * 2)  # clusters; even, see `_tile`
+    launched = plgpu.kernel(
+        functools.partial(_program, sizes=sizes, options=options, num_programs=num_programs),
+        out_type=tuple(types),
+        grid=(num_programs,),
+        grid_names=(_PROGRAM,),
+        cluster=(_CLUSTER,),
+        cluster_names=(_IN_CLUSTER,),
+        num_threads=_MULTIPLIERS + 1,
+        thread_name=_WARPGROUP,
+        kernel_name=PROJECTION_NAME,
+        compiler_params=plgpu.CompilerParams(
+            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+    )
+    results = launched(hidden, weight, *read)
+    return Outputs(*(x[:num_tokens] if padding else x for x in results))
+
+
+def _tile(number: Any, turn: Any, row_blocks: int, heads: int) -> tuple[Any, Any]:
+    """The rows and the head of a tile, which its cluster takes at its `turn`.
+
+    Clusters take tiles `num_programs` apart, an even number, so each would have heads of q alone, whose epilogue is
+    long, or of gate alone. At every other turn the two of a pair are exchanged: 895 us, where 956 without it (H200,
+    16/2 heads, E = 2048, T = 16384, with another epilogue).
+    """
+    row_block, head = plgpu.planar_snake(number, (row_blocks, heads), 1, _WALKED)
+    return row_block, lax.bitwise_xor(head, lax.bitwise_and(turn, 1))
+
+
+def _program(hidden, weight, q_weight, k_weight, table, *refs, sizes: _Sizes, options: Options, num_programs: int):
+    """Three warpgroups of one program: the last loads, the others multiply."""
+    *positions, q, k, v, gate = refs
+    dtype, steps = hidden.dtype, sizes.width // STEP
+    lag = min(_LAG, steps - 1)
+
+    @functools.partial(
+        pl.run_scoped,
+        collective_axes=_WARPGROUP,
+        hidden_smem=plgpu.SMEM((_STAGES, _TOKENS, STEP), dtype, transforms=_SWIZZLED),
+        weight_smem=plgpu.SMEM((_STAGES, STEP, HEAD_DIM), dtype, transforms=_SWIZZLED),
+        slots_smem=plgpu.SMEM((_MULTIPLIERS * _SLOTS, _ROWS, _CHUNK), dtype, transforms=_SWIZZLED),
+        full=plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
+        free=plgpu.ClusterBarrier(collective_axes=(_IN_CLUSTER,), num_arrivals=_MULTIPLIERS, num_barriers=_STAGES),
+        lagging=plgpu.Barrier(num_arrivals=1),
+    )
+    def scope(hidden_smem, weight_smem, slots_smem, full, free, lagging):
+        warpgroup, in_cluster = lax.axis_index(_WARPGROUP), lax.axis_index(_IN_CLUSTER)
+        program = lax.axis_index(_PROGRAM)
+        num_tiles = sizes.row_blocks * sizes.heads
+        turns = lax.div(num_tiles - program + (num_programs - 1), num_programs)
+
+        def tile(turn):
+            row_block, head = _tile(program + turn * num_programs, turn, sizes.row_blocks, sizes.heads)
+            return (row_block * _CLUSTER + in_cluster) * _TOKENS, head
+
+        def stage_of(turn, step):
+            return lax.rem(step if steps % _STAGES == 0 else turn * steps + step, _STAGES)
+
+        def load():
+            plgpu.set_max_registers(_REGISTERS[0], action="decrease")
+
+            @_repeat(turns)
+            def _(turn):
+                token, head = tile(turn)
+
+                @_repeat(steps)
+                def _(step):
+                    stage, of_step = stage_of(turn, step), pl.ds(step * STEP, STEP)
+                    plgpu.barrier_wait(free.at[stage])
+                    plgpu.copy_gmem_to_smem(
+                        hidden.at[pl.ds(token, _TOKENS), of_step], hidden_smem.at[stage], full.at[stage]
+                    )
+                    plgpu.copy_gmem_to_smem(
+                        weight.at[of_step, pl.ds(head * HEAD_DIM, HEAD_DIM)],
+                        weight_smem.at[stage],
+                        full.at[stage],
+                        collective_axes=_IN_CLUSTER,
+                    )
+
+            # The other program's last arrivals come before this one ends.
+            @_repeat(_STAGES)
+            def _(stage):
+                plgpu.barrier_wait(free.at[stage])
+
+        def multiply():
+            plgpu.set_max_registers(_REGISTERS[1], action="increase")
+
+            @_repeat(_STAGES)
+            def _(stage):
+                plgpu.barrier_arrive(free.at[stage])
+
+            @pl.when((warpgroup > 0) & (turns > 0) & (lag > 0))
+            def _():
+                plgpu.barrier_wait(lagging)
+
+            @_repeat(turns)
+            def _(turn):
+                token, head = tile(turn)
+                token = token + warpgroup * _ROWS
+                is_k = (head >= 2 * sizes.num_q_heads) & (head < sizes.heads - sizes.num_kv_heads)
+                is_normed = ((head < 2 * sizes.num_q_heads) & (lax.rem(head, 2) == 0)) | is_k
+
+                # Loaded before the product, whose first step waits for memory too.
+                cos, sin = _angles(sizes, options, table.dtype, positions)(token, table, *positions)
+
+                def products(sums):
+                    @_repeat(steps)
+                    def _(step):
+                        stage = stage_of(turn, step)
+                        plgpu.barrier_wait(full.at[stage])
+                        plgpu.wgmma(sums, hidden_smem.at[stage, pl.ds(warpgroup * _ROWS, _ROWS)], weight_smem.at[stage])
+                        # No second product in flight: the other warpgroup's keep the tensor cores busy (791.3 us,
+                        # where 795.5 with two).
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(free.at[stage])
+                        if lag:
+
+                            @pl.when((warpgroup == 0) & (turn == 0) & (step == lag))
+                            def _():
+                                plgpu.barrier_arrive(lagging)
+
+                    return sums[...]
+
+                product = pl.run_scoped(products, plgpu.ACC((_ROWS, HEAD_DIM), jnp.float32))
+
+                def store(rows, to_k_or_v, to_q_or_gate):
+                    """By chunks of columns; those of k and v come after the ones of q and gates."""
+                    for chunk in range(HEAD_DIM // _CHUNK):
+                        slot = slots_smem.at[warpgroup * _SLOTS + chunk % _SLOTS]
+                        plgpu.wait_smem_to_gmem(_SLOTS - 1, wait_read_only=True)
+                        _put(chunk * _CHUNK, dtype)(rows, slot)
+                        plgpu.commit_smem()
+
+                        def copy(array, first, *, slot=slot, chunk=chunk):
+                            columns = pl.ds(first * HEAD_DIM + chunk * _CHUNK, _CHUNK)
+                            plgpu.copy_smem_to_gmem(slot, array.at[pl.ds(token, _ROWS), columns])
+
+                        lax.cond(
+                            head < 2 * sizes.num_q_heads,
+                            functools.partial(copy, to_q_or_gate, lax.div(head, 2)),
+                            functools.partial(copy, *to_k_or_v),
+                        )
+
+                lax.cond(
+                    is_normed,
+                    lambda: store(
+                        _normed(options, dtype, table.dtype, q_weight.dtype)(
+                            product, cos, sin, is_k.astype(jnp.int32), q_weight, k_weight
+                        ),
+                        (k, head - 2 * sizes.num_q_heads),
+                        q,
+                    ),
+                    lambda: store(
+                        _rounded(dtype)(product), (v, head - 2 * sizes.num_q_heads - sizes.num_kv_heads), gate
+                    ),
+                )
+
+            plgpu.wait_smem_to_gmem(0)
+
+        lax.cond(warpgroup == _MULTIPLIERS, load, multiply)
+
+
+def _repeat(times) -> Callable[[Callable[[Any], None]], None]:
+    """Runs the decorated function for 0 … times - 1."""
+
+    def run(body: Callable[[Any], None]) -> None:
+        def step(index, carried):
+            body(index)
+            return carried
+
+        lax.fori_loop(0, times, step, None)
+
+    return run
+
+
+# What a thread does, of 64 rows that its warpgroup has. `quad` is its number among the four of a row.
+
+
+def _quad() -> Int:
+    return thread_index() & 3
+
+
+def _angles(sizes: _Sizes, options: Options, dtype: jnp.dtype, positions: list) -> Callable:
+    """cos and sin (64, R/2) of the rows from a token on, in the dtype of the table, which loses nothing."""
+    position_dtypes = [ref.dtype for ref in positions]
+
+    def body(context, first_token, table_ref, *position_refs):
+        del context
+        pointers = [Pointer.to(*of_ref) for of_ref in zip(position_refs, position_dtypes, strict=True)]
+        table = Table(
+            Pointer.to(table_ref, dtype), next(iter(pointers), None), sizes.max_position, sizes.num_tokens, options
+        )
+        thread, first = thread_index() & WARPGROUP - 1, Int(first_token.registers.item())
+        loaded = []
+        for half in range(_ROW_HALVES):
+            # Rows past the last read its positions, and are not stored.
+            token = (first + ((thread >> 5) * 16 + ((thread & 31) >> 2) + 8 * half)).minimum(sizes.num_tokens - 1)
+            of_token = table.positions_of(token)
+            rows = [table.row(position) + (_quad() * 2).resized(64) for position in of_token]
+            words = [table.load(rows, constant(8 * j), 2) for j in range(ROTARY_DIM // 2 // 8)]
+            loaded.append((of_token, words))
+        cos: list[list] = [[] for _ in range(ROTARY_DIM // 2 // 8)]
+        sin: list[list] = [[] for _ in cos]
+        for of_token, words in loaded:
+            for j, of_block in enumerate(words):
+                lanes = table.angles(of_token, of_block, _quad() * 2 + 8 * j)
+                for angles, of_half in zip((cos, sin), lanes, strict=True):
+                    angles[j].append(narrow(of_half, dtype))
+        return _as_array(cos, dtype), _as_array(sin, dtype)
+
+    of_rows = plgpu.ShapeDtypeStruct((_ROWS, ROTARY_DIM // 2), dtype, layout=plgpu.Layout.WGMMA)
+    refs = [plgpu.RefType() for _ in (0, *positions)]
+    return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT(()), *refs), return_type=(of_rows, of_rows))(body)
+
+
+def _rounded(dtype: jnp.dtype) -> Callable:
+    """The product (64, D) in the dtype of the activations."""
+
+    def body(context, product):
+        del context
+        blocks = _words_of(product, jnp.dtype(jnp.float32))
+        return _as_array([[_round(words, dtype) for words in halves] for halves in blocks], dtype)
+
+    of_rows = plgpu.ShapeDtypeStruct((_ROWS, HEAD_DIM), dtype, layout=plgpu.Layout.WGMMA)
+    return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=of_rows)(body)
+
+
+def _normed(options: Options, dtype: jnp.dtype, table_dtype: jnp.dtype, weight_dtype: jnp.dtype) -> Callable:
+    """The rounded product (64, D), normalised, rounded, rotated and rounded again, as the op's kernel does it."""
+    half = ROTARY_DIM // 2 // 8  # blocks of eight columns
+
+    def body(context, product, cos, sin, is_k, q_weight, k_weight):
+        del context
+        address = arith.select(
+            Int(is_k.registers.item()).equals(1).value,
+            Pointer.to(k_weight, weight_dtype).address,
+            Pointer.to(q_weight, weight_dtype).address,
+        )
+        start = Pointer(address, weight_dtype) + (_quad() * 2).resized(64)
+        weights = [(start + base).load(2) for base in _QUADS.bases]
+        xs = [
+            [widen(_round(words, dtype), dtype) for words in halves]
+            for halves in _words_of(product, jnp.dtype(jnp.float32))
+        ]
+        vectors = [Vector(_quad() * 2, base, 2) for base in _QUADS.bases]
+        inverses = []
+        for row in range(_ROW_HALVES):
+            total = sum_of_squares([x[row] for x in xs], vectors, _QUADS, _quad(), HEAD_DIM)
+            inverses.append(inv_rms(total, HEAD_DIM, options.eps))
+
+        @functools.cache
+        def weights_of(block: int) -> list[Value]:
+            return effective_weights(weights[block], weight_dtype, options.norm_beta)
+
+        def normed(block: int, row: int) -> list[Int]:
+            lanes = zip(xs[block][row], weights_of(block), strict=True)
+            return narrow([arith.mulf(arith.mulf(lane, inverses[row]), w) for lane, w in lanes], dtype)
+
+        words = [[normed(block, row) for row in range(_ROW_HALVES)] for block in range(2 * half)]
+        cosines, sines = _words_of(cos, table_dtype), _words_of(sin, table_dtype)
+        for block in range(half):
+            for row in range(_ROW_HALVES):
+                first, second = (widen(words[block + offset][row], dtype) for offset in (0, half))
+                cosine, sine = (widen(of_block[block][row], table_dtype) for of_block in (cosines, sines))
+                rotated = rotate(first, second, cosine, sine, rotation_fuses_y2(options, dtype))
+                words[block][row], words[block + half][row] = (narrow(lanes, dtype) for lanes in rotated)
+        words += [[normed(block, row) for row in range(_ROW_HALVES)] for block in range(2 * half, len(xs))]
+        return _as_array(words, dtype)
+
+    wgmma, ref = plgpu.Layout.WGMMA, plgpu.RefType()
+    of_rows = plgpu.ShapeDtypeStruct((_ROWS, HEAD_DIM), dtype, layout=wgmma)
+    arg_types = wgmma, wgmma, wgmma, plgpu.Layout.WG_SPLAT(()), ref, ref
+    return plgpu.inline_mgpu(arg_types=arg_types, return_type=of_rows)(body)
+
+
+def _put(first: int, dtype: jnp.dtype) -> Callable:
+    """Writes the columns from `first` on into a slot, each row 128 bytes in the order of a swizzle."""
+
+    def body(context, rows, slot_ref):
+        del context
+        blocks = _words_of(rows, dtype)[first // 8 : (first + _CHUNK) // 8]
+        slot = Int(llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu.memref_ptr(slot_ref)))
+        thread = thread_index() & WARPGROUP - 1
+        lane = thread & 31
+        row = (thread >> 5) * 16 + (lane & 15)
+        start = slot + row * (2 * _CHUNK) + (((lane >> 4) ^ (lane & 7)) * 16)
+        for number in range(0, len(blocks), 2):
+            ((low_top,), (low_bottom,)), ((high_top,), (high_bottom,)) = blocks[number : number + 2]
+            words = [low_top, low_bottom, high_top, high_bottom]
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
+                [(start ^ (16 * number)).value, *(word.value for word in words)],
+                "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};",
+                "r,r,r,r,r,~{memory}",
+                has_side_effects=True,
+            )
+
+    return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(_SWIZZLED)))(body)
+
+
+def _round(words: list[Int], dtype: jnp.dtype) -> list[Int]:
+    """Two float32 lanes, rounded."""
+    return narrow([word.as_float() for word in words], dtype)
+
+
+def _words_of(array, dtype: jnp.dtype) -> list[list[list[Int]]]:
+    """The words of the thread's two lanes, of each block of eight columns in each of its two rows."""
+    registers = list(array.registers.flatten())
+    i32 = ir.IntegerType.get_signless(32)
+    if dtype == jnp.float32:
+        words = [[bits_of(_lane(register, i)) for i in range(2)] for register in registers]
+    else:
+        words = [[Int(llvm.bitcast(i32, register))] for register in registers]
+    return [words[first : first + _ROW_HALVES] for first in range(0, len(words), _ROW_HALVES)]
+
+
+def _as_array(blocks: list[list[list[Int]]], dtype: jnp.dtype):
+    """The array whose words these are."""
+    kind = ir.VectorType.get((2,), mgpu.dtype_to_ir_type(dtype))
+    registers = [
+        vector.from_elements(kind, [word.as_float() for word in words])
+        if dtype == jnp.float32
+        else llvm.bitcast(kind, words[0].value)
+        for halves in blocks
+        for words in halves
+    ]
+    layout = mgpu_array.WGMMA_LAYOUT
+    array = np.empty(len(registers), dtype=object)
+    array[:] = registers
+    return mgpu_array.FragmentedArray(
+        _registers=array.reshape(layout.registers_shape((_ROWS, 8 * len(blocks)))), _layout=layout, _is_signed=None
+    )
+
+
+def _lane(register: Value, index: int) -> Value:
+    return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([index]))
