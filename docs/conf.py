@@ -1,5 +1,7 @@
 """Sphinx: the repository's Markdown files are pages where they lie, so that their links hold here as they do there."""
 
+import sphinx.util.inspect
+
 import pallas_qk
 
 project = "pallas-qk"
@@ -45,6 +47,7 @@ nitpick_ignore_regex = [
 
 autodoc_typehints_format = "short"
 autodoc_type_aliases = {"ArrayLike": "ArrayLike", "DTypeLike": "DTypeLike"}
+sphinx.util.inspect.TypeAliasForwardRef.__repr__ = lambda alias: alias.name  # what Sphinx 9.0 shows of one in a union
 autodoc_preserve_defaults = True
 maximum_signature_line_length = 100
 napoleon_custom_sections = ["Numerics", "Derivatives", "Mapping and sharding", "Sharding", "Semantics from"]

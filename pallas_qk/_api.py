@@ -1,9 +1,12 @@
 """The public functions without a KV cache."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.typing import DTypeLike
 
 from pallas_qk import _checks, _fp8, _implementations
 from pallas_qk._array_checks import Function, as_called
@@ -368,9 +371,9 @@ def default_implementation(
     num_kv_heads: int,
     head_dim: int,
     rotary_dim: int,
-    dtype,
+    dtype: DTypeLike,
     *,
-    cache_dtype=None,
+    cache_dtype: DTypeLike | None = None,
     rotation: RotationName = "halves",
     norm_order: NormOrder = "norm_first",
     platform: str | None = None,

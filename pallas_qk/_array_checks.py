@@ -3,7 +3,7 @@
 import functools
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,14 @@ from pallas_qk._rows import Inputs, Source, rows_of, sources_of
 _ARRAYS = (jax.Array, np.ndarray)
 
 
-def unboxed(x):
+def unboxed(x: Any) -> Any:
     """The array in a box that gives it by `__jax_array__`, as modules hold their parameters."""
     while x is not None and not isinstance(x, _ARRAYS) and hasattr(x, "__jax_array__"):
         x = x.__jax_array__()
     return x
 
 
-def check_array(name: str, array) -> None:
+def check_array(name: str, array: object) -> None:
     """Refuses what is no array, and an array that is more than its values: masked, reduced over a mesh, on the host."""
     if not isinstance(array, jax.Array | np.ndarray) or isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a JAX or NumPy array, got {describe(array)}. {_conversion(array)}")
@@ -46,7 +46,7 @@ def check_array(name: str, array) -> None:
         )
 
 
-def _conversion(value) -> str:
+def _conversion(value: object) -> str:
     if isinstance(value, np.ma.MaskedArray):
         return "Pass its filled()."
     if isinstance(value, jax.Ref):
@@ -96,7 +96,7 @@ class Function(NamedTuple):
         return f"{'q_gate' if self.gated else 'q'}, k and v as a tuple"
 
 
-def as_called(name: str, qkv) -> tuple[Function, tuple]:
+def as_called(name: str, qkv: Any) -> tuple[Function, tuple[Any, ...]]:
     """The function of this name for what it is given, and q, k and v: a packed array is in the place of q, alone."""
     if not isinstance(qkv, list | tuple):
         return Function(name, packed=True), (qkv, None, None)
@@ -184,7 +184,7 @@ def check_arrays(function: Function, inputs: Inputs, sizes: Sizes) -> bool:
     return split
 
 
-def _check_positions_dtype(dtype) -> None:
+def _check_positions_dtype(dtype: np.dtype) -> None:
     if jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"positions must be integers, got {dtype}. Cast whole numbers with astype(jnp.int32); of fractions pass "
@@ -193,7 +193,7 @@ def _check_positions_dtype(dtype) -> None:
     check_integers("positions", dtype)
 
 
-def check_integers(name: str, dtype) -> None:
+def check_integers(name: str, dtype: np.dtype) -> None:
     if not jnp.issubdtype(dtype, jnp.integer) or dtype.kind == "m":  # NumPy counts times among the integers
         raise TypeError(f"{name} must be integers, got {dtype}. Cast them with astype(jnp.int32).")
 
@@ -228,18 +228,20 @@ def _check_first(
     return q.shape[: -2 if fits_split else -1], fits_split
 
 
-def _check_trailing(name: str, array, trailing: list[tuple[int, ...]], remedy: str) -> None:
+def _check_trailing(name: str, array: jax.Array | np.ndarray, trailing: list[tuple[int, ...]], remedy: str) -> None:
     if not any(array.shape[-len(shape) :] == shape for shape in trailing):
         raise wrong_last_axes(name, array, trailing, remedy)
 
 
-def wrong_last_axes(name: str, array, trailing: Sequence[tuple[int | str, ...]], remedy: str) -> ValueError:
+def wrong_last_axes(
+    name: str, array: jax.Array | np.ndarray, trailing: Sequence[tuple[int | str, ...]], remedy: str
+) -> ValueError:
     """Of an array that ends in none of these sizes; a str stands for a size that nothing tells."""
     shapes = " or ".join(f"(..., {', '.join(map(str, shape))})" for shape in trailing)
     return ValueError(f"{name} must have shape {shapes}, got {tuple(array.shape)}. Its sizes: {remedy}.")
 
 
-def check_shape(name: str, array, shape: tuple[int | str, ...], remedy: str) -> None:
+def check_shape(name: str, array: jax.Array | np.ndarray, shape: tuple[int | str, ...], remedy: str) -> None:
     matches = array.ndim == len(shape) and all(
         isinstance(want, str) or got == want for got, want in zip(array.shape, shape, strict=True)
     )
@@ -253,7 +255,13 @@ def _written(shape: tuple[int | str, ...]) -> str:
 
 
 def _check_broadcasts(
-    name: str, array, lead: tuple[int, ...], remedy: str, *, front: tuple[int, ...] = (), back: tuple[int, ...] = ()
+    name: str,
+    array: jax.Array | np.ndarray,
+    lead: tuple[int, ...],
+    remedy: str,
+    *,
+    front: tuple[int, ...] = (),
+    back: tuple[int, ...] = (),
 ) -> None:
     """That what lies between `front` and `back` in the shape broadcasts to `lead`."""
     got = tuple(array.shape)
@@ -271,5 +279,6 @@ def as_integers(x: np.ndarray | int) -> np.ndarray:
         return np.asarray(operator.index(x), np.int32)  # a layer, which an axis holds
     if x.dtype.itemsize == 8 and not jax.config.read("jax_enable_x64"):
         at_most = np.minimum(x, 2**31 - 1).astype(np.int64)  # of unsigned ones, too
-        return np.maximum(at_most, -1).astype(np.int32)
+        within: np.ndarray = np.maximum(at_most, -1)
+        return within.astype(np.int32)
     return x

@@ -1,7 +1,7 @@
 """The public functions that write k and v into a KV cache."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -217,7 +217,9 @@ def fused_qkv_rmsnorm_rope_cache(
     )
 
 
-def _call(name: str, qkv, arrays: tuple, cache: tuple, gate: str | None, *values, v_norm: bool) -> CacheOutputs:
+def _call(
+    name: str, qkv: Any, arrays: tuple[Any, ...], cache: tuple[Any, ...], gate: str | None, *values: Any, v_norm: bool
+) -> CacheOutputs:
     """`values` are the arguments of `call` that follow `gate`."""
     kv_cache, slot_mapping, cache_axes, layer, k_scale, v_scale, return_kv = cache
     cache_axes, return_kv = _cache_checks.check_cache_axes(cache_axes), _cache_checks.check_return_kv(return_kv)

@@ -28,7 +28,7 @@ def check_return_kv(return_kv: bool) -> bool:
     return check_bool("return_kv", return_kv, "Pass True for k and v as results beside the cache.")
 
 
-def arrays_of(kv_cache, cache_axes: str) -> tuple[Any, Any]:
+def arrays_of(kv_cache: object, cache_axes: str) -> tuple[Any, Any]:
     """k's array and v's, or the array of both and None."""
     if _cache_axes.holds_both(cache_axes):
         return unboxed(kv_cache), None
@@ -42,7 +42,7 @@ def arrays_of(kv_cache, cache_axes: str) -> tuple[Any, Any]:
     return k_cache, v_cache
 
 
-def check_caches(k_cache, v_cache, cache_axes: str, num_kv_heads: int | None, head_dim: int | None) -> None:
+def check_caches(k_cache: Any, v_cache: Any, cache_axes: str, num_kv_heads: int | None, head_dim: int | None) -> None:
     """Those of `arrays_of`. Without a number of heads and lanes, they may have any."""
     caches = {"kv_cache": k_cache}
     if not _cache_axes.holds_both(cache_axes):
@@ -67,7 +67,7 @@ def check_caches(k_cache, v_cache, cache_axes: str, num_kv_heads: int | None, he
             )
 
 
-def check_scale(name: str, scale, cache_dtype, num_kv_heads: int) -> None:
+def check_scale(name: str, scale: Any, cache_dtype: np.dtype, num_kv_heads: int) -> None:
     """Of one element or of one for each kv head; None for a cache that has none."""
     if not _fp8.is_fp8(cache_dtype):
         if scale is not None:
@@ -92,7 +92,7 @@ def check_scale(name: str, scale, cache_dtype, num_kv_heads: int) -> None:
         raise ValueError(f"{name} must have shape {shapes}, got {tuple(scale.shape)}. Its sizes: one, or num_kv_heads.")
 
 
-def as_scale(scale) -> Any:
+def as_scale(scale: Any) -> Any:
     """A scale that has passed `check_scale`, as an array; of float32, but for a number that went through a jit."""
     return scale if scale is None or isinstance(scale, jax.Array | np.ndarray) else _nearest_float32(scale).reshape(())
 
@@ -107,13 +107,13 @@ def _nearest_float32(number: Any) -> np.float32:
         return np.float32(wide)
 
 
-def check_slots(function: Function, slots, lead: tuple[int, ...]) -> None:
+def check_slots(function: Function, slots: Any, lead: tuple[int, ...]) -> None:
     check_array("slot_mapping", slots)
     check_integers("slot_mapping", slots.dtype)
     check_shape("slot_mapping", slots, lead, f"the leading axes of {function.array}")
 
 
-def check_layer(layer, cache: jax.Array, cache_axes: str) -> None:
+def check_layer(layer: object, cache: jax.Array, cache_axes: str) -> None:
     stacked = cache_axes.startswith("l")
     if (layer is not None) != stacked:
         rule = "layer must be given exactly where cache_axes has an axis l"

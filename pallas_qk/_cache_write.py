@@ -51,20 +51,20 @@ def write(
     return _as(written, cache.dtype)
 
 
-def _cast(x: jax.Array, scale: jax.Array | None, dtype) -> jax.Array:
+def _cast(x: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
     """To the cache's dtype, or to the codes of 8 bits."""
     return x.astype(dtype) if scale is None else _fp8.codes(x, scale[:, None], dtype)
 
 
-def _bits(dtype):
+def _bits(dtype: jnp.dtype) -> jnp.dtype:
     """What is scattered: unsigned integers where XLA would convert all of the cache there and back."""
     if _fp8.is_fp8(dtype):
-        return jnp.dtype(jnp.uint8)
+        return jnp.dtype("uint8")
     converts = dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11)
-    return jnp.dtype(jnp.uint16) if converts else dtype
+    return jnp.dtype("uint16") if converts else dtype
 
 
-def _as(x: jax.Array, dtype) -> jax.Array:
+def _as(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
 
 

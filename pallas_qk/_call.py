@@ -19,7 +19,7 @@ from pallas_qk._rows import CACHES, Call, Inputs, Outputs, head_dim_of
 from pallas_qk._sizes import Sizes, filled
 
 
-def call(function: Function, inputs: Inputs, *values, **more) -> Outputs:
+def call(function: Function, inputs: Inputs, *values: Any, **more: Any) -> Outputs:
     """What each public function returns, by name. `values` and `more` are the other arguments of `checked`."""
     _mesh_checks.check_process()
     inputs = Inputs(*map(_array_checks.unboxed, inputs))
@@ -28,7 +28,7 @@ def call(function: Function, inputs: Inputs, *values, **more) -> Outputs:
     is_new = static is None
     if is_new:
         static = checked(function, inputs, *values, **more)
-    outputs = _run(with_arrays(inputs), name=function.name, **static)
+    outputs: Outputs = _run(with_arrays(inputs), name=function.name, **static)
     if is_new:
         _passed.keep(signature, static)
     return outputs

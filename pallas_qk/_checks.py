@@ -2,12 +2,13 @@
 
 import numbers
 import operator
-from collections.abc import Mapping
-from typing import cast, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from pallas_qk._options import MropeLayout, NormOrder, RotationName
 
@@ -66,7 +67,7 @@ def check_num_tokens(num_tokens: int) -> int:
     return operator.index(num_tokens)
 
 
-def check_dtype(name: str, dtype, more: tuple[str, ...] = ()) -> str:
+def check_dtype(name: str, dtype: DTypeLike | None, more: tuple[str, ...] = ()) -> str:
     """The name of a dtype of activations, weights or tables, or one of `more`."""
     try:
         found = describe(None) if dtype is None else str(jnp.dtype(dtype))  # NumPy takes None for float64
@@ -120,7 +121,7 @@ def _check_real(name: str, value: object) -> None:
         )
 
 
-def check_mrope_section(mrope_section, rotary_dim: int) -> tuple[int, int, int] | None:
+def check_mrope_section(mrope_section: Sequence[int] | None, rotary_dim: int) -> tuple[int, int, int] | None:
     """None, or the section as a tuple of three ints."""
     if mrope_section is None:
         return None
@@ -210,15 +211,15 @@ def _check_name(name: str, value: str, names: tuple[str, ...], remedy: str) -> N
         raise ValueError(f"{name} must be {' or '.join(map(repr, names))}, got {value!r}. {remedy}")
 
 
-def _is_one_of(names: tuple[str, ...], value) -> bool:
+def _is_one_of(names: tuple[str, ...], value: object) -> bool:
     return isinstance(value, str) and value in names  # an array is compared element by element
 
 
-def _is_integer(value) -> bool:
+def _is_integer(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def describe(value) -> str:
+def describe(value: Any) -> str:
     """What an error says of a value that it can't take; never reads a device."""
     if isinstance(value, jax.core.Tracer):
         return f"a traced value {value.aval.str_short()}"
@@ -232,7 +233,7 @@ def describe(value) -> str:
     return f"{value!r:.80} of type {kind}"
 
 
-def _holds_arrays(value) -> bool:
+def _holds_arrays(value: object) -> bool:
     """Whose representation would show, and so read, all of their elements."""
     if isinstance(value, list | tuple):
         return any(hasattr(x, "dtype") or isinstance(x, Mapping) or _holds_arrays(x) for x in value)

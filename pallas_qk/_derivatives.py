@@ -6,12 +6,15 @@ kernel. Derivatives beyond the first are plain XLA. Residuals are the inputs.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import ClosedJaxpr
 from jax.interpreters import ad, mlir
+from jax.tree_util import PyTreeDef
 
 from pallas_qk import _op, _reference
 from pallas_qk._batching import batch, register_batching
@@ -33,40 +36,43 @@ def _tangent_of(call: Call, inputs: Inputs, tangents: Inputs) -> Outputs:
 def _tangent(call: Call, inputs: Inputs, tangents: Inputs) -> Outputs:
     """Tangents of the outputs: what `tangent_p` computes."""
     function = functools.partial(on_heads, _reference.unrounded, call.options)
-    outputs = _derivative(function, (_in_float32(inputs),), (_in_float32(tangents),))
-    return jax.tree.map(lambda x: x.astype(inputs.q.dtype), outputs)
+    unrounded = _derivative(function, (_in_float32(inputs),), (_in_float32(tangents),))
+    outputs: Outputs = jax.tree.map(lambda x: x.astype(inputs.q.dtype), unrounded)
+    return outputs
 
 
-def _in_float32(x):
+def _in_float32(x: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, x)
 
 
-def _moving(tree, tangents):
+def _moving(tree: PyTreeDef, tangents: Sequence[Any]) -> Any:
     """The tangents as `tree`, None for what doesn't move: zeros, and integers."""
     still = [type(t) is ad.Zero or t.dtype == jax.dtypes.float0 for t in tangents]
     return jax.tree.unflatten(tree, [None if zero else t for zero, t in zip(still, tangents, strict=True)])
 
 
-def _derivative(function: Callable, operands, tangents):
+def _derivative(function: Callable[..., Any], operands: Any, tangents: Any) -> Any:
     """The derivative of `function` along tangents, None for what doesn't move."""
 
-    def of_moving(moving):
+    def of_moving(moving: Any) -> Any:
         return function(*_with(operands, moving))
 
     moving = _where(lambda x, tangent: None if tangent is None else x, operands, tangents)
     return jax.jvp(of_moving, (moving,), (tangents,))[1]
 
 
-def _with(operands, others):
+def _with(operands: Any, others: Any) -> Any:
     """`operands` with those of `others` that are there."""
     return _where(lambda x, other: x if other is None else other, operands, others)
 
 
-def _where(function, first, second):
+def _where(function: Callable[..., Any], first: Any, second: Any) -> Any:
     return jax.tree.map(function, first, second, is_leaf=lambda x: x is None)
 
 
-def _forward_jvp(primals, tangents, *, call: Call, tree, body):
+def _forward_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], *, call: Call, tree: PyTreeDef, body: ClosedJaxpr
+) -> tuple[Any, Any]:
     del body
     (inputs,), (moving,) = jax.tree.unflatten(tree, primals), _moving(tree, tangents)
     if call.options.cache_axes:
@@ -79,7 +85,7 @@ def _forward_jvp(primals, tangents, *, call: Call, tree, body):
     return jax.tree.leaves(outputs), jax.tree.leaves(_tangent_of(call, inputs, moving))
 
 
-def _tangent_transpose(cotangents, *args, call: Call, tree):
+def _tangent_transpose(cotangents: Sequence[Any], *args: Any, call: Call, tree: PyTreeDef) -> list[Any]:
     inputs, tangents = jax.tree.unflatten(tree, args)
     cotangents = as_outputs(call.options, [ad.instantiate_zeros(ct) for ct in cotangents])
     # A sum over manual axes may follow: then the kernel must not round.
@@ -97,36 +103,45 @@ def _tangent_transpose(cotangents, *args, call: Call, tree):
 def _table_gradient(call: Call, inputs: Inputs, cotangents: Outputs) -> jax.Array:
     """In float32: a scatter-add by XLA, in no fixed order on a GPU; of a gathered table a sum over heads."""
 
-    def gradient(inputs, cotangents):
-        def of_table(table):
+    def gradient(inputs: Inputs, cotangents: Outputs) -> jax.Array:
+        def of_table(table: jax.Array) -> Any:
             return on_heads(_reference.unrounded, call.options, inputs._replace(cos_sin_cache=table))
 
-        return jax.vjp(of_table, inputs.cos_sin_cache)[1](cotangents)[0]
+        summed: jax.Array = jax.vjp(of_table, inputs.cos_sin_cache)[1](cotangents)[0]
+        return summed
 
     inputs, cotangents = _in_float32(inputs), _in_float32(cotangents)
     return compiler_partitioned(gradient, jax.typeof(inputs.cos_sin_cache).sharding)(inputs, cotangents)
 
 
-def _sum_to(gradient: jax.Array, aval) -> jax.Array:
+def _sum_to(gradient: jax.Array, aval: Any) -> jax.Array:
     """The gradient summed over the manual axes along which the input did not vary, then rounded to its dtype."""
     summed = jax.typeof(gradient).manual_axis_type.varying - aval.manual_axis_type.varying
     return (lax.psum(gradient, tuple(summed)) if summed else gradient).astype(aval.dtype)
 
 
-def _tangent_jvp(primals, tangents, *, call: Call, tree):
+def _tangent_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: Call, tree: PyTreeDef) -> tuple[Any, Any]:
     outputs = tangent_p.bind(*primals, call=call, tree=tree)
     return outputs, _further_derivative(functools.partial(_tangent, call), tree, primals, tangents, outputs)
 
 
-def _backward_jvp(primals, tangents, *, call: Call, tree, body):
+def _backward_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], *, call: Call, tree: PyTreeDef, body: ClosedJaxpr
+) -> tuple[Any, Any]:
     del body
     outputs = jax.tree.leaves(_op.backward(call, *jax.tree.unflatten(tree, primals)))
     function = functools.partial(on_heads, _reference.backward, call.options)
     return outputs, _further_derivative(function, tree, primals, tangents, outputs)
 
 
-def _further_derivative(function: Callable, tree, primals, tangents, outputs):
-    def derivative(operands, moving):
+def _further_derivative(
+    function: Callable[..., Any],
+    tree: PyTreeDef,
+    primals: Sequence[Any],
+    tangents: Sequence[Any],
+    outputs: Sequence[jax.Array],
+) -> Any:
+    def derivative(operands: Any, moving: Any) -> list[jax.Array]:
         return jax.tree.leaves(_derivative(function, operands, moving))
 
     operands = jax.tree.unflatten(tree, primals)
@@ -134,21 +149,23 @@ def _further_derivative(function: Callable, tree, primals, tangents, outputs):
     return compiler_partitioned(derivative, shardings)(operands, _moving(tree, tangents))
 
 
-def _tangent_batch(axis, args, dims, *, call: Call, tree):
+def _tangent_batch(
+    axis: Any, args: Sequence[jax.Array], dims: Sequence[int | None], *, call: Call, tree: PyTreeDef
+) -> tuple[list[jax.Array], list[int]]:
     names = jax.tree.leaves(axes(call.options, *jax.tree.unflatten(tree, args)))
     outputs = batch(functools.partial(tangent_p.bind, call=call, tree=tree), names, axis, args, dims)
     return outputs, [0] * len(outputs)
 
 
 @tangent_p.def_abstract_eval
-def _tangent_abstract_eval(*args, call: Call, tree):
+def _tangent_abstract_eval(*args: Any, call: Call, tree: PyTreeDef) -> list[Any]:
     inputs, tangents = jax.tree.unflatten(tree, args)
     outputs = flat_output_types(inputs, call.options)
     return _op.result_types(outputs, call.options, (inputs, tangents))
 
 
-def _tangent_lowering(ctx, *args, call: Call, tree):
-    def function(*args):
+def _tangent_lowering(ctx: mlir.LoweringRuleContext, *args: Any, call: Call, tree: PyTreeDef) -> Any:
+    def function(*args: jax.Array) -> list[jax.Array]:
         return jax.tree.leaves(_tangent(call, *jax.tree.unflatten(tree, args)))
 
     return lower_untyped(ctx, function, *args)

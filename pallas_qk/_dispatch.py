@@ -3,9 +3,13 @@
 Arrays are (T, heads, elements), or (T, elements) where q, k and v are packed.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
+from jax.tree_util import PyTreeDef
 
 from pallas_qk import _implementations, _reference
 from pallas_qk._options import Options
@@ -18,15 +22,18 @@ def forward(inputs: Inputs, *, options: Options, implementation: str | None) -> 
 
     The platform is chosen at lowering: a model traced on a CPU host and lowered for CUDA holds the GPU kernel.
     """
-    return _bind("forward", (inputs,), output_types(inputs, options), options, implementation)
+    outputs: Outputs = _bind("forward", (inputs,), output_types(inputs, options), options, implementation)
+    return outputs
 
 
 def backward(inputs: Inputs, cotangents: Outputs, *, options: Options, implementation: str | None) -> Gradients:
     """The contract of `_reference.backward`, by the implementation asked for or by the first that runs."""
-    return _bind("backward", (inputs, cotangents), gradient_types(inputs, options), options, implementation)
+    types = gradient_types(inputs, options)
+    gradients: Gradients = _bind("backward", (inputs, cotangents), types, options, implementation)
+    return gradients
 
 
-def _bind(direction: str, operands, results, options: Options, implementation: str | None):
+def _bind(direction: str, operands: tuple[Any, ...], results: Any, options: Options, implementation: str | None) -> Any:
     spec, target = spec_of(operands[0], options), cuda_target()
     name = implementation or _implementations.first_supported(spec, target)
     if name == "xla":
@@ -47,26 +54,46 @@ _kernel_p.multiple_results = True
 
 
 @_kernel_p.def_abstract_eval
-def _abstract_eval(*args, types, **params):
+def _abstract_eval(*args: Any, types: Sequence[Any], **params: Any) -> list[jax.core.ShapedArray]:
     del args, params
     return [jax.core.ShapedArray(x.shape, x.dtype) for x in types]
 
 
-def _lower(ctx, leaves, name: str, direction: str, tree, options: Options):
-    def function(*leaves):
+def _lower(
+    ctx: mlir.LoweringRuleContext, leaves: Sequence[Any], name: str, direction: str, tree: PyTreeDef, options: Options
+) -> Any:
+    def function(*leaves: jax.Array) -> list[jax.Array]:
         run = getattr(_implementations.module(name), direction)
         return jax.tree.leaves(run(*jax.tree.unflatten(tree, leaves), options=options))
 
     return mlir.lower_fun(function, multiple_results=True)(ctx, *leaves)
 
 
-def _on_cuda(ctx, *leaves, direction, tree, options, implementation, reason, **_):
+def _on_cuda(
+    ctx: mlir.LoweringRuleContext,
+    *leaves: Any,
+    direction: str,
+    tree: PyTreeDef,
+    options: Options,
+    implementation: str,
+    reason: str | None,
+    **_: Any,
+) -> Any:
     _implementations.refuse(implementation, reason)
     with as_on_a_gpu():
         return _lower(ctx, leaves, implementation, direction, tree, options)
 
 
-def _elsewhere(ctx, *leaves, direction, tree, options, implementation, elsewhere_xla, **_):
+def _elsewhere(
+    ctx: mlir.LoweringRuleContext,
+    *leaves: Any,
+    direction: str,
+    tree: PyTreeDef,
+    options: Options,
+    implementation: str,
+    elsewhere_xla: bool,
+    **_: Any,
+) -> Any:
     if not elsewhere_xla:
         _implementations.refuse_platforms(implementation, ctx.platforms or ctx.module_context.platforms)
     return _lower(ctx, leaves, "xla", direction, tree, options)

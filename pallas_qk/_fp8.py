@@ -65,11 +65,11 @@ def ptx_quotient(x: str, by: Divisor, result: str) -> str:
     )
 
 
-def is_fp8(dtype) -> bool:
+def is_fp8(dtype: np.dtype | str | None) -> bool:
     return str(dtype) in NAMES
 
 
-def codes(x: jax.Array, scale: jax.Array, dtype) -> jax.Array:
+def codes(x: jax.Array, scale: jax.Array, dtype: np.dtype) -> jax.Array:
     """Those of x / scale, uint8; the two broadcast, and scale is float32."""
     return _nearest(_quotient(x.astype(jnp.float32), scale), dtype)
 
@@ -87,7 +87,7 @@ def _quotient(x: jax.Array, scale: jax.Array) -> jax.Array:
         return lax.convert_element_type(lax.mul(wide, factor), np.float32)
 
 
-def _nearest(x: jax.Array, dtype) -> jax.Array:
+def _nearest(x: jax.Array, dtype: np.dtype) -> jax.Array:
     """The codes, by integers: XLA's own conversion rounds twice on GPUs and saturates nowhere."""
     info = jnp.finfo(dtype)
     smallest, largest = float(info.smallest_normal), int(np.asarray(info.max).view(np.uint8))

@@ -51,7 +51,8 @@ def unsupported(name: str, spec: Spec, target: Target) -> str | None:
         return f"it needs sizes that are known when tracing, got {spec.open_size}"
     if (missing := _missing_module(name)) is not None:
         return f"it needs the module {missing}, got a Python environment without it"
-    return module(name).unsupported(spec, target)
+    reason: str | None = module(name).unsupported(spec, target)
+    return reason
 
 
 def choose(spec: Spec, platform: str | None = None) -> Choice:

@@ -5,12 +5,14 @@ the leaves of (Inputs,) or (Inputs, Outputs), so an array that a call does not h
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
-from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import mlir
 from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec
+from jax.tree_util import PyTreeDef
 
 from pallas_qk import _implementations, _mesh_checks, _reference
 from pallas_qk._batching import batch, has_batched_leading_axes, register_batching
@@ -52,11 +54,11 @@ def backward(call: Call, inputs: Inputs, cotangents: Outputs) -> Gradients:
     return as_gradients(call.options, gradients)
 
 
-def result_types(results: Outputs | Gradients, options: Options, operands):
+def result_types(results: Outputs | Gradients, options: Options, operands: tuple[Any, ...]) -> list[Any]:
     """Types of results that have a shape and dtype: sharded as what they are like, varying as what they depend on."""
     inputs, types = operands[0], []
-    like: tuple
-    reads: tuple
+    like: tuple[Any, ...]
+    reads: tuple[Any, ...]
     if isinstance(results, Outputs):
         sources = [
             getattr(inputs, array if array in CACHES else kinds[0].source.array)
@@ -76,14 +78,14 @@ def result_types(results: Outputs | Gradients, options: Options, operands):
     return types
 
 
-def _op_primitive(name: str, direction: str, as_results: Callable) -> Primitive:
+def _op_primitive(name: str, direction: str, as_results: Callable[..., Any]) -> Primitive:
     p = primitive(name)
 
     @p.def_abstract_eval
-    def abstract_eval(*args, call, tree, body):
+    def abstract_eval(*args: Any, call: Call, tree: PyTreeDef, body: ClosedJaxpr) -> list[Any]:
         return result_types(as_results(call.options, body.out_avals), call.options, jax.tree.unflatten(tree, args))
 
-    def lower_partitioned(ctx, *args, body, **_):
+    def lower_partitioned(ctx: mlir.LoweringRuleContext, *args: Any, body: ClosedJaxpr, **_: Any) -> Any:
         context = ctx.module_context
         if isinstance(context.axis_context, mlir.ShardingContext):
             _mesh_checks.check_partitioner(
@@ -91,7 +93,7 @@ def _op_primitive(name: str, direction: str, as_results: Callable) -> Primitive:
             )
         return lower_untyped(ctx, jaxpr_as_fun(body), *args)
 
-    def lower_plain(ctx, *args, call, tree, **_):
+    def lower_plain(ctx: mlir.LoweringRuleContext, *args: Any, call: Call, tree: PyTreeDef, **_: Any) -> Any:
         """Where plain XLA alone can run: without the partitioner's call, which such platforms may lack (TPU)."""
         _implementations.refuse_platforms(call.implementation, ctx.platforms or ctx.module_context.platforms)
         plain = functools.partial(in_plain_xla, direction, call, tree)
@@ -108,7 +110,15 @@ forward_p = _op_primitive("fused_qk_rmsnorm_rope_gate", "forward", as_outputs)
 backward_p = _op_primitive("fused_qk_rmsnorm_rope_gate_backward", "backward", as_gradients)
 
 
-def _forward_batch(axis, args, dims, *, call: Call, tree, body):
+def _forward_batch(
+    axis: Any,
+    args: Sequence[jax.Array],
+    dims: Sequence[int | None],
+    *,
+    call: Call,
+    tree: PyTreeDef,
+    body: ClosedJaxpr,
+) -> tuple[list[jax.Array], list[int]]:
     del body
     if call.options.cache_axes:
         (mapped,) = jax.tree.unflatten(tree, [dim is not None for dim in dims])
@@ -118,7 +128,7 @@ def _forward_batch(axis, args, dims, *, call: Call, tree, body):
             "tokens' leading axes, and add to the slots where each element's part of the cache starts."
         )
 
-    def bind(*args):
+    def bind(*args: jax.Array) -> list[jax.Array]:
         return jax.tree.leaves(forward(call, *jax.tree.unflatten(tree, args)))
 
     names = jax.tree.leaves(axes(call.options, *jax.tree.unflatten(tree, args)))
@@ -126,10 +136,18 @@ def _forward_batch(axis, args, dims, *, call: Call, tree, body):
     return outputs, [0] * len(outputs)
 
 
-def _backward_batch(axis, args, dims, *, call: Call, tree, body):
+def _backward_batch(
+    axis: Any,
+    args: Sequence[jax.Array],
+    dims: Sequence[int | None],
+    *,
+    call: Call,
+    tree: PyTreeDef,
+    body: ClosedJaxpr,
+) -> tuple[list[jax.Array], list[int]]:
     del body
 
-    def bind(*args):
+    def bind(*args: jax.Array) -> list[jax.Array]:
         return jax.tree.leaves(backward(call, *jax.tree.unflatten(tree, args)))
 
     names = jax.tree.leaves(axes(call.options, *jax.tree.unflatten(tree, args)))
@@ -138,7 +156,7 @@ def _backward_batch(axis, args, dims, *, call: Call, tree, body):
     num_weights = len(weights_in(gradients))
     if num_weights and has_batched_leading_axes(names, dims):
         # The kernel sums over all tokens. Sums for each example are plain XLA, which drops them where nobody asks.
-        def weights(*args):
+        def weights(*args: jax.Array) -> dict[str, Any]:
             return weights_in(on_heads(_reference.backward, call.options, *jax.tree.unflatten(tree, args)))
 
         activations = jax.typeof(gradients.q).sharding  # the batch is their first axis

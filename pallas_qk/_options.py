@@ -103,7 +103,7 @@ def tree_order(num_lanes: int) -> list[int]:
     return [0, *range(5, 0, -1), *range(bits - 1, 5, -1)]
 
 
-def rotation_fuses_y2(options: Options, dtype) -> bool:
+def rotation_fuses_y2(options: Options, dtype: Any) -> bool:
     """Whether o2 = y2 * cos + y1 * sin rounds y1 * sin and fuses the other product; else it is the other way round.
 
     So the compiler of the serving kernel decides (Triton 3.6 and 3.9). It shows with a float32 table: in 216 of 35.7 M

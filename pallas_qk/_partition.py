@@ -15,7 +15,9 @@ import jax
 import numpy as np
 from jax import lax
 from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
+from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import PyTreeDef
 
 from pallas_qk import _cache_axes, _dispatch, _mesh_checks, _reference
 from pallas_qk._options import Options
@@ -39,20 +41,22 @@ from pallas_qk._rows import (
 )
 
 
-def on_one_device(direction: str, call: Call, tree, *leaves: jax.Array) -> list[jax.Array]:
+def on_one_device(direction: str, call: Call, tree: PyTreeDef, *leaves: jax.Array) -> list[jax.Array]:
     """The op on one device's arrays, by the implementation that is chosen there."""
-    run: Callable = _dispatch.forward if direction == "forward" else _dispatch.backward
+    run: Callable[..., Any] = _dispatch.forward if direction == "forward" else _dispatch.backward
     return _run_on_heads(functools.partial(run, implementation=call.implementation), call, tree, leaves, flatten=True)
 
 
-def in_plain_xla(direction: str, call: Call, tree, *leaves: jax.Array) -> list[jax.Array]:
+def in_plain_xla(direction: str, call: Call, tree: PyTreeDef, *leaves: jax.Array) -> list[jax.Array]:
     """The op on arrays of any sharding, which the compiler partitions as it does any other program."""
-    run: Callable = _reference.forward if direction == "forward" else _reference.backward
+    run: Callable[..., Any] = _reference.forward if direction == "forward" else _reference.backward
     return _run_on_heads(run, call, tree, leaves, flatten=False)
 
 
-def _run_on_heads(run: Callable, call: Call, tree, leaves, *, flatten: bool) -> list[jax.Array]:
-    def with_rows_in_place(inputs: Inputs, *cotangents: Outputs, options: Options):
+def _run_on_heads(
+    run: Callable[..., Any], call: Call, tree: PyTreeDef, leaves: Sequence[jax.Array], *, flatten: bool
+) -> list[jax.Array]:
+    def with_rows_in_place(inputs: Inputs, *cotangents: Outputs, options: Options) -> Any:
         """Rows that no kernel writes are a slice, which XLA fuses into what reads it."""
         results = run(inputs, *cotangents, options=options)
         if isinstance(results, Outputs):
@@ -65,13 +69,13 @@ def _run_on_heads(run: Callable, call: Call, tree, leaves, *, flatten: bool) -> 
     return jax.tree.leaves(on_heads(with_rows_in_place, call.options, *operands, flatten=flatten))
 
 
-def program(direction: str, call: Call, operands):
+def program(direction: str, call: Call, operands: tuple[Any, ...]) -> ClosedJaxpr:
     """The op as a jaxpr of arrays without mesh axes: of one device inside shard_map, elsewhere of all of them."""
     leaves, tree = jax.tree.flatten(operands)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.manual_axes:
         _mesh_checks.check_manual_axes(mesh)
-        function: Callable = functools.partial(on_one_device, direction, call, tree)
+        function: Callable[..., Any] = functools.partial(on_one_device, direction, call, tree)
     else:
         function = _partitioned(direction, call, tree, operands[0].q.ndim - 1)
     with without_mesh():
@@ -79,7 +83,7 @@ def program(direction: str, call: Call, operands):
 
 
 @functools.cache
-def _partitioned(direction: str, call: Call, tree, num_lead: int) -> Callable:
+def _partitioned(direction: str, call: Call, tree: PyTreeDef, num_lead: int) -> Callable[..., Any]:
     partitioned = custom_partitioning(lambda *leaves: on_one_device(direction, call, tree, *leaves))
     partitioned.def_partition(
         functools.partial(partition, direction, call, tree),
@@ -90,7 +94,7 @@ def _partitioned(direction: str, call: Call, tree, num_lead: int) -> Callable:
     return partitioned
 
 
-def _all_axes(direction: str, options: Options, operands) -> tuple[list[str], list[str]]:
+def _all_axes(direction: str, options: Options, operands: Sequence[Any]) -> tuple[list[str], list[str]]:
     """The axes of the operands and of the results."""
     results: Any = differentiated(operands[0])
     if direction == "forward":
@@ -99,7 +103,7 @@ def _all_axes(direction: str, options: Options, operands) -> tuple[list[str], li
     return jax.tree.leaves(of_operands), jax.tree.leaves(of_results)
 
 
-def _sharding_rule(direction: str, options: Options, tree, num_lead: int) -> SdyShardingRule:
+def _sharding_rule(direction: str, options: Options, tree: PyTreeDef, num_lead: int) -> SdyShardingRule:
     """Leading axes and heads may be sharded, a packed axis may not: its parts don't end where shards do.
 
     Lanes count with the heads, so that `partition` sees where one is cut. Every other axis gets a factor of its own.
@@ -111,7 +115,7 @@ def _sharding_rule(direction: str, options: Options, tree, num_lead: int) -> Sdy
     numbers = itertools.count()
     rows_per_head: dict[str, int] = {}
 
-    def dims(axis: str) -> list:
+    def dims(axis: str) -> list[Any]:
         heads, count = split_axis(axis)
         if axis == "...":
             return lead
@@ -133,7 +137,9 @@ def _sharding_rule(direction: str, options: Options, tree, num_lead: int) -> Sdy
     return SdyShardingRule(operands, results, **factor_sizes)
 
 
-def partition(direction: str, call: Call, tree, mesh: Mesh, operands, results):
+def partition(
+    direction: str, call: Call, tree: PyTreeDef, mesh: Mesh, operands: Sequence[Any], results: Any
+) -> tuple[Mesh, Callable[..., list[jax.Array]], list[NamedSharding], tuple[NamedSharding, ...]]:
     """What each device computes and how arrays are laid out for it, as `custom_partitioning` asks.
 
     q says how leading axes are sharded: Shardy leaves it to us where another array is sharded otherwise.
@@ -157,7 +163,7 @@ def partition(direction: str, call: Call, tree, mesh: Mesh, operands, results):
         parts = [lead if name == "..." else [heads.get(split_axis(name)[0], ())] for name in names.split()]
         return NamedSharding(mesh, PartitionSpec(*itertools.chain.from_iterable(parts)))
 
-    def one_device(*leaves):
+    def one_device(*leaves: jax.Array) -> list[jax.Array]:
         sums = {"q_weight": tokens + heads["q"], "k_weight": tokens + heads["k"]}
         with without_mesh():
             if direction == "forward" or not any(sums.values()):
@@ -215,7 +221,7 @@ def _prime_factors(n: int) -> list[int]:
     return [smallest, *_prime_factors(n // smallest)] if smallest else []
 
 
-def _starts(x) -> dict[jax.Device, tuple[int, ...]]:
+def _starts(x: Any) -> dict[jax.Device, tuple[int, ...]]:
     """Where each device's part of x starts, as if each axis had as many elements as there are devices.
 
     The devices are in the order in which collectives number them.
@@ -224,7 +230,7 @@ def _starts(x) -> dict[jax.Device, tuple[int, ...]]:
     return {device: tuple(s.start or 0 for s in index) for device, index in indices.items()}
 
 
-def _mesh_axes(mesh: Mesh, x) -> list[tuple[str, ...]]:
+def _mesh_axes(mesh: Mesh, x: Any) -> list[tuple[str, ...]]:
     """The mesh axes over which each axis of x is sharded, major to minor; none where no order of them fits."""
     starts = np.array(list(_starts(x).values())).reshape(*mesh.devices.shape, x.ndim)
     found = []

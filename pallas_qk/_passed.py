@@ -21,7 +21,7 @@ class _UnknownError(Exception):
     """Of a value whose signature can't be told."""
 
 
-def signature_of(function: Hashable, *values) -> Hashable | None:
+def signature_of(function: Hashable, *values: Any) -> Hashable | None:
     """Equal for calls that pass the same checks with the same result; None where that can't be told."""
     try:
         return function, jax.sharding.get_abstract_mesh(), _signature(values)
@@ -29,7 +29,7 @@ def signature_of(function: Hashable, *values) -> Hashable | None:
         return None
 
 
-def _signature(values: Iterable) -> tuple:
+def _signature(values: Iterable[Any]) -> tuple[Any, ...]:
     """One loop, for speed: the kind of each value, then what a check may read of it."""
     parts: list[Any] = []
     for x in values:
@@ -61,7 +61,7 @@ def found(signature: Hashable | None) -> Any:
     return None if signature is None else _kept.get(signature)
 
 
-def keep(signature: Hashable | None, result) -> None:
+def keep(signature: Hashable | None, result: Any) -> None:
     """Keeps what the checks of a call have found, once it has run."""
     if signature is None:
         return

@@ -55,7 +55,7 @@ def call(
     signature = _passed.signature_of(NAME, (hidden, weight), inputs, values, (implementation,))
     found: Call | None = _passed.found(signature)
     call = found or _checked(hidden, weight, inputs, values, implementation)
-    outputs = _run(hidden, weight, _call.with_arrays(inputs), call=call)
+    outputs: Outputs = _run(hidden, weight, _call.with_arrays(inputs), call=call)
     if found is None:
         _passed.keep(signature, call)
     return outputs

@@ -5,12 +5,15 @@ Arrays may have any leading axes; positions are (1 or 3, *lead).
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import mlir
 from jax.sharding import ManualAxisType
+from jax.tree_util import PyTreeDef
 
 from pallas_qk import _derivatives, _implementations, _op
 from pallas_qk._batching import batch, register_batching
@@ -31,14 +34,14 @@ def by_kernel(call: Call, hidden: jax.Array, weight: jax.Array, inputs: Inputs) 
 
 
 @functools.partial(by_kernel.defjvp, symbolic_zeros=True)
-def _by_kernel_jvp(call: Call, primals, tangents):
+def _by_kernel_jvp(call: Call, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Outputs, Outputs]:
     """That of the definition. Its product is kept by no forward: `jax.checkpoint` computes it where it is needed."""
     leaves, tree = jax.tree.flatten(primals)
     directions = jax.tree.leaves(tangents)
     moving = [i for i, tangent in enumerate(directions) if not isinstance(tangent, SymbolicZero)]
 
     @jax.checkpoint
-    def of_moving(*moved):
+    def of_moving(*moved: jax.Array) -> Outputs:
         by_place = dict(zip(moving, moved, strict=True))
         return product_and_op(call, *jax.tree.unflatten(tree, [by_place.get(i, x) for i, x in enumerate(leaves)]))
 
@@ -51,7 +54,7 @@ projection_p = primitive("fused_qkv_projection_rmsnorm_rope_gate")
 
 
 @projection_p.def_abstract_eval
-def _abstract_eval(*args, call: Call, tree):
+def _abstract_eval(*args: jax.core.ShapedArray, call: Call, tree: PyTreeDef) -> list[jax.core.ShapedArray]:
     hidden, weight, inputs = jax.tree.unflatten(tree, args)
     varying = hidden.manual_axis_type.varying | weight.manual_axis_type.varying
     shape = *hidden.shape[:-1], weight.shape[1]
@@ -60,7 +63,7 @@ def _abstract_eval(*args, call: Call, tree):
     return _op.result_types(flat_output_types(inputs, call.options), call.options, (inputs,))
 
 
-def _on_cuda(ctx, *leaves, call: Call, tree):
+def _on_cuda(ctx: mlir.LoweringRuleContext, *leaves: Any, call: Call, tree: PyTreeDef) -> Any:
     context = ctx.module_context.axis_context
     if isinstance(context, mlir.ShardingContext) and context.num_devices > 1:
         raise NotImplementedError(
@@ -69,7 +72,7 @@ def _on_cuda(ctx, *leaves, call: Call, tree):
             "or heads and their columns, or leave implementation out."
         )
 
-    def on_one_device(*leaves):
+    def on_one_device(*leaves: jax.Array) -> list[jax.Array]:
         hidden, weight, inputs = jax.tree.unflatten(tree, leaves)
         lead = hidden.shape[:-1]
         flat = {"positions": inputs.positions}
@@ -87,13 +90,15 @@ def _on_cuda(ctx, *leaves, call: Call, tree):
         return lower_untyped(ctx, on_one_device, *leaves)
 
 
-def _elsewhere(ctx, *leaves, call: Call, tree):
+def _elsewhere(ctx: mlir.LoweringRuleContext, *leaves: Any, call: Call, tree: PyTreeDef) -> Any:
     del leaves, tree
     _implementations.refuse_platforms(call.implementation, ctx.platforms or ctx.module_context.platforms)
     raise AssertionError
 
 
-def _batch(axis, args, dims, *, call: Call, tree):
+def _batch(
+    axis: Any, args: Sequence[jax.Array], dims: Sequence[int | None], *, call: Call, tree: PyTreeDef
+) -> tuple[list[jax.Array], list[int]]:
     *_, inputs = jax.tree.unflatten(tree, args)
     names = jax.tree.leaves(("... width", "width packed", *axes(call.options, inputs)))
     outputs = batch(functools.partial(projection_p.bind, call=call, tree=tree), names, axis, args, dims)

@@ -203,7 +203,7 @@ def norm_and_rope_backward(
 def unrounded(inputs: Inputs, *, options: Options) -> Outputs:
     """The op on float32 arrays, without any rounding to 16 bits: the function whose derivatives are the op's."""
 
-    def norm_and_rope(x, kind: Rows):
+    def norm_and_rope(x: jax.Array, kind: Rows) -> jax.Array:
         is_rotated_first = options.norm_order == "rotation_first"
         if is_rotated_first:
             x = _rotate(x, kind.rotation, cos, sin)
@@ -258,7 +258,8 @@ def round_trip(y: jax.Array, dtype: jnp.dtype) -> jax.Array:
     if dtype == jnp.bfloat16:
         return lax.reduce_precision(y, exponent_bits=8, mantissa_bits=7)
     if dtype == jnp.float16:
-        return lax.optimization_barrier(y.astype(dtype)).astype(jnp.float32)
+        rounded: jax.Array = lax.optimization_barrier(y.astype(dtype))
+        return rounded.astype(jnp.float32)
     return y
 
 

@@ -31,21 +31,21 @@ def number(parameters: Mapping[str, Any], name: str, default: float | None = Non
     return found
 
 
-def _default(parameters: dict, rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
+def _default(parameters: dict[str, Any], rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
     return _geometric(number(parameters, "rope_theta"), rotary_dim), 1.0
 
 
-def _linear(parameters: dict, rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
+def _linear(parameters: dict[str, Any], rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
     return _geometric(number(parameters, "rope_theta"), rotary_dim) / number(parameters, "factor"), 1.0
 
 
-def _proportional(parameters: dict, head_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
+def _proportional(parameters: dict[str, Any], head_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
     """The first int(partial_rotary_factor * head_dim) // 2 frequencies of the whole head, and 0 for the rest."""
     inv_freq = _geometric(number(parameters, "rope_theta"), head_dim) / number(parameters, "factor", 1.0)
     return np.where(np.arange(head_dim // 2) < parameters["rotary_dim"] // 2, inv_freq, 0.0), 1.0
 
 
-def _dynamic(parameters: dict, rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
+def _dynamic(parameters: dict[str, Any], rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
     if rotary_dim < 4:
         raise ValueError(f"rope_type 'dynamic' needs a rotary_dim of at least 4, got {rotary_dim}. Use 'default'.")
     if parameters.get("alpha"):
@@ -58,7 +58,7 @@ def _dynamic(parameters: dict, rotary_dim: int, sequence_length: int | None) -> 
     return _geometric(number(parameters, "rope_theta") * stretch ** (rotary_dim / (rotary_dim - 2)), rotary_dim), 1.0
 
 
-def _yarn(parameters: dict, rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
+def _yarn(parameters: dict[str, Any], rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
     theta = number(parameters, "rope_theta")
     trained = _trained_length(parameters)
     factor = _extension(parameters)
@@ -91,7 +91,7 @@ def _mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _longrope(parameters: dict, rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
+def _longrope(parameters: dict[str, Any], rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
     trained = _trained_length(parameters)
     which = "long" if _needed_length("longrope", sequence_length) > trained else "short"
     divisors = parameters.get(f"{which}_factor")
@@ -111,7 +111,7 @@ def _longrope(parameters: dict, rotary_dim: int, sequence_length: int | None) ->
     return inv_freq, 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
 
 
-def _llama3(parameters: dict, rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
+def _llama3(parameters: dict[str, Any], rotary_dim: int, sequence_length: int | None) -> tuple[np.ndarray, float]:
     factor, trained = number(parameters, "factor"), _trained_length(parameters)
     low, high = number(parameters, "low_freq_factor"), number(parameters, "high_freq_factor")
     if low >= high:
@@ -129,14 +129,14 @@ def _geometric(theta: float, rotary_dim: int) -> np.ndarray:
     return theta ** -(np.arange(0, rotary_dim, 2) / rotary_dim)
 
 
-def _trained_length(parameters: dict) -> float:
+def _trained_length(parameters: dict[str, Any]) -> float:
     """The length that the model was trained for before it was extended; transformers fills it in in the same way."""
     if parameters.get("original_max_position_embeddings") is None:
         return number(parameters, "max_position_embeddings")
     return number(parameters, "original_max_position_embeddings")
 
 
-def _extension(parameters: dict) -> float:
+def _extension(parameters: dict[str, Any]) -> float:
     """`factor`, or else the ratio of the extended length to the trained one."""
     if parameters.get("factor") is None:
         return number(parameters, "max_position_embeddings") / _trained_length(parameters)
@@ -152,7 +152,7 @@ def _needed_length(rope_type: str, sequence_length: int | None) -> int:
     return sequence_length
 
 
-KINDS: dict[str, Callable[[dict, int, int | None], tuple[np.ndarray, float]]] = {
+KINDS: dict[str, Callable[[dict[str, Any], int, int | None], tuple[np.ndarray, float]]] = {
     "default": _default,
     "linear": _linear,
     "dynamic": _dynamic,

@@ -255,7 +255,10 @@ def with_caches(inputs: Inputs, outputs: Outputs) -> tuple[Inputs, Outputs]:
 
 def empty(outputs: Outputs) -> Outputs:
     """The results of no tokens: arrays without elements in the place of types, and caches as they are."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x, outputs)
+    made: Outputs = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x, outputs
+    )
+    return made
 
 
 def differentiated(inputs: Inputs) -> Gradients:
@@ -265,7 +268,7 @@ def differentiated(inputs: Inputs) -> Gradients:
 
 def gradient_types(inputs: Inputs, options: Options) -> Gradients:
     """The types of what a kernel's backward writes."""
-    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), differentiated(inputs))
+    types: Gradients = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), differentiated(inputs))
     if options.round_dweights:
         return types
     return types._replace(**{name: x.update(dtype=jnp.float32) for name, x in weights_in(types).items()})
@@ -289,7 +292,7 @@ def flat_output_types(inputs: Inputs, options: Options) -> Outputs:
     )
 
 
-def as_outputs(options: Options, leaves: Sequence) -> Outputs:
+def as_outputs(options: Options, leaves: Sequence[Any]) -> Outputs:
     """What the op returns, rows too that no kernel writes."""
     return Outputs(**dict(zip(kinds_in_outputs(options), leaves, strict=True)))
 
@@ -303,7 +306,7 @@ def kinds_in_outputs(options: Options) -> dict[str, list[Rows]]:
     return {array: written[array] for array in Outputs._fields if array in written}
 
 
-def as_gradients(options: Options, leaves: Sequence) -> Gradients:
+def as_gradients(options: Options, leaves: Sequence[Any]) -> Gradients:
     """The arrays that have rows, and the weights."""
     kinds = kinds_of(options)
     names = {*sources_of(kinds), *(kind.weight for kind in kinds.values())}
@@ -318,8 +321,8 @@ def read_by_outputs(options: Options, *trees: Inputs) -> Outputs:
     """What each output depends on: inputs, and the tangents of inputs."""
     x = Inputs(*zip(*trees, strict=True))
 
-    def read(array: str, kinds: list[Rows]) -> tuple:
-        found: tuple = getattr(x, array) + x.slots + x.layer if array in CACHES else ()
+    def read(array: str, kinds: list[Rows]) -> tuple[Any, ...]:
+        found: tuple[Any, ...] = getattr(x, array) + x.slots + x.layer if array in CACHES else ()
         for kind in kinds:
             found += getattr(x, kind.source.array)
             if kind.weight is not None:
@@ -336,7 +339,7 @@ def read_by_outputs(options: Options, *trees: Inputs) -> Outputs:
 
 def read_by_gradients(options: Options, inputs: Inputs, cotangents: Outputs) -> Gradients:
     """What each gradient depends on."""
-    reads: dict[str, tuple] = dict.fromkeys(Gradients._fields, ())
+    reads: dict[str, tuple[Any, ...]] = dict.fromkeys(Gradients._fields, ())
     for name, kind in kinds_of(options).items():
         cotangent = getattr(cotangents, name)
         if not kind.normed:
@@ -374,7 +377,7 @@ def axes(options: Options, *trees: Any) -> tuple[Any, ...]:
         Gradients: Gradients(q, k, names["v"], "lane", "lane"),
     }
 
-    def of_tree(tree):
+    def of_tree(tree: Any) -> Any:
         present = zip(tree, of[type(tree)], strict=True)
         return type(tree)(*(None if array is None else its_axes for array, its_axes in present))
 
@@ -387,13 +390,13 @@ def split_axis(name: str) -> tuple[str, int]:
     return heads, int(rows_per_head or 1)
 
 
-def on_heads(function: Callable, options: Options, *operands, flatten: bool = False):
+def on_heads(function: Callable[..., Any], options: Options, *operands: Any, flatten: bool = False) -> Any:
     """The results, flat in heads, of a function of arrays (*lead, heads, rows of D); with `flatten`, of (T, …)."""
     inputs = operands[0]
     head_dim, lead = head_dim_of(inputs, options), inputs.q.shape[:-1]
     tokens = (math.prod(lead),) if flatten else lead
 
-    def split(names: str, x):
+    def split(names: str, x: Any) -> Any:
         *first, last = names.split()
         if names == "...":
             return x.reshape(tokens)
@@ -405,7 +408,7 @@ def on_heads(function: Callable, options: Options, *operands, flatten: bool = Fa
 
     results = function(*jax.tree.map(split, axes(options, *operands), operands), options=options)
 
-    def merge(names: str, x):
+    def merge(names: str, x: Any) -> Any:
         return x.reshape(*lead, math.prod(x.shape[len(tokens) :])) if names.startswith("...") else x
 
     return jax.tree.map(merge, axes(options, inputs, results)[1], results)

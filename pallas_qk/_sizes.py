@@ -2,6 +2,9 @@
 
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
 from pallas_qk._array_checks import Function, check_array, wrong_last_axes
 from pallas_qk._checks import check_count
 from pallas_qk._rows import WEIGHTS, Inputs
@@ -33,7 +36,7 @@ def filled(function: Function, inputs: Inputs, sizes: Sizes, *, q_alone: bool) -
     return *heads, head_dim, rotary_dim
 
 
-def _shape(name: str, array) -> tuple[int, ...]:
+def _shape(name: str, array: jax.Array | np.ndarray) -> tuple[int, ...]:
     """Of an array with an axis at least."""
     check_array(name, array)
     if not array.shape:
@@ -48,7 +51,7 @@ def _length_of_weights(inputs: Inputs) -> int:
     raise ValueError("head_dim must be given without weights, got None. Pass the number of elements of a head.")
 
 
-def _width_of_table(table, head_dim: int) -> int:
+def _width_of_table(table: jax.Array | np.ndarray, head_dim: int) -> int:
     check_count("head_dim", head_dim)
     shape = _shape("cos_sin_cache", table)
     if shape[-1] % 2 or not 0 < shape[-1] <= head_dim:
@@ -60,7 +63,12 @@ def _width_of_table(table, head_dim: int) -> int:
 
 
 def _heads_of_packed(
-    function: Function, qkv, num_q_heads: int | None, num_kv_heads: int | None, of_q: int, of_k: int
+    function: Function,
+    qkv: jax.Array | np.ndarray,
+    num_q_heads: int | None,
+    num_kv_heads: int | None,
+    of_q: int,
+    of_k: int,
 ) -> tuple[int, int]:
     """Of one number of heads the other one."""
     width = _shape(function.array, qkv)[-1]

@@ -1,6 +1,7 @@
 """The NVIDIA GPU to make code for: the abstract mesh's device, else the local ones, else a Hopper."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -107,7 +108,7 @@ def local_gpus() -> list[jax.Device]:
 
 
 @contextlib.contextmanager
-def as_on_a_gpu():
+def as_on_a_gpu() -> Iterator[None]:
     """Where Pallas lowers for CUDA: with the GPU that the caller names, else a local one, else a Hopper.
 
     Pallas asks the abstract mesh, which may name a CPU, and the default device, which may be one.

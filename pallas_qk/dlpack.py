@@ -67,7 +67,8 @@ def from_torch(tensor: torch.Tensor, *, copy: bool = False) -> jax.Array:
     import torch
 
     if torch.compiler.is_dynamo_compiling():  # torch.compile can't trace JAX: its graph is broken here
-        return torch.compiler.disable(from_torch)(tensor, copy=copy)
+        untraced: jax.Array = torch.compiler.disable(from_torch)(tensor, copy=copy)
+        return untraced
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"tensor must be a torch.Tensor, got {_describe(tensor)}. Use jax.numpy.asarray for NumPy's.")
     _check_torch_layout(tensor)
@@ -118,7 +119,7 @@ def to_torch(array: jax.Array) -> torch.Tensor:
         traced = f"a traced {array.aval.str_short()}"
         raise TypeError(f"array must be concrete, got {traced}. Call to_torch outside jax.jit, jax.grad and jax.vmap.")
     if str(array.dtype) not in DTYPES:
-        is_key = jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+        is_key = jax.numpy.issubdtype(array.dtype, jax.dtypes.prng_key)
         remedy = "Pass jax.random.key_data(array)." if is_key else "Cast it with astype."
         raise TypeError(f"array must be one of {', '.join(DTYPES)}, got {array.dtype}. {remedy}")
     if array.is_deleted():
@@ -132,7 +133,7 @@ def to_torch(array: jax.Array) -> torch.Tensor:
         )
     (device,) = devices
     _check_jax_device(array, device)
-    tensor = torch.from_dlpack(array)
+    tensor = torch.utils.dlpack.from_dlpack(array)
     if _runs_behind_the_host(tensor.device):
         # torch keeps one Python object a storage while views, detached tensors or graphs refer to it.
         _hold_until_passed(tensor.untyped_storage(), owner=array, device=tensor.device)
@@ -287,7 +288,8 @@ def _copy(array: jax.Array) -> jax.Array:
     # A compiled copy would run on the devices of the caller's mesh, and a traced one would run later. device_put is
     # neither. A guard against transfers is about those between devices, which this is not.
     with jax.core.eval_context(), jax.transfer_guard_device_to_device("allow"):
-        return jax.block_until_ready(jax.device_put(array, array.device, may_alias=False))
+        copied: jax.Array = jax.block_until_ready(jax.device_put(array, array.device, may_alias=False))
+        return copied
 
 
 def _misalignment(tensor: torch.Tensor) -> int:
@@ -295,7 +297,7 @@ def _misalignment(tensor: torch.Tensor) -> int:
     return tensor.data_ptr() % _ALIGNMENT[tensor.device.type]
 
 
-def _current_device(device: torch.device) -> contextlib.AbstractContextManager:
+def _current_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     import torch
 
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

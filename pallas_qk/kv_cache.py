@@ -21,11 +21,13 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from pallas_qk import _array_checks, _cache_axes, _cache_checks, _checks
 
@@ -90,7 +92,8 @@ def slots_of_pages(
             f"places must have the leading axes of block_tables, {lead}, got shape {places.shape}. "
             "Name the row of each token with sequences where the tokens have an order of their own."
         )
-    return _run(_slots_of_pages, size, places, sequences, block_tables)
+    slots: jax.Array = _run(_slots_of_pages, size, places, sequences, block_tables)
+    return slots
 
 
 def slots_of_rows(
@@ -132,11 +135,12 @@ def slots_of_rows(
         raise ValueError(
             f"places must have shape (batch, ...), got {places.shape}. Pass sequences to name the row of one token."
         )
-    return _run(_slots_of_rows, size, places, sequences)
+    slots: jax.Array = _run(_slots_of_rows, size, places, sequences)
+    return slots
 
 
 @functools.partial(jax.jit, static_argnames=("function", "size"))
-def _run(function: Callable, size: int, places: jax.Array, *others: jax.Array | None) -> jax.Array:
+def _run(function: Callable[..., jax.Array], size: int, places: jax.Array, *others: jax.Array | None) -> jax.Array:
     """`function` as one program, on a mesh sharded as `places` is."""
     from pallas_qk import _primitive  # late: it imports jax.extend, and so Pallas
 
@@ -163,7 +167,7 @@ def _slots_of_pages(size: int, places: jax.Array, sequences: jax.Array | None, b
 
 def read(
     kv_cache: tuple[jax.Array, jax.Array] | jax.Array,
-    dtype,
+    dtype: DTypeLike,
     *,
     k_scale: jax.Array | float | None = None,
     v_scale: jax.Array | float | None = None,
@@ -204,11 +208,21 @@ def read(
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         _cache_checks.check_scale(name, scale, k_cache.dtype, num_kv_heads)
     k_scale, v_scale = map(_cache_checks.as_scale, (k_scale, v_scale))
-    return _read(k_cache, v_cache, k_scale, v_scale, dtype=dtype, cache_axes=cache_axes, head_dim=head_dim)
+    k, v = _read(k_cache, v_cache, k_scale, v_scale, dtype=dtype, cache_axes=cache_axes, head_dim=head_dim)
+    return k, v
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "cache_axes", "head_dim"))
-def _read(k_cache, v_cache, k_scale, v_scale, *, dtype, cache_axes: str, head_dim: int) -> tuple[jax.Array, jax.Array]:
+def _read(
+    k_cache: jax.Array,
+    v_cache: jax.Array | None,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
+    *,
+    dtype: np.dtype,
+    cache_axes: str,
+    head_dim: int,
+) -> tuple[jax.Array, jax.Array]:
     sizes = _cache_axes.sizes_of(cache_axes, k_cache.shape, head_dim)
     parts = [x.reshape(*sizes.values()) for x in (k_cache, v_cache) if x is not None]
     if "c" in sizes:
@@ -255,7 +269,7 @@ def _slots(size: int, block: jax.Array, place: jax.Array) -> jax.Array:
     return jnp.where((block >= 0) & (block <= last_block), block * size + place, -1)
 
 
-def _as_integers(**arrays) -> list:
+def _as_integers(**arrays: Any) -> list[Any]:
     """The arrays in the dtype of the slots, where -1 stands for what it doesn't hold; None for no `sequences`."""
     given = {name: _array_checks.unboxed(x) for name, x in arrays.items() if x is not None or name != "sequences"}
     for name, array in given.items():
@@ -272,7 +286,8 @@ def _narrowed(array: jax.Array | np.ndarray, dtype: np.dtype) -> jax.Array | np.
     if jnp.iinfo(array.dtype).max <= most:
         return array.astype(dtype)
     xp = np if isinstance(array, np.ndarray) else jnp
-    return xp.where((array >= 0) & (array <= most), array.astype(dtype), -1)
+    narrowed: jax.Array | np.ndarray = xp.where((array >= 0) & (array <= most), array.astype(dtype), -1)
+    return narrowed
 
 
 def _check_size(name: str, size: int) -> int:

@@ -161,7 +161,8 @@ def cos_sin_cache(
         table[start : start + len(rows)] = _round_once(rows, out_dtype)
     # jnp.asarray would lay it on the caller's mesh, and without that context the array would be traced.
     with jax.ensure_compile_time_eval():
-        return jax.device_put(table)
+        on_device: jax.Array = jax.device_put(table)
+        return on_device
 
 
 def cos_sin_rows(
@@ -283,7 +284,7 @@ def mrope_positions(
     return positions.astype(np.int32), next_position
 
 
-def _split(positions: jax.Array | np.ndarray) -> tuple:
+def _split(positions: jax.Array | np.ndarray) -> tuple[Any, Any, Any]:
     """Whole parts, fractions in 2^-32 or None for integers, both uint32, and whether a position is finite and < 2^32.
 
     A negative position counts as 0. NumPy's arrays are split on the host: JAX may not have their 64 bits.
@@ -446,4 +447,5 @@ def _round_once(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     nearest = values.astype(np.float32)
     below = np.where(abs(nearest) > abs(values), np.nextafter(nearest, np.float32(0)), nearest)
     sticky = (below != values).astype(np.uint32)  # float32 has bits to spare: the last one says "and a bit more"
-    return (below.view(np.uint32) | sticky).view(np.float32).astype(dtype)
+    bits: np.ndarray = below.view(np.uint32) | sticky
+    return bits.view(np.float32).astype(dtype)

@@ -80,7 +80,7 @@ GRADIENTS_OF_PAIRS = {
     dtype: tests_of("kernel_gradients", f"test_equal_their_float64_definition[mosaic_gpu-{case}-rotation=pairs]")
     for dtype, case in (
         ("bfloat16", "T7-H3.2-D80-R80-bfloat16"),
-        ("float32", "T7-H3.2-D80-R80-float32"),
+        ("float32", "T7-H3.2-D96-R96-float32"),
         ("odd", "T6-H5.2-D96-R6-bfloat16-norm_beta=1.0"),
     )
 }
@@ -258,8 +258,8 @@ MUTATIONS = [
         "pallas_qk/_array_checks.py",
         (
             "guard: NumPy's 64 bits narrowed unseen",
-            "return np.maximum(at_most, -1).astype(np.int32)",
-            "return positions.astype(np.int32)",
+            "return within.astype(np.int32)",
+            "return x.astype(np.int32)",
             tests_of("positions", "test_numpy_positions_of_64_bits_are_not_narrowed_unseen"),
         ),
         (
@@ -279,8 +279,20 @@ MUTATIONS = [
         "pallas_qk/_sizes.py",
         (
             "sizes: heads of which a part is left over",
-            "if shape[-1] % width or not shape[-1]:",
-            "if not shape[-1]:",
+            "last // self.width * (last % self.width == 0)",
+            "last // self.width",
+            tests_of("sizes", "test_what_does_not_fit_is_refused"),
+        ),
+        (
+            "sizes: an axis of heads of another number",
+            "return found if self.given in (None, found) else 0",
+            "return found",
+            tests_of("sizes", "test_what_does_not_fit_is_refused"),
+        ),
+        (
+            "sizes: q and k in two forms",
+            "if len({len(shape) for shape in shapes}) > 1:",
+            "if False:",
             tests_of("sizes", "test_what_does_not_fit_is_refused"),
         ),
         (
@@ -829,6 +841,12 @@ MUTATIONS = [
             tests_of("choice", "test_none_takes_the_gpu_kernel_on_cuda_and_xla_elsewhere"),
         ),
         (
+            "choice: the machine's GPU whatever the default device",
+            'getattr(device, "platform", device) or jax.default_backend()',
+            "jax.default_backend()",
+            tests_of("choice", "test_the_default_device_is_asked_first"),
+        ),
+        (
             "choice: a missing backend is not missed",
             "if (missing := _missing_module(name)) is not None:",
             "if (missing := _missing_module(name)) == name:",
@@ -869,8 +887,8 @@ MUTATIONS = [
         ),
         (
             "a kind is known by any word of its name",
-            "if words.issuperset(name.split())",
-            "if words.intersection(name.split())",
+            "if words.issuperset(name.upper().split())",
+            "if words.intersection(name.upper().split())",
             tests_of("choice", "test_bandwidth_of_a_kind"),
         ),
         (
@@ -930,13 +948,13 @@ MUTATIONS = [
         ),
         (
             "xla: a float16 round trip that flushes subnormals",
-            "return lax.optimization_barrier(y.astype(dtype)).astype(jnp.float32)",
+            "return rounded.astype(jnp.float32)",
             "return lax.reduce_precision(y, exponent_bits=5, mantissa_bits=10)",
             tests_of("rounding"),
         ),
         (
             "xla: no float16 round trip",
-            "return lax.optimization_barrier(y.astype(dtype)).astype(jnp.float32)",
+            "return rounded.astype(jnp.float32)",
             "return y",
             tests_of("rounding"),
         ),
@@ -1501,6 +1519,24 @@ MUTATIONS = [
             tests_of("heads_per_thread", f"{EVERY_FORM}[{TWO_HEADS}]"),
         ),
         (
+            "mosaic: programs of a normalised v left out",
+            "len(works[heads]) * programs_each[heads] for heads in works)",
+            "programs_each[heads] for heads in works)",
+            tests_of("norms", "test_no_weight_is_a_weight_of_ones"),
+        ),
+        (
+            "mosaic: nothing is copied next to k and a normalised v",
+            "{} if number else copied)",
+            "{})",
+            tests_of("kernel_forms", "test_a_form_has_the_bits_of_the_plain_one[mosaic_gpu-copied-packed-table]"),
+        ),
+        (
+            "mosaic: the rule sees no cache",
+            "    config = config or configuration(inputs, options)\n    inputs, written = with_caches(inputs, types)\n",
+            "    inputs, written = with_caches(inputs, types)\n    config = config or configuration(inputs, options)\n",
+            tests_of("choice", "test_the_rule_of_a_call_knows_its_cache"),
+        ),
+        (
             "mosaic: weights loaded for each head",
             "if kind.weight is not None and kind.weight not in weights:",
             "if kind.weight is not None:",
@@ -1987,7 +2023,7 @@ MUTATIONS = [
         ),
         (
             "slots: NumPy's 64 bits are narrowed unseen",
-            "return xp.where((array >= 0) & (array <= most), array.astype(dtype), -1)",
+            "return narrowed",
             "return array.astype(dtype)",
             SLOTS_OUTSIDE,
         ),
@@ -2184,6 +2220,12 @@ MUTATIONS = [
     ),
     *_in(
         "torch_ref/triton_oracle.py",
+        (
+            "oracle: squares that a sum of two threads may fuse",
+            "squares = z * z if row_block > 32 else tl.fma(z, z, 0.0)",
+            "squares = z * z",
+            tests_of("torch_ref", "test_one_lane_a_thread_has_rounded_squares_where_the_rotation_comes_first"),
+        ),
         (
             "oracle: a negative slot is written",
             "if (slot >= 0) & (slot < num_slots):",

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from tests.mutation_list import MUTATIONS, Mutation
@@ -60,6 +60,22 @@ def _is_there(test: str) -> bool:
 @functools.cache
 def _functions(file: pathlib.Path) -> set[str]:
     return {node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
+def misfits(mutations: Sequence[Mutation]) -> dict[str, str]:
+    """`misfit` of those that don't fit, by `what`; asks pytest whether a test has the parameters that are named."""
+    found = {m.what: reason for m in mutations if (reason := misfit(m))}
+    files = {test.partition("::")[0] for m in mutations if m.what not in found for test in m.tests}
+    if not files:
+        return found
+    _, output = run_tests(ROOT, sorted(files), "--collect-only")
+    names = set(output.splitlines())
+    whole = {name.partition("[")[0] for name in names} | files
+    for mutation in mutations:
+        gone = [test for test in mutation.tests if test not in names | whole]
+        if gone and mutation.what not in found:
+            found[mutation.what] = f"each test must be collected, got none of the name {gone[0]}"
+    return found
 
 
 class Result(NamedTuple):
@@ -135,14 +151,16 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2))
     arguments = parser.parse_args()
     mutations = [m for m in MUTATIONS if arguments.only in m.what and (m.needs_gpu or not arguments.gpu)]
+    reasons = misfits(mutations)
     if arguments.check:
-        misfits = {m.what: reason for m in mutations if (reason := misfit(m))}
-        for what, reason in misfits.items():
+        for what, reason in reasons.items():
             print(f"{what}: {reason}")
-        sys.exit(bool(misfits))
-    failed = fail_unchanged([m for m in mutations if not misfit(m)], arguments.jobs)
+        sys.exit(bool(reasons))
+    failed = fail_unchanged([m for m in mutations if m.what not in reasons], arguments.jobs)
 
     def attempt(mutation: Mutation) -> Result:
+        if mutation.what in reasons:
+            return Result(mutation, "DOES NOT FIT", 0.0, reasons[mutation.what])
         own = [test for test in failed if test.startswith(mutation.tests)]
         return Result(mutation, "BROKEN", 0.0, f"fails unchanged: {own[0]}") if own else try_mutation(mutation)
 

@@ -389,6 +389,7 @@ def test_the_floor_of_a_block_is_the_size_of_its_arrays(packed):
 
 def test_the_floors_of_recorded_rows_are_those_of_today():
     rows = [row for row in record.read(sorted(record.RESULTS.glob("*.jsonl"))) if "bytes" in row]
+    rows = [row for row in rows if not row["op"].endswith("_scaling")]  # of all GPUs
     assert len(rows) > 1000
     sizes = ("num_tokens", "num_q_heads", "num_kv_heads", "head_dim", "rotary_dim", "dtype")
     for row in rows:

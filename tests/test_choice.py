@@ -232,7 +232,8 @@ def test_bandwidth_of_a_kind(monkeypatch, kind, bandwidth):
 @pytest.mark.parametrize("device", ["cpu", jax.devices("cpu")[0]], ids=["by name", "a device"])
 def test_the_default_device_is_asked_first(monkeypatch, device):
     """On a machine with a GPU it may be a CPU."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "cuda")
+    assert pallas_qk.default_implementation(1, 16, 2, 256, 64, "bfloat16").name != "xla"
     with jax.default_device(device):
         assert pallas_qk.default_implementation(1, 16, 2, 256, 64, "bfloat16").name == "xla"
 
@@ -404,6 +405,15 @@ def test_the_rule_of_a_call_knows_its_cache(monkeypatch, implementation):
     call = CachedCase(Case(64, 4, 2, 64, 32, packed=True), kv_dtype="float8_e4m3fn")
     lowered_text(cached.op(call, implementation), *jax.eval_shape(lambda: cached.arguments(call)))
     assert {spec.cache_dtype for spec in seen} == {"float8_e4m3fn"} and all(spec.cache_shape for spec in seen)
+
+
+def test_chunks_last_longer_where_the_rotation_comes_first():
+    def config(num_tokens: int) -> MosaicForward:
+        spec = Spec(num_tokens, 16, 2, 256, 64, "bfloat16", norm_order="rotation_first")
+        return mosaic_forward(spec, q_copied=True)
+
+    assert [config(n).layout for n in (64, 1024, 2047, 2048)] == ["chunks", "chunks", "chunks", "halves"]
+    assert config(1024) == MosaicForward("chunks", 2, "first", k_first=True)
 
 
 def test_rows_for_another_dtype_are_cast_first_but_where_memory_binds():

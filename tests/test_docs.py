@@ -131,10 +131,40 @@ def test_times_of_caches_are_those_of_the_record():
         assert_rounded(cells, [rows[*key, "16/2", tokens]["p50_us"] for key in columns])
 
 
+OPTIONS = {
+    "none": "forward",
+    '`rotation="pairs"`': "forward_pairs",
+    "`round_norm=False`": "forward_unrounded_norm",
+    '`norm_order="rotation_first"`': "forward_rotation_first",
+    "no table": "forward_no_table",
+    "no weights": "forward_no_weights",
+    "`v_norm=True`": "forward_v_norm",
+}
+
+
+def test_times_of_options_are_those_of_the_record():
+    rows = rows_of_run("20261129T155903Z")
+    listed = rows_of_table(NUMBERS, "| option | 64 tokens")
+    assert [option for option, *_ in listed] == list(OPTIONS)
+    for option, *cells in listed:
+        found = [rows[OPTIONS[option], "mosaic_gpu", "16/2", tokens] for tokens in ("64", "1024", "16384")]
+        assert_rounded(cells, [*(row["p50_us"] for row in found), found[-1]["fraction_of_copy"]])
+
+
+def test_times_of_wider_heads_are_those_of_the_record():
+    runs = {"512": rows_of_run("20261129T153320Z"), "256": rows_of_run("20261129T153359Z")}
+    for name, *cells in rows_of_table(NUMBERS, "| heads | forward"):
+        heads, _, head_dim = name.split()
+        ops = (f"{direction}_no_gate" for direction in ("forward", "backward"))
+        found = [runs[head_dim][op, "mosaic_gpu", heads, "16384"] for op in ops]
+        assert_rounded(cells, [row[field] for row in found for field in ("p50_us", "fraction_of_copy")])
+
+
 def test_what_8_bits_cost_and_save_is_in_the_record():
-    rows = rows_of_run("20261129T115653Z")
+    runs = {False: rows_of_run("20261129T115653Z"), True: rows_of_run("20261129T155819Z")}
 
     def times(tokens: int) -> list[float]:
+        rows = runs[tokens > 256]
         return [rows[kind, "mosaic_gpu", "16/2", str(tokens)]["p50_us"] for kind in KINDS_OF_CACHES]
 
     said = "costs (.+) to (.+) us more .+ up to 256 tokens. From 16,384 tokens on it saves (.+) % .+ or (.+) % with"

@@ -19,6 +19,7 @@ from examples import generate as example
 from examples.gated_attention import default_attention
 from examples.generate import CONFIG
 from tests import gpu_program
+from tests.pages import shown, without_numbers
 from tests.run import primitives, quick_jit
 
 SIZES = {"vocabulary": 48, "width": 64, "mlp_width": 96}
@@ -445,6 +446,7 @@ def test_what_a_policy_runs_again(name):
 def test_it_learns_and_generates_what_it_has_learnt(capsys):
     example.main()
     lines = capsys.readouterr().out.splitlines()
+    assert without_numbers(lines) == without_numbers(shown("generate"))
     first, last = map(float, re.fullmatch(r"loss (\S+) at first, (\S+) at last", lines[0]).groups())
     assert abs(first - math.log(example.VOCABULARY)) < 1 and last < 0.1
     assert lines[1].startswith("160 of 160 generated tokens are what a forward pass without caches finds likeliest")

@@ -18,6 +18,11 @@ def test_each_fits_the_code(mutation):
     assert misfit(mutation) == ""
 
 
+def test_pytest_knows_each_test():
+    """With its parameters, which a list of cases may lose."""
+    assert mutations.misfits(MUTATIONS) == {}
+
+
 def test_no_name_is_there_twice():
     assert len({mutation.what for mutation in MUTATIONS}) == len(MUTATIONS)
 
@@ -53,10 +58,12 @@ def test_what_no_longer_fits_is_told(changes, reason):
 
 
 def test_the_check_lists_what_no_longer_fits_and_runs_nothing(monkeypatch, capsys):
-    gone = HARMLESS._replace(old="no such text")
-    monkeypatch.setattr(mutations, "run_tests", None)
+    other, gone = HARMLESS._replace(old="no such text"), "tests/test_tree.py::test_the_order_names_each_bit_once[3]"
+    lost = HARMLESS._replace(what="lost", tests=(*QUICK, gone))
+    monkeypatch.setattr(mutations, "try_mutation", None)
     monkeypatch.setattr(sys, "argv", ["mutations", "--check"])
-    for listed, code, printed in (([TREE_ORDER], 0, ""), ([TREE_ORDER, gone], 1, f"a comment: {misfit(gone)}\n")):
+    told = f"a comment: {misfit(other)}\nlost: each test must be collected, got none of the name {gone}\n"
+    for listed, code, printed in (([TREE_ORDER], 0, ""), ([TREE_ORDER, other, lost], 1, told)):
         monkeypatch.setattr(mutations, "MUTATIONS", listed)
         with pytest.raises(SystemExit) as caught:
             mutations.main()

@@ -85,6 +85,9 @@ def mosaic_forward(
     and 78.2 with two heads a thread (copy 76.0), 306.4 against 313.5 at 65536 (copy 299.9). With a cache of 16 bits two
     heads lose there (83.5 against 83.0 us at 16384), and at T = 1024 with either.
 
+    The rotation first: chunks lead a while longer (6.27 against 6.56 us at T = 1024, where the norm first takes 6.34 in
+    halves), and with the weights first (6.37 after the gate). They are even at T = 64. Not timed: T = 2048.
+
     Pairs: chunks of R lanes lead where a launch is one wave or little more (6.02 against 6.43 us at T = 1024, where
     halves that are rotated take 6.22) and are even at T = 64. Not timed: T = 256 and 2048.
 
@@ -119,6 +122,8 @@ def mosaic_forward(
     chunks = partners_apart and d // chunk_lanes(d, r) <= 16
     if spec.rotation == "pairs" and 512 <= num_rows < 32768 and has_chunks_of_pairs(d, r, 2 * rows_per_warp):
         return MosaicForward("chunks", 2 * rows_per_warp, weights="after_gate", k_first=True)
+    if chunks and 16384 <= num_rows < 32768 and q_copied and spec.norm_order == "rotation_first":
+        return MosaicForward("chunks", min(32, 2 * rows_per_warp), weights="first", k_first=True)
     if chunks and num_rows >= 512 and d > 256 and not q_copied:
         return MosaicForward("chunks", rows_per_warp, weights="after_sum", k_first=True)
     if chunks and num_rows >= 512 and (num_rows < 16384 or not q_copied):

@@ -109,8 +109,8 @@ class _Work(NamedTuple):
 def _works(rows: dict[str, Rows], heads: str) -> list[_Work]:
     """What programs of these heads do: one kind of rows that are normalised each, and the first copies the others.
 
-    A thread with k and a normalised v would need registers for both, and so would each thread of the kernel (146.96 us
-    where v is copied, 16/2 heads, T = 16384).
+    A thread with k and a normalised v would need registers for both, and so would each thread of the kernel (H200, 16/2
+    heads, T = 16384: 146.96 us instead of 145.68).
     """
     normed, copied = sharing(stored(rows), heads)
     return [_Work({name: kind}, {} if number else copied) for number, (name, kind) in enumerate(normed.items())]
@@ -241,7 +241,7 @@ def _forward_thread(
         # below the sum.
         load_weights("after_gate")
         if copies and not any(kind.weight for kind in normed.values()):
-            keep_above(row)
+            keep_above(row)  # 136.1 us instead of 139.3 (H200, 16/2 heads, T = 16384)
 
         # What the heads of a group share is computed where the first of them needs it.
         @functools.cache

@@ -259,7 +259,7 @@ def _program(hidden, weight, q_weight, k_weight, table, *refs, sizes: _Sizes, op
 
                     return sums[...]
 
-                product = pl.run_scoped(products, plgpu.ACC((_ROWS, HEAD_DIM), jnp.float32))
+                product = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((_ROWS, HEAD_DIM), jnp.float32))
 
                 def store(rows, to_k_or_v, to_q_or_gate):
                     """By chunks of columns; those of k and v come after the ones of q and gates."""

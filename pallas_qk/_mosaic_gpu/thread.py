@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 from jaxlib.mlir.dialects import math as mlir_math
 
+from pallas_qk._cache_axes import Slots
 from pallas_qk._fp8 import Divisor
 from pallas_qk._mosaic_gpu.emit import (
     ACCESS_BYTES,
@@ -35,7 +36,7 @@ from pallas_qk._mosaic_gpu.emit import (
     widen,
 )
 from pallas_qk._options import Options, next_power_of_2, tree_order
-from pallas_qk._rows import Inputs, Place, Slots
+from pallas_qk._rows import Inputs, Place
 
 
 class Layout(NamedTuple):
