@@ -76,17 +76,22 @@ def _checked(hidden: Any, weight: Any, inputs: Inputs, values: Values, implement
     hint = f"the last axis of hidden, then {columns}"
     _array_checks.check_shape("weight", weight, (hidden.shape[-1], columns), hint)
     if implementation == "triton":
-        _implementations.refuse(implementation, "only 'mosaic_gpu' has one for product and op, got 'triton'")
-    static: dict[str, Any] = {}
+        _implementations.refuse(implementation, "only 'mosaic_gpu' has a kernel for product and op, got 'triton'")
+    found: list[Any] = []
     rotation, round_norm, norm_order = "halves", True, "norm_first"
 
     def of_product(hidden: jax.Array, weight: jax.Array) -> None:
         function, arrays = _OfProduct(NAME, packed=True), inputs._replace(q=jnp.dot(hidden, weight))
         options = rotation, round_norm, norm_order, implementation
-        static.update(_call.checked(function, arrays, "copied", *values, *options))
+        try:
+            found.append(_call.checked(function, arrays, "copied", *values, *options)["call"])
+        except (NotImplementedError, TypeError, ValueError) as error:  # raised outside: here JAX adds to its text
+            found.append(error)
 
     jax.eval_shape(of_product, hidden, weight)
-    call: Call = static["call"]
+    (call,) = found
+    if not isinstance(call, Call):
+        raise call
     if implementation == KERNEL:
         _check_kernel(call, hidden, inputs)
     return call

@@ -67,23 +67,22 @@ def _on_cuda(ctx: mlir.LoweringRuleContext, *leaves: Any, call: Call, tree: PyTr
     context = ctx.module_context.axis_context
     if isinstance(context, mlir.ShardingContext) and context.num_devices > 1:
         raise NotImplementedError(
-            f"implementation={call.implementation!r} of the projection must run on one device, or inside "
-            f"jax.shard_map, got {context.num_devices} devices outside one. Call it there, with each device's tokens, "
-            "or heads and their columns, or leave implementation out."
+            f"implementation={call.implementation!r} must run inside jax.shard_map over several devices, got "
+            f"{context.num_devices} devices outside one. Call it there, with each device's tokens, or its heads and "
+            "their columns of weight, or leave implementation out."
         )
 
     def on_one_device(*leaves: jax.Array) -> list[jax.Array]:
         hidden, weight, inputs = jax.tree.unflatten(tree, leaves)
         lead = hidden.shape[:-1]
-        flat = {"positions": inputs.positions}
+        num_tokens = math.prod(lead)
         if inputs.positions is None:
             rows = inputs.cos_sin_cache
-            flat = {"cos_sin_cache": rows.reshape(math.prod(lead), rows.shape[-1])}
+            inputs = inputs._replace(cos_sin_cache=rows.reshape(num_tokens, rows.shape[-1]))
         else:
-            flat = {"positions": inputs.positions.reshape(len(inputs.positions), math.prod(lead))}
-        module = _implementations.module("mosaic_gpu")
-        tokens = hidden.reshape(math.prod(lead), hidden.shape[-1])
-        outputs = module.project(tokens, weight, inputs._replace(**flat), options=call.options)
+            inputs = inputs._replace(positions=inputs.positions.reshape(len(inputs.positions), num_tokens))
+        project = _implementations.module("mosaic_gpu").project
+        outputs = project(hidden.reshape(num_tokens, hidden.shape[-1]), weight, inputs, options=call.options)
         return [x.reshape(*lead, x.shape[-1]) for x in jax.tree.leaves(outputs)]
 
     with as_on_a_gpu():
@@ -93,7 +92,7 @@ def _on_cuda(ctx: mlir.LoweringRuleContext, *leaves: Any, call: Call, tree: PyTr
 def _elsewhere(ctx: mlir.LoweringRuleContext, *leaves: Any, call: Call, tree: PyTreeDef) -> Any:
     del leaves, tree
     _implementations.refuse_platforms(call.implementation, ctx.platforms or ctx.module_context.platforms)
-    raise AssertionError
+    raise AssertionError("a platform that isn't refused has the rule above")
 
 
 def _batch(

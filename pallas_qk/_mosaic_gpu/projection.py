@@ -150,7 +150,8 @@ def project(hidden: jax.Array, weight: jax.Array, inputs: Inputs, *, options: Op
             unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
     )
-    results = launched(hidden, weight, *read)
+    with jax.enable_x64(False):  # the grid and loops count in 32 bits, whatever the positions have
+        results = launched(hidden, weight, *read)
     return Outputs(*(x[:num_tokens] if padding else x for x in results))
 
 
