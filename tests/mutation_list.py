@@ -1175,6 +1175,48 @@ MUTATIONS = [
         ),
     ),
     *_in(
+        "pallas_qk/_projection_op.py",
+        (
+            "projection: the product kept for the backward",
+            "    @jax.checkpoint\n",
+            "",
+            tests_of("projection", "test_the_forward_keeps_its_arguments_alone"),
+        ),
+        (
+            "projection: on several devices without shard_map",
+            "context.num_devices > 1",
+            "context.num_devices > 99",
+            tests_of("projection", "test_several_devices_need_shard_map"),
+        ),
+        (
+            "projection: gradients of what doesn't move",
+            "if not isinstance(tangent, SymbolicZero)",
+            "if tangent.dtype != jax.dtypes.float0",
+            tests_of("projection", "test_the_products_of_a_gradient"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_mosaic_gpu/projection.py",
+        (
+            "projection: heads of q and gates not by turns",
+            "lax.bitwise_xor(head, lax.bitwise_and(turn, 1))",
+            "head",
+            tests_of("projection", "test_programs_take_each_tile_once_and_heads_by_turns"),
+        ),
+        (
+            "projection: rows of a last tile of TMA that are no eight",
+            "padding = -num_tokens % 8",
+            "padding = 0",
+            tests_of("projection", "test_a_program_for_cuda_is_one_kernel[8/1 heads]"),
+        ),
+        (
+            "projection: indices of 64 bits under x64",
+            "with jax.enable_x64(False):",
+            'with jax.enable_x64(jax.config.read("jax_enable_x64")):',
+            tests_of("projection", "test_positions_of_64_bits"),
+        ),
+    ),
+    *_in(
         "pallas_qk/_mosaic_gpu/thread.py",
         (
             "mosaic: the fused form without mRoPE",

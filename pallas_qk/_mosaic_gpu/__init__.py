@@ -10,7 +10,7 @@ from pallas_qk._options import Spec, Target, too_many_rows
 def unsupported(spec: Spec, target: Target) -> str | None:
     """Why this implementation can't run `spec` on `target`; None if it can.
 
-    The kernels need no wgmma, TMA, cluster or shared memory. So they run on capability 12.x, which has less of these.
+    These kernels need no wgmma, TMA, cluster or shared memory. So they run on capability 12.x, which has less of these.
     What Mosaic GPU puts around a kernel needs 9.0.
     """
     if target.compute_capability < (9, 0):
