@@ -1,8 +1,8 @@
 """The op on hidden states and a packed weight: product and op, and one kernel for both.
 
 No interpreter runs the kernel, which multiplies by wgmma. On a GPU its results are compared in bits where the product
-is exact in float32, whatever the order of its sums. Without one its programs are read, and what is around it runs with
-the definition in its place.
+is exact in float32, whatever the order of its sums. Without one its programs are read, its epilogue is interpreted, and
+what is around it runs with the definition in its place.
 """
 
 import dataclasses
@@ -17,15 +17,19 @@ from jax import export
 from jax.sharding import PartitionSpec as P
 
 import pallas_qk
-from pallas_qk import _projection_op
+from pallas_qk import _call, _passed, _projection_op
 from pallas_qk._mosaic_gpu import projection
+from pallas_qk._mosaic_gpu.launch import launch
+from pallas_qk._mosaic_gpu.thread import Table
 from pallas_qk._options import Options, Spec, Target
 from pallas_qk._rows import Call, Inputs
+from tests import forms
 from tests.cases import Case, make_inputs, random_normal
 from tests.compare import assert_same
 from tests.devices import compiled, mesh, mesh_of, put
 from tests.lowering import kernels, lowered, lowered_text
-from tests.run import quick_jit
+from tests.mosaic_interpreter import execute
+from tests.run import quick_jit, run
 
 CASE = Case(6, 4, 2, max_position=32)
 WIDTH = 64
@@ -125,6 +129,22 @@ def test_leading_axes():
     assert_same(list(token), [x[0] for x in want])
     shared = op()(jnp.stack([hidden, hidden]), weight, *others, positions)
     assert_same([x[1] for x in shared], list(want))
+
+
+def test_an_equal_call_is_not_checked_again(monkeypatch):
+    names, original = [], _call.checked
+
+    def counted(function, *args):
+        names.append(function.name)
+        return original(function, *args)
+
+    monkeypatch.setattr(_call, "checked", counted)
+    monkeypatch.setattr(_passed, "_kept", {})
+    arrays = arguments()
+    op()(*arrays)
+    op()(*arrays)
+    op(implementation="xla")(*arrays)
+    assert names == ["fused_qkv_projection_rmsnorm_rope_gate"] * 2
 
 
 def test_boxes_and_numpys_integers():
@@ -374,6 +394,57 @@ def test_the_forward_keeps_its_arguments_alone():
     assert shapes <= {x.shape for x in arrays} | {(1, CASE.num_tokens), ()}
 
 
+# --- the kernel's arithmetic --------------------------------------------------------------------------------------
+
+EPILOGUES = {
+    "plain": {},
+    "float16, mrope": {"dtype": "float16", "mrope_section": (11, 11, 10), "norm_beta": 1.0},
+    "float32 beside it": {"weight_dtype": "float32", "cache_dtype": "float32"},
+    "sectioned": {"mrope_section": (16, 8, 8), "mrope_layout": "sectioned", "cache_dtype": "float16"},
+    "positions of a byte": {"positions_dtype": "int8"},
+}
+
+
+def epilogue(product, weight, table, positions, *, case: Case):
+    """Rows of one head, normalised and rotated by threads that hold them as the kernel's do: its code in a launch."""
+    num_tokens, dtype, max_position = case.num_tokens, jnp.dtype(case.dtype), len(table)
+    options = forms.options(case)
+
+    def thread(program, inputs, out):
+        product, weight, table, positions = inputs
+        first = program * 64
+        angles = projection.words_of_angles(Table(table, positions, max_position, num_tokens, options), first)
+        columns = [(projection.quad() * 2).resized(64) + 8 * j for j in range(32)]
+        rows = [first + projection.row_of_thread(row) for row in range(2)]
+        words = [[(product.row(row, 256) + column).load(2) for row in rows] for column in columns]
+        words = projection.normed(words, *angles, weight, dtype=dtype, table_dtype=table.dtype, options=options)
+        for column, of_rows in zip(columns, words, strict=True):
+            for row, of_row in zip(rows, of_rows, strict=True):
+                (out.row(row, 256) + column).store(of_row)
+
+    out = jax.ShapeDtypeStruct(product.shape, dtype)
+    arrays = product, weight, table, positions
+    return launch("epilogue", thread, arrays, out, num_programs=len(product) // 64, num_warpgroups=1)
+
+
+@pytest.mark.usefixtures("on_the_host")
+@pytest.mark.parametrize("changes", EPILOGUES.values(), ids=EPILOGUES)
+def test_the_epilogue_has_the_bits_of_the_op(changes):
+    case = dataclasses.replace(Case(70, 1, 1, max_position=100), **changes)
+    inputs = make_inputs(case)
+    positions = np.array(inputs.positions)
+    positions[..., 1::7], positions[..., 2::5], positions[..., 69] = -1, 127, 100
+    product = random_normal((128, 256), jnp.float32, 3).at[70:].set(jnp.nan)  # rows past the last
+    rows = product[:70].astype(case.dtype)
+    q_gate = jnp.concatenate([rows, rows], axis=1)
+    inputs = dataclasses.replace(inputs, q_gate=q_gate, k=rows, positions=jnp.asarray(positions))
+    of_rows = functools.partial(epilogue, case=case)
+    for weight, want in zip((inputs.q_weight, inputs.k_weight), run(BY_KERNEL, case, inputs), strict=False):
+        got = execute(of_rows, product, weight, inputs.cos_sin_cache, jnp.atleast_2d(inputs.positions))
+        assert_same(jnp.asarray(got[:70]), want)
+        assert np.isnan(np.asarray(want, np.float32)).any()
+
+
 # --- what is around the kernel ------------------------------------------------------------------------------------
 
 
@@ -516,13 +587,14 @@ def test_programs_take_each_tile_once_and_heads_by_turns(row_blocks, num_q_heads
 def exact_arguments(case: Case, width: int) -> list:
     """Products of small integers are exact in float32, and many too long for 16 bits; positions of all kinds."""
     rng = np.random.default_rng(width + case.num_tokens)
-    _, _, *others, positions = make_inputs(case)
-    hidden = rng.integers(-8, 9, (case.num_tokens, width)).astype(np.float32)
-    weight = rng.integers(-3, 4, (width, num_columns(case))).astype(np.float32)
-    outside = np.asarray(positions).copy()
-    outside[..., 1::7], outside[..., 2::11], outside[..., 3::13] = -1, case.max_position, 2**31 - 1
-    outside[..., 4::17], outside[..., 5::19] = -(2**31), case.max_position - 1
-    return [jnp.asarray(x, case.dtype) for x in (hidden, weight)] + [*others, jnp.asarray(outside)]
+    _, _, *others, _ = make_inputs(dataclasses.replace(case, num_tokens=1))
+    hidden = rng.integers(-8, 9, (case.num_tokens, width), np.int8)
+    weight = rng.integers(-3, 4, (width, num_columns(case)), np.int8)
+    axes = (case.num_tokens,) if case.mrope_section is None else (3, case.num_tokens)
+    positions = rng.integers(0, case.max_position, axes, np.int32)
+    positions[..., 1::7], positions[..., 2::11], positions[..., 3::13] = -1, case.max_position, 2**31 - 1
+    positions[..., 4::17], positions[..., 5::19] = -(2**31), case.max_position - 1
+    return [jnp.asarray(x).astype(case.dtype) for x in (hidden, weight)] + [*others, jnp.asarray(positions)]
 
 
 ON_A_GPU = [

@@ -75,9 +75,12 @@ _REGISTERS = 40, 232
 # Names that must differ from the axes of a user's mesh.
 _PROGRAM, _IN_CLUSTER, _WARPGROUP = "pallas_qk_program", "pallas_qk_cluster", "pallas_qk_warpgroup"
 
-# What a thread holds of an array (64, columns): row `quarter` + 8h, elements 8j + 2 * quad and the next, for all j.
+FLOAT32 = jnp.dtype(jnp.float32)
+Words = list[list[list[Int]]]
+
+# How the four threads of a row hold it, as wgmma leaves its sums.
 _QUADS = Layout(threads=4, lanes=2, bases=tuple(range(0, HEAD_DIM, 8)), bits=(1, 2), partners=True)
-_ROW_HALVES = 2
+_ROWS_OF_THREAD = 2
 
 
 def unsupported_projection(spec: Spec, width: int, target: Target) -> str | None:
@@ -124,7 +127,8 @@ def project(hidden: jax.Array, weight: jax.Array, inputs: Inputs, *, options: Op
     # TMA knows rows by tiles of eight. XLA fuses the padding into what computes the hidden states; cutting it off the
     # results takes a copy of them.
     padding = -num_tokens % 8
-    hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
+    if padding:
+        hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
     types = [
         jax.ShapeDtypeStruct((num_tokens + padding, heads * HEAD_DIM), hidden.dtype)
         for heads in (num_q_heads, num_kv_heads, num_kv_heads, num_q_heads)
@@ -283,14 +287,14 @@ def _program(hidden, weight, q_weight, k_weight, table, *refs, sizes: _Sizes, op
                 lax.cond(
                     is_normed,
                     lambda: store(
-                        _normed(options, dtype, table.dtype, q_weight.dtype)(
+                        _normed_rows(options, dtype, table.dtype, q_weight.dtype)(
                             product, cos, sin, is_k.astype(jnp.int32), q_weight, k_weight
                         ),
                         (k, head - 2 * sizes.num_q_heads),
                         q,
                     ),
                     lambda: store(
-                        _rounded(dtype)(product), (v, head - 2 * sizes.num_q_heads - sizes.num_kv_heads), gate
+                        _copied_rows(dtype)(product), (v, head - 2 * sizes.num_q_heads - sizes.num_kv_heads), gate
                     ),
                 )
 
@@ -312,104 +316,130 @@ def _repeat(times) -> Callable[[Callable[[Any], None]], None]:
     return run
 
 
-# What a thread does, of 64 rows that its warpgroup has. `quad` is its number among the four of a row.
+# What a thread does with the 64 rows of its warpgroup. Words are [j][h]: of elements 8j + 2 * quad and the next, in row
+# h of the thread's two. So partners of the rotation are the thread's own, and of the sum of squares two bits of the
+# column lie in other threads.
 
 
-def _quad() -> Int:
+def quad() -> Int:
+    """The thread's number among the four of its rows."""
     return thread_index() & 3
 
 
+def row_of_thread(row: int) -> Int:
+    """The first or the second of the thread's rows, among the 64."""
+    thread = thread_index() & WARPGROUP - 1
+    return (thread >> 5) * 16 + ((thread & 31) >> 2) + 8 * row
+
+
+def words_of_angles(table: Table, first_token: Int) -> tuple[Words, Words]:
+    """cos and sin of the rows from a token on, in the dtype of the table, which loses nothing."""
+    blocks, dtype, loaded = range(ROTARY_DIM // 2 // 8), table.cache.dtype, []
+    for row in range(_ROWS_OF_THREAD):
+        # Rows past the last token read its positions, and are not stored.
+        token = (first_token + row_of_thread(row)).minimum(table.num_tokens - 1)
+        positions = table.positions_of(token)
+        starts = [table.row(position) + (quad() * 2).resized(64) for position in positions]
+        loaded.append((positions, [table.load(starts, constant(8 * j), 2) for j in blocks]))
+    angles = [[table.angles(positions, words[j], quad() * 2 + 8 * j) for positions, words in loaded] for j in blocks]
+    cos, sin = ([[narrow(of_row[i], dtype) for of_row in of_block] for of_block in angles] for i in range(2))
+    return cos, sin
+
+
+def normed(
+    product: Words,
+    cos: Words,
+    sin: Words,
+    weight: Pointer,
+    *,
+    dtype: jnp.dtype,
+    table_dtype: jnp.dtype,
+    options: Options,
+) -> Words:
+    """Rows of the float32 product: rounded, normalised, rounded, rotated and rounded again, as the op's kernel does."""
+    half = ROTARY_DIM // 2 // 8  # blocks
+    start = weight + (quad() * 2).resized(64)
+    weights = [(start + base).load(2) for base in _QUADS.bases]
+    xs = [[widen(_rounded(words, dtype), dtype) for words in of_block] for of_block in product]
+    vectors = [Vector(quad() * 2, base, 2) for base in _QUADS.bases]
+    inverses = []
+    for row in range(_ROWS_OF_THREAD):
+        total = sum_of_squares([x[row] for x in xs], vectors, _QUADS, quad(), HEAD_DIM)
+        inverses.append(inv_rms(total, HEAD_DIM, options.eps))
+
+    @functools.cache
+    def weights_of(block: int) -> list[Value]:
+        return effective_weights(weights[block], weight.dtype, options.norm_beta)
+
+    def of_block(block: int) -> list[list[Int]]:
+        ws = weights_of(block)
+        return [
+            narrow([arith.mulf(arith.mulf(lane, r), w) for lane, w in zip(lanes, ws, strict=True)], dtype)
+            for lanes, r in zip(xs[block], inverses, strict=True)
+        ]
+
+    words = [of_block(block) for block in range(2 * half)]
+    for block in range(half):
+        for row in range(_ROWS_OF_THREAD):
+            first, second = (widen(words[block + offset][row], dtype) for offset in (0, half))
+            cosine, sine = (widen(angle[block][row], table_dtype) for angle in (cos, sin))
+            rotated = rotate(first, second, cosine, sine, rotation_fuses_y2(options, dtype))
+            words[block][row], words[block + half][row] = (narrow(lanes, dtype) for lanes in rotated)
+    return words + [of_block(block) for block in range(2 * half, len(xs))]
+
+
+def _rounded(words: list[Int], dtype: jnp.dtype) -> list[Int]:
+    """Two float32 lanes in 16 bits each."""
+    return narrow([word.as_float() for word in words], dtype)
+
+
+# The same as functions of the kernel's arrays.
+
+
+def _array(columns: int, dtype: jnp.dtype) -> plgpu.ShapeDtypeStruct:
+    return plgpu.ShapeDtypeStruct((_ROWS, columns), dtype, layout=plgpu.Layout.WGMMA)
+
+
 def _angles(sizes: _Sizes, options: Options, dtype: jnp.dtype, positions: list) -> Callable:
-    """cos and sin (64, R/2) of the rows from a token on, in the dtype of the table, which loses nothing."""
+    """cos and sin (64, R/2), from the first token, the table and, where there are any, positions."""
     position_dtypes = [ref.dtype for ref in positions]
 
-    def body(context, first_token, table_ref, *position_refs):
+    def body(context, first_token, table_ref, *refs):
         del context
-        pointers = [Pointer.to(*of_ref) for of_ref in zip(position_refs, position_dtypes, strict=True)]
-        table = Table(
-            Pointer.to(table_ref, dtype), next(iter(pointers), None), sizes.max_position, sizes.num_tokens, options
-        )
-        thread, first = thread_index() & WARPGROUP - 1, Int(first_token.registers.item())
-        loaded = []
-        for half in range(_ROW_HALVES):
-            # Rows past the last read its positions, and are not stored.
-            token = (first + ((thread >> 5) * 16 + ((thread & 31) >> 2) + 8 * half)).minimum(sizes.num_tokens - 1)
-            of_token = table.positions_of(token)
-            rows = [table.row(position) + (_quad() * 2).resized(64) for position in of_token]
-            words = [table.load(rows, constant(8 * j), 2) for j in range(ROTARY_DIM // 2 // 8)]
-            loaded.append((of_token, words))
-        cos: list[list] = [[] for _ in range(ROTARY_DIM // 2 // 8)]
-        sin: list[list] = [[] for _ in cos]
-        for of_token, words in loaded:
-            for j, of_block in enumerate(words):
-                lanes = table.angles(of_token, of_block, _quad() * 2 + 8 * j)
-                for angles, of_half in zip((cos, sin), lanes, strict=True):
-                    angles[j].append(narrow(of_half, dtype))
+        pointers = [Pointer.to(*of_ref) for of_ref in zip(refs, position_dtypes, strict=True)]
+        position = next(iter(pointers), None)
+        table = Table(Pointer.to(table_ref, dtype), position, sizes.max_position, sizes.num_tokens, options)
+        cos, sin = words_of_angles(table, Int(first_token.registers.item()))
         return _as_array(cos, dtype), _as_array(sin, dtype)
 
-    of_rows = plgpu.ShapeDtypeStruct((_ROWS, ROTARY_DIM // 2), dtype, layout=plgpu.Layout.WGMMA)
     refs = [plgpu.RefType() for _ in (0, *positions)]
-    return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT(()), *refs), return_type=(of_rows, of_rows))(body)
+    angles = _array(ROTARY_DIM // 2, dtype)
+    return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT(()), *refs), return_type=(angles, angles))(body)
 
 
-def _rounded(dtype: jnp.dtype) -> Callable:
-    """The product (64, D) in the dtype of the activations."""
-
-    def body(context, product):
-        del context
-        blocks = _words_of(product, jnp.dtype(jnp.float32))
-        return _as_array([[_round(words, dtype) for words in halves] for halves in blocks], dtype)
-
-    of_rows = plgpu.ShapeDtypeStruct((_ROWS, HEAD_DIM), dtype, layout=plgpu.Layout.WGMMA)
-    return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=of_rows)(body)
-
-
-def _normed(options: Options, dtype: jnp.dtype, table_dtype: jnp.dtype, weight_dtype: jnp.dtype) -> Callable:
-    """The rounded product (64, D), normalised, rounded, rotated and rounded again, as the op's kernel does it."""
-    half = ROTARY_DIM // 2 // 8  # blocks of eight columns
+def _normed_rows(options: Options, dtype: jnp.dtype, table_dtype: jnp.dtype, weight_dtype: jnp.dtype) -> Callable:
+    """Rows (64, D) of q or of k."""
 
     def body(context, product, cos, sin, is_k, q_weight, k_weight):
         del context
-        address = arith.select(
-            Int(is_k.registers.item()).equals(1).value,
-            Pointer.to(k_weight, weight_dtype).address,
-            Pointer.to(q_weight, weight_dtype).address,
-        )
-        start = Pointer(address, weight_dtype) + (_quad() * 2).resized(64)
-        weights = [(start + base).load(2) for base in _QUADS.bases]
-        xs = [
-            [widen(_round(words, dtype), dtype) for words in halves]
-            for halves in _words_of(product, jnp.dtype(jnp.float32))
-        ]
-        vectors = [Vector(_quad() * 2, base, 2) for base in _QUADS.bases]
-        inverses = []
-        for row in range(_ROW_HALVES):
-            total = sum_of_squares([x[row] for x in xs], vectors, _QUADS, _quad(), HEAD_DIM)
-            inverses.append(inv_rms(total, HEAD_DIM, options.eps))
-
-        @functools.cache
-        def weights_of(block: int) -> list[Value]:
-            return effective_weights(weights[block], weight_dtype, options.norm_beta)
-
-        def normed(block: int, row: int) -> list[Int]:
-            lanes = zip(xs[block][row], weights_of(block), strict=True)
-            return narrow([arith.mulf(arith.mulf(lane, inverses[row]), w) for lane, w in lanes], dtype)
-
-        words = [[normed(block, row) for row in range(_ROW_HALVES)] for block in range(2 * half)]
-        cosines, sines = _words_of(cos, table_dtype), _words_of(sin, table_dtype)
-        for block in range(half):
-            for row in range(_ROW_HALVES):
-                first, second = (widen(words[block + offset][row], dtype) for offset in (0, half))
-                cosine, sine = (widen(of_block[block][row], table_dtype) for of_block in (cosines, sines))
-                rotated = rotate(first, second, cosine, sine, rotation_fuses_y2(options, dtype))
-                words[block][row], words[block + half][row] = (narrow(lanes, dtype) for lanes in rotated)
-        words += [[normed(block, row) for row in range(_ROW_HALVES)] for block in range(2 * half, len(xs))]
-        return _as_array(words, dtype)
+        both = [Pointer.to(weight, weight_dtype).address for weight in (k_weight, q_weight)]
+        weight = Pointer(arith.select(Int(is_k.registers.item()).equals(1).value, *both), weight_dtype)
+        words = _words_of(product, FLOAT32), _words_of(cos, table_dtype), _words_of(sin, table_dtype)
+        return _as_array(normed(*words, weight, dtype=dtype, table_dtype=table_dtype, options=options), dtype)
 
     wgmma, ref = plgpu.Layout.WGMMA, plgpu.RefType()
-    of_rows = plgpu.ShapeDtypeStruct((_ROWS, HEAD_DIM), dtype, layout=wgmma)
     arg_types = wgmma, wgmma, wgmma, plgpu.Layout.WG_SPLAT(()), ref, ref
-    return plgpu.inline_mgpu(arg_types=arg_types, return_type=of_rows)(body)
+    return plgpu.inline_mgpu(arg_types=arg_types, return_type=_array(HEAD_DIM, dtype))(body)
+
+
+def _copied_rows(dtype: jnp.dtype) -> Callable:
+    """Rows (64, D) of a gate or of v: the product, rounded."""
+
+    def body(context, product):
+        del context
+        return _as_array([[_rounded(words, dtype) for words in block] for block in _words_of(product, FLOAT32)], dtype)
+
+    return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=_array(HEAD_DIM, dtype))(body)
 
 
 def _put(first: int, dtype: jnp.dtype) -> Callable:
@@ -437,31 +467,26 @@ def _put(first: int, dtype: jnp.dtype) -> Callable:
     return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(_SWIZZLED)))(body)
 
 
-def _round(words: list[Int], dtype: jnp.dtype) -> list[Int]:
-    """Two float32 lanes, rounded."""
-    return narrow([word.as_float() for word in words], dtype)
-
-
-def _words_of(array, dtype: jnp.dtype) -> list[list[list[Int]]]:
-    """The words of the thread's two lanes, of each block of eight columns in each of its two rows."""
+def _words_of(array, dtype: jnp.dtype) -> Words:
+    """What the thread holds of an array."""
     registers = list(array.registers.flatten())
     i32 = ir.IntegerType.get_signless(32)
-    if dtype == jnp.float32:
+    if dtype == FLOAT32:
         words = [[bits_of(_lane(register, i)) for i in range(2)] for register in registers]
     else:
         words = [[Int(llvm.bitcast(i32, register))] for register in registers]
-    return [words[first : first + _ROW_HALVES] for first in range(0, len(words), _ROW_HALVES)]
+    return [words[first : first + _ROWS_OF_THREAD] for first in range(0, len(words), _ROWS_OF_THREAD)]
 
 
-def _as_array(blocks: list[list[list[Int]]], dtype: jnp.dtype):
+def _as_array(blocks: Words, dtype: jnp.dtype):
     """The array whose words these are."""
     kind = ir.VectorType.get((2,), mgpu.dtype_to_ir_type(dtype))
     registers = [
         vector.from_elements(kind, [word.as_float() for word in words])
-        if dtype == jnp.float32
+        if dtype == FLOAT32
         else llvm.bitcast(kind, words[0].value)
-        for halves in blocks
-        for words in halves
+        for of_block in blocks
+        for words in of_block
     ]
     layout = mgpu_array.WGMMA_LAYOUT
     array = np.empty(len(registers), dtype=object)
