@@ -3,11 +3,11 @@
 T num_tokens, E width of the hidden states, Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim.
 
 The grid is persistent: a cluster of two programs, one on each of two SMs, walks over its share of tiles. A tile is one
-column of D columns of the weight, which is one head of q, gate, k or v, for 128 tokens in each of the two programs. A
-program has three warpgroups. One loads steps of 64 columns of the hidden states and 64 rows of the weight by TMA into a
-ring of four stages, of the weight half in each program of the cluster, for both. The other two multiply 64 tokens each.
-Right after its last step such a warpgroup holds whole rows in registers: it rounds them as a product does, normalises
-and rotates them, and stores them by TMA through shared memory while the ring fills again.
+head of q, gate, k or v, that is D columns of the weight, and 128 tokens for each of the two programs. A program has
+three warpgroups. One loads steps of 64 columns of the hidden states and 64 rows of the weight by TMA into a ring of
+four stages; each program of a cluster loads half of the weight's for both. The other two multiply 64 tokens each. After
+its last step such a warpgroup holds whole rows in registers. It rounds them as a product is rounded, normalises and
+rotates them, and stores them by TMA through shared memory while the ring fills again.
 
 H200, bf16, 16/2 heads, E = 2048, T = 16384: 799.6 us, where the product by cuBLAS takes 769.2 and product and op 911.3,
 or 849.4 with the gate in place; at T = 4096 209.6 against 235.2 and 219.0. 32/2 heads, E = 4096: 759.2 against 788.9
@@ -65,11 +65,10 @@ _ROWS, _MULTIPLIERS = 64, 2  # tokens of a warpgroup that multiplies, and how ma
 _TOKENS = _ROWS * _MULTIPLIERS  # of a program
 _CHUNK, _SLOTS = 64, 2  # columns that a warpgroup stores at once, and its slots for them
 _SWIZZLED = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)  # what wgmma reads: rows of 128 bytes
-# Columns of tiles that are walked side by side. L2 holds what they read.
-_WALKED = 8
-# The second of the warpgroups begins so many steps late, so that one stores while the other multiplies.
-_LAG = 2
-# Of a thread that loads, and of one that multiplies: 40 * 128 + 232 * 256 are the registers of an SM.
+_WALKED = 8  # columns of tiles that are walked side by side, so that L2 holds what they read
+_LAG = 2  # steps that the second of these warpgroups begins late, so that one stores while the other multiplies
+# Of a thread that loads, and of one that multiplies. 40 * 128 + 232 * 256 are the 168 * 384 that a program is launched
+# with: for more it would wait forever.
 _REGISTERS = 40, 232
 
 # Names that must differ from the axes of a user's mesh.
@@ -240,8 +239,9 @@ def _program(hidden, weight, q_weight, k_weight, table, *refs, sizes: _Sizes, op
             def _(turn):
                 token, head = tile(turn)
                 token = token + warpgroup * _ROWS
-                is_k = (head >= 2 * sizes.num_q_heads) & (head < sizes.heads - sizes.num_kv_heads)
-                is_normed = ((head < 2 * sizes.num_q_heads) & (lax.rem(head, 2) == 0)) | is_k
+                behind_q = head - 2 * sizes.num_q_heads
+                is_of_q = behind_q < 0  # q or its gate; else k or v
+                is_normed = lax.select(is_of_q, lax.rem(head, 2) == 0, behind_q < sizes.num_kv_heads)
 
                 # Loaded before the product, whose first step waits for memory too.
                 cos, sin = _angles(sizes, options, table.dtype, positions)(token, table, *positions)
@@ -266,37 +266,29 @@ def _program(hidden, weight, q_weight, k_weight, table, *refs, sizes: _Sizes, op
 
                 product = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((_ROWS, HEAD_DIM), jnp.float32))
 
-                def store(rows, to_k_or_v, to_q_or_gate):
-                    """By chunks of columns; those of k and v come after the ones of q and gates."""
+                def store(rows, of_q, of_kv):
+                    """Into one of two arrays, a chunk of columns at a time."""
+                    own = lax.select(is_of_q, lax.div(head, 2), lax.rem(behind_q, sizes.num_kv_heads))
                     for chunk in range(HEAD_DIM // _CHUNK):
                         slot = slots_smem.at[warpgroup * _SLOTS + chunk % _SLOTS]
                         plgpu.wait_smem_to_gmem(_SLOTS - 1, wait_read_only=True)
                         _put(chunk * _CHUNK, dtype)(rows, slot)
                         plgpu.commit_smem()
-
-                        def copy(array, first, *, slot=slot, chunk=chunk):
-                            columns = pl.ds(first * HEAD_DIM + chunk * _CHUNK, _CHUNK)
-                            plgpu.copy_smem_to_gmem(slot, array.at[pl.ds(token, _ROWS), columns])
-
+                        here = pl.ds(token, _ROWS), pl.ds(own * HEAD_DIM + chunk * _CHUNK, _CHUNK)
                         lax.cond(
-                            head < 2 * sizes.num_q_heads,
-                            functools.partial(copy, to_q_or_gate, lax.div(head, 2)),
-                            functools.partial(copy, *to_k_or_v),
+                            is_of_q,
+                            functools.partial(plgpu.copy_smem_to_gmem, slot, of_q.at[*here]),
+                            functools.partial(plgpu.copy_smem_to_gmem, slot, of_kv.at[*here]),
                         )
 
-                lax.cond(
-                    is_normed,
-                    lambda: store(
-                        _normed_rows(options, dtype, table.dtype, q_weight.dtype)(
-                            product, cos, sin, is_k.astype(jnp.int32), q_weight, k_weight
-                        ),
-                        (k, head - 2 * sizes.num_q_heads),
-                        q,
-                    ),
-                    lambda: store(
-                        _copied_rows(dtype)(product), (v, head - 2 * sizes.num_q_heads - sizes.num_kv_heads), gate
-                    ),
-                )
+                def store_normed():
+                    rows_of = _normed_rows(options, dtype, table.dtype, q_weight.dtype)
+                    store(rows_of(product, cos, sin, is_of_q.astype(jnp.int32), q_weight, k_weight), q, k)
+
+                def store_copied():
+                    store(_copied_rows(dtype)(product), gate, v)
+
+                lax.cond(is_normed, store_normed, store_copied)
 
             plgpu.wait_smem_to_gmem(0)
 
@@ -420,10 +412,10 @@ def _angles(sizes: _Sizes, options: Options, dtype: jnp.dtype, positions: list) 
 def _normed_rows(options: Options, dtype: jnp.dtype, table_dtype: jnp.dtype, weight_dtype: jnp.dtype) -> Callable:
     """Rows (64, D) of q or of k."""
 
-    def body(context, product, cos, sin, is_k, q_weight, k_weight):
+    def body(context, product, cos, sin, is_q, q_weight, k_weight):
         del context
-        both = [Pointer.to(weight, weight_dtype).address for weight in (k_weight, q_weight)]
-        weight = Pointer(arith.select(Int(is_k.registers.item()).equals(1).value, *both), weight_dtype)
+        both = [Pointer.to(weight, weight_dtype).address for weight in (q_weight, k_weight)]
+        weight = Pointer(arith.select(Int(is_q.registers.item()).equals(1).value, *both), weight_dtype)
         words = _words_of(product, FLOAT32), _words_of(cos, table_dtype), _words_of(sin, table_dtype)
         return _as_array(normed(*words, weight, dtype=dtype, table_dtype=table_dtype, options=options), dtype)
 
