@@ -11,6 +11,7 @@ below 262144. Here frequencies and angles are float64 and each table element is 
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import operator
@@ -218,7 +219,26 @@ def cos_sin_rows(
         raise TypeError(f"positions must have an integer or floating dtype, got {got}. Cast them with astype.")
     reads = _check_mrope(mrope_section, mrope_layout, len(frequencies), positions.shape)
 
-    whole, fraction, exists = _split(positions)
+    rows: jax.Array = _rows(
+        _split(positions) if isinstance(positions, np.ndarray) else positions,
+        tuple(map(float, frequencies)),
+        factor,
+        None if reads is None else tuple(map(int, reads)),
+        out_dtype,
+    )
+    return rows
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))  # over a mesh XLA compiles each eager operation anew
+def _rows(
+    positions: jax.Array | tuple[Any, Any, Any],
+    frequencies: tuple[float, ...],
+    factor: float,
+    reads: tuple[int, ...] | None,
+    out_dtype: np.dtype,
+) -> jax.Array:
+    """`cos_sin_rows` of positions, or of what `_split` makes of them."""
+    whole, fraction, exists = positions if isinstance(positions, tuple) else _split(positions)
     turn = _turns(frequencies, *(_of_each_frequency(x, reads) for x in (whole, fraction) if x is not None))
     quarter = (turn + 2**29) >> 30  # the nearest quarter turn, 0 to 4; the sum wraps: 4 is 0
     angle = (turn - (quarter << 30)).astype(jnp.int32).astype(jnp.float32) * np.float32(2 * math.pi / 2**32)
@@ -303,19 +323,19 @@ def _split(positions: jax.Array | np.ndarray) -> tuple[Any, Any, Any]:
     return whole.astype(np.uint32), ((positions - whole) * 2.0**32).astype(np.uint32), exists
 
 
-def _of_each_frequency(x: jax.Array | np.ndarray, reads: np.ndarray | None) -> jax.Array:
+def _of_each_frequency(x: jax.Array | np.ndarray, reads: tuple[int, ...] | None) -> jax.Array:
     """x (...) as (..., 1), or of x (n, ...) the row that each frequency reads, (..., R/2)."""
     x = jnp.asarray(x)
     if reads is None:
         return x[..., None]
-    reads = reads.reshape((1,) * (x.ndim - 1) + reads.shape)
+    row_of_each = np.reshape(reads, (1,) * (x.ndim - 1) + (-1,))
     picked = x[0][..., None]
     for row in range(1, x.shape[0]):
-        picked = jnp.where(reads == row, x[row][..., None], picked)
+        picked = jnp.where(row_of_each == row, x[row][..., None], picked)
     return picked
 
 
-def _turns(frequencies: np.ndarray, whole: jax.Array, fraction: jax.Array | None = None) -> jax.Array:
+def _turns(frequencies: Sequence[float], whole: jax.Array, fraction: jax.Array | None = None) -> jax.Array:
     """What frequency times position has beyond whole turns, uint32 (..., R/2) in 2^-32 turns."""
     steps = [round(Fraction(float(f)) / _TURN * 2**64) for f in frequencies]  # per position, in 2^-64 turns
     coarse = [(step + 2**31) >> 32 for step in steps]  # in 2^-32 turns

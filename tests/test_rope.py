@@ -258,7 +258,8 @@ def test_mrope_computes_each_angle_once():
     def rows(positions):
         return rope.cos_sin_rows(positions, np.geomspace(1, 1e-3, 8), mrope_section=(3, 3, 2))
 
-    steps = jax.make_jaxpr(rows)(jnp.zeros((3, 5), jnp.int32)).jaxpr.eqns
+    (program,) = jax.make_jaxpr(rows)(jnp.zeros((3, 5), jnp.int32)).jaxpr.eqns
+    steps = program.params["jaxpr"].jaxpr.eqns
     shapes = [step.outvars[0].aval.shape for step in steps if step.primitive.name in ("cos", "sin")]
     assert shapes == [(5, 8), (5, 8)]
 
