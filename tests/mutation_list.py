@@ -1175,6 +1175,30 @@ MUTATIONS = [
         ),
     ),
     *_in(
+        "pallas_qk/_projection_api.py",
+        (
+            "projection: norm_beta left out",
+            "        norm_beta,\n        mrope_layout,",
+            "        0.0,\n        mrope_layout,",
+            tests_of("projection", "test_it_is_the_product_and_the_op"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_projection.py",
+        (
+            "projection: what the kernel can't do isn't refused",
+            "    if implementation == KERNEL:\n",
+            "    if False:\n",
+            tests_of("projection", "test_what_the_kernel_can_not_do"),
+        ),
+        (
+            "projection: by kernel whatever is asked for",
+            "if call.implementation == KERNEL else",
+            "if call.implementation != 'xla' else",
+            tests_of("projection", "test_none_never_takes_it"),
+        ),
+    ),
+    *_in(
         "pallas_qk/_projection_op.py",
         (
             "projection: the product kept for the backward",
