@@ -5,6 +5,7 @@ is exact in float32, whatever the order of its sums. Without one its programs ar
 what is around it runs with the definition in its place.
 """
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -36,6 +37,14 @@ WIDTH = 64
 FORWARD = "pallas_qk_mosaic_gpu_projection_forward"
 BACKWARD = ["pallas_qk_mosaic_gpu_backward", "pallas_qk_mosaic_gpu_sum"]
 BY_KERNEL = "mosaic_gpu"
+
+
+@pytest.fixture(autouse=True)
+def place(request):
+    """On a GPU those tests alone that are marked so: the others compare sums of products in bits."""
+    on_a_gpu = request.node.get_closest_marker("gpu")
+    with contextlib.nullcontext() if on_a_gpu else jax.default_device(jax.devices("cpu")[0]):
+        yield
 
 
 def num_columns(case: Case) -> int:
@@ -427,7 +436,6 @@ def epilogue(product, weight, table, positions, *, case: Case):
     return launch("epilogue", thread, arrays, out, num_programs=len(product) // 64, num_warpgroups=1)
 
 
-@pytest.mark.usefixtures("on_the_host")
 @pytest.mark.parametrize("changes", EPILOGUES.values(), ids=EPILOGUES)
 def test_the_epilogue_has_the_bits_of_the_op(changes):
     case = dataclasses.replace(Case(70, 1, 1, max_position=100), **changes)
