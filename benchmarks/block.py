@@ -21,7 +21,8 @@ from tests import forms
 from tests.cases import Case, Inputs, random_normal
 from tests.compare import compare_bits
 
-IN_PLACE = "_in_place"  # the end of a name: copy_gate=False
+# The ends of names, by form of the gate: copy_gate=True, False and "never".
+ENDINGS = {"copied": "", "in_place": "_in_place", "handed_on": "_never"}
 
 
 def block(op: Op) -> Op:
@@ -29,20 +30,22 @@ def block(op: Op) -> Op:
 
     def run(attended, *arrays):
         *outputs, gate = op(*arrays)
+        if isinstance(gate, pallas_qk.Gate):
+            return *outputs, pallas_qk.apply_gate(attended, gate)
         return *outputs, attended * jax.nn.sigmoid(gate)
 
     return run
 
 
 def blocks(case: Case, names: Iterable[str]) -> dict[str, Op]:
-    """The blocks by the names of their rows: each implementation with its gate copied and left in place, plain jnp."""
-    found = {}
-    for name in names:
-        if name in JAX_OPS:
-            found[name] = block(JAX_OPS[name](case))
-        if name in pallas_qk.IMPLEMENTATIONS:
-            found[f"{name}{IN_PLACE}"] = block(JAX_OPS[name](dataclasses.replace(case, gate="in_place")))
-    return found
+    """The blocks by the names of their rows: each implementation with each form of the gate, and plain jnp."""
+    forms_of = {name: ENDINGS if name in pallas_qk.IMPLEMENTATIONS else {"copied": ""} for name in names}
+    return {
+        f"{name}{ending}": block(JAX_OPS[name](dataclasses.replace(case, gate=gate)))
+        for name, endings in forms_of.items()
+        if name in JAX_OPS
+        for gate, ending in endings.items()
+    }
 
 
 def arrays_of(case: Case, inputs: Inputs) -> tuple[jax.Array, ...]:
@@ -61,7 +64,7 @@ def check_forward(case: Case, inputs: Inputs, providers: Mapping[str, Builder], 
 
     def compare(name: str, got) -> Agreement:
         q, k, *vs, gated = got
-        implementation = name.removesuffix(IN_PLACE)
+        implementation = name.removesuffix(ENDINGS["in_place"]).removesuffix(ENDINGS["handed_on"])
         compared = agreement(implementation, case, (q, k, gate_want), (q_want, k_want, gate_want), platform="gpu")
         same_v = all(compare_bits("v", x, v).differing == 0 for x in vs)
         kept = compared.kept and same_v and relative_error(gated, gated_want) <= 4 * float(jnp.finfo(case.dtype).eps)

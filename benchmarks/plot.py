@@ -39,6 +39,7 @@ STYLES |= FORMS
 # What the ends of names mean.
 VARIANTS = {
     "_in_place": ("gate in place", ":"),
+    "_never": ("gate handed on", "-."),
     "_alone": ("k and v returned, no cache", "-."),
     "_then_set": ("then .at[slots].set", ":"),
     "_then_op": ("after the product", "-."),

@@ -3,9 +3,10 @@
 python -m examples.gated_attention
 
 Query, gate, key and value come from one packed projection, which the op takes as it is and writes out as attention
-wants it. With a cache the op's kernel writes key and value there too. The gate stays where it lies and is read by the
-product with attention's output. XLA would merge three projections of one array into one product, whose slices are
-copies. Barriers keep three projections apart: see docs/porting.md and examples/train_step.py.
+wants it. With a cache the op's kernel writes key and value there too. The gate stays where it lies: the product with
+attention's output reads it there, and writes its gradient there. XLA would merge three projections of one array into
+one product, whose slices are copies. Barriers keep three projections apart: see docs/porting.md and
+examples/train_step.py.
 
 B batch, S sequence, E hidden size, Hq and Hkv query and kv heads, D head_dim, R rotary_dim, L cache length.
 """
@@ -61,14 +62,14 @@ def op_options(config: Config, positions: jax.Array) -> dict[str, Any]:
         "rotary_dim": config.rotary_dim,
         "mrope_section": config.mrope_section if positions.ndim == 3 else None,
         "norm_beta": 1.0,
-        "copy_gate": False,
+        "copy_gate": "never",
     }
 
 
 def project(
     parameters: Parameters, hidden: jax.Array, positions: jax.Array, cos_sin_cache: jax.Array, config: Config
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """hidden (B, S, E) to query (B, S, Hq, D), key and value (B, S, Hkv, D) and the raw gate (B, S, Hq*D)."""
+) -> tuple[jax.Array, jax.Array, jax.Array, pallas_qk.Gate]:
+    """hidden (B, S, E) to query (B, S, Hq, D), key and value (B, S, Hkv, D), and the gate where it lies."""
     q, k, v, gate = pallas_qk.fused_qkv_rmsnorm_rope_gate(
         hidden @ parameters.qkv,
         parameters.q_norm,
@@ -116,11 +117,10 @@ def project_into(
     return outputs._replace(**heads), cache._replace(k=k_cache, v=v_cache)
 
 
-def combine(parameters: Parameters, attended: jax.Array, gate: jax.Array) -> jax.Array:
-    """Attention's output (B, S, Hq, D) and the raw gate (B, S, Hq*D) to (B, S, E)."""
-    # In float32 inside the one fusion: of a bfloat16 gate XLA rounds every step of the sigmoid, transformers the last.
-    opened = jax.nn.sigmoid(gate.astype(jnp.float32)).astype(gate.dtype)
-    return (attended.reshape(gate.shape) * opened) @ parameters.out
+def combine(parameters: Parameters, attended: jax.Array, gate: pallas_qk.Gate) -> jax.Array:
+    """Attention's output (B, S, Hq, D) and the gate to (B, S, E)."""
+    gated = pallas_qk.apply_gate(attended, gate)
+    return gated.reshape(*gated.shape[:-2], -1) @ parameters.out
 
 
 Attention = str | Callable | None  # "xla", "cudnn", a function of what `attend` takes, or what `default_attention` says

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.typing import DTypeLike
@@ -31,13 +31,13 @@ def fused_qk_rmsnorm_rope_gate(
     mrope_section: Sequence[int] | None = None,
     norm_beta: float = 0.0,
     *,
-    copy_gate: bool = True,
+    copy_gate: bool | Literal["never"] = True,
     mrope_layout: MropeLayout = "interleaved",
     rotation: RotationName = "halves",
     round_norm: bool = True,
     norm_order: NormOrder = "norm_first",
     implementation: Implementation | None = None,
-) -> tuple[jax.Array, Any, jax.Array]:
+) -> tuple[jax.Array, Any, Any]:
     """Normalises and rotates q and k per head and splits off the gate, in one pass over memory.
 
     Per head, x is a row of D elements, w its weight and p its token's position. RMSNorm in float32, rounded to x's
@@ -79,7 +79,8 @@ def fused_qk_rmsnorm_rope_gate(
       mrope_section: three counts that sum to R/2, of the frequencies that read each row of `positions`.
       norm_beta: added to both weights in float32, 1.0 for Gemma-style weights; a Python number.
       copy_gate: if False, the kernel doesn't copy the gate: gate_out is an XLA slice of `q_gate`, which fuses into its
-        consumer, such as `attended * jax.nn.sigmoid(gate_out)`. Its gradient comes from the one backward kernel.
+        consumer, such as `attended * jax.nn.sigmoid(gate_out)`. Its gradient comes from the one backward kernel. If
+        "never", that gradient isn't copied either: the third result is a `Gate`, which only `apply_gate` takes.
       mrope_layout: "interleaved": frequency j reads row a (1 or 2) where j % 3 == a and j < 3 * mrope_section[a], and
         row 0 elsewhere (Qwen3-VL, Qwen3.5). "sectioned": the first mrope_section[0] frequencies read row 0, the next
         mrope_section[1] row 1, the others row 2 (Qwen2-VL).
@@ -96,7 +97,7 @@ def fused_qk_rmsnorm_rope_gate(
 
     Returns:
       q_out (..., Hq*D) or (..., Hq, D), k_out in the shape of `k` or None, and gate_out in the shape of q_out, in the
-      dtype of `q_gate`; the gate is raw.
+      dtype of `q_gate`; the gate is raw. With copy_gate="never" a `Gate` takes its place.
 
     Raises:
       ValueError: a shape or a value breaks a rule above, or a head is cut across devices. Where the compiler alone
@@ -157,7 +158,7 @@ def fused_qk_rmsnorm_rope_gate(
     outputs = call(
         Function("fused_qk_rmsnorm_rope_gate"),
         Inputs(q_gate, k, q_weight, k_weight, cos_sin_cache, positions),
-        "copied" if _checks.check_copy_gate(copy_gate) else "in_place",
+        _checks.check_copy_gate(copy_gate),
         eps,
         (num_q_heads, num_kv_heads, head_dim, rotary_dim),
         mrope_section,
@@ -243,14 +244,14 @@ def fused_qkv_rmsnorm_rope_gate(
     mrope_section: Sequence[int] | None = None,
     norm_beta: float = 0.0,
     *,
-    copy_gate: bool = True,
+    copy_gate: bool | Literal["never"] = True,
     mrope_layout: MropeLayout = "interleaved",
     rotation: RotationName = "halves",
     round_norm: bool = True,
     norm_order: NormOrder = "norm_first",
     v_norm: bool = False,
     implementation: Implementation | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
     """`fused_qk_rmsnorm_rope_gate` for q, gate, k and v from one projection, which it takes apart without a copy.
 
     Args:
@@ -265,7 +266,7 @@ def fused_qkv_rmsnorm_rope_gate(
 
     Returns:
       q_out (..., Hq*D), k_out (..., Hkv*D), v_out (..., Hkv*D), which is v as it is unless `v_norm`, and gate_out
-      (..., Hq*D); with an axis of heads where three arrays have one.
+      (..., Hq*D), or a `Gate`; with an axis of heads where three arrays have one.
 
     Sharding:
       Of three arrays, that of `fused_qk_rmsnorm_rope_gate`. Of a packed one, leading axes only: the parts of its last
@@ -286,7 +287,7 @@ def fused_qkv_rmsnorm_rope_gate(
     outputs = call(
         function,
         Inputs(q, k, q_weight, k_weight, cos_sin_cache, positions, v),
-        "copied" if _checks.check_copy_gate(copy_gate) else "in_place",
+        _checks.check_copy_gate(copy_gate),
         eps,
         (num_q_heads, num_kv_heads, head_dim, rotary_dim),
         mrope_section,

@@ -1,13 +1,14 @@
 """The public functions that write k and v into a KV cache."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
 from pallas_qk import _cache_checks, _checks
 from pallas_qk._array_checks import as_called
 from pallas_qk._call import call
+from pallas_qk._gate import Gate
 from pallas_qk._options import Implementation, MropeLayout, NormOrder, RotationName
 from pallas_qk._rows import Inputs
 
@@ -16,7 +17,7 @@ class CacheOutputs(NamedTuple):
     """The results of a function that writes a KV cache: a named tuple, and so a pytree."""
 
     q: jax.Array  #: normalised and rotated; (..., Hq*D), or (..., Hq, D) where q was given with an axis of heads
-    gate: jax.Array | None  #: unchanged, in the shape of `q`; None for q without gates
+    gate: jax.Array | Gate | None  #: unchanged, in the shape of `q`, or a `Gate`; None for q without gates
     kv_cache: tuple[jax.Array, jax.Array] | jax.Array  #: with the tokens' rows, in the form in which it was given
     k: jax.Array | None  #: normalised and rotated; (..., Hkv*D) or (..., Hkv, D); None unless `return_kv`
     v: jax.Array | None  #: unchanged unless `v_norm`, in the shape of `k`; None unless `return_kv`
@@ -43,7 +44,7 @@ def fused_qkv_rmsnorm_rope_gate_cache(
     k_scale: jax.Array | float | None = None,
     v_scale: jax.Array | float | None = None,
     return_kv: bool = False,
-    copy_gate: bool = True,
+    copy_gate: bool | Literal["never"] = True,
     mrope_layout: MropeLayout = "interleaved",
     rotation: RotationName = "halves",
     round_norm: bool = True,
@@ -131,7 +132,7 @@ def fused_qkv_rmsnorm_rope_gate_cache(
         qkv,
         (q_weight, k_weight, cos_sin_cache, positions),
         (kv_cache, slot_mapping, cache_axes, layer, k_scale, v_scale, return_kv),
-        "copied" if _checks.check_copy_gate(copy_gate) else "in_place",
+        _checks.check_copy_gate(copy_gate),
         eps,
         (num_q_heads, num_kv_heads, head_dim, rotary_dim),
         mrope_section,

@@ -13,6 +13,7 @@ from jax import lax
 
 from pallas_qk import _array_checks, _cache_checks, _checks, _implementations, _mesh_checks, _passed
 from pallas_qk._array_checks import Function
+from pallas_qk._gate import of_call
 from pallas_qk._implementations import IMPLEMENTATIONS
 from pallas_qk._options import Options, Spec
 from pallas_qk._rows import CACHES, Call, Inputs, Outputs, head_dim_of
@@ -148,15 +149,18 @@ def _run(inputs: Inputs, *, name: str, call: Call, split: bool) -> Outputs:
     for scale in _SCALES:
         if (x := getattr(inputs, scale)) is not None:  # a Python number that went through a jit may have another dtype
             inputs = inputs._replace(**{scale: x.reshape(-1).astype(jnp.float32)})
-    passing = {}
+    passing: dict[str, Any] = {}
     if inputs.v is not None and not call.options.separate_v:
         passing = {"v": lax.convert_element_type(inputs.v, inputs.v.dtype)}  # without a weak type
         inputs = inputs._replace(v=None)
     with jax.named_scope(name):
-        if not split:
-            return _derivatives.forward(call, inputs)._replace(**passing)
-        rows = {name: x for name in ("q", "k", "v") if (x := getattr(inputs, name)) is not None}
+        rows = {name: x for name in ("q", "k", "v") if (x := getattr(inputs, name)) is not None} if split else {}
         outputs = _derivatives.forward(call, inputs._replace(**{name: _flat(x) for name, x in rows.items()}))
+        if call.options.gate == "handed_on":
+            passing["gate"] = of_call(outputs.gate, call, inputs)
+            outputs = outputs._replace(gate=None)
+        if not split:
+            return outputs._replace(**passing)
         head_dim = head_dim_of(inputs, call.options)
         in_heads = {
             name: x.reshape(*x.shape[:-1], x.shape[-1] // head_dim, head_dim)

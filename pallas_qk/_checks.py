@@ -193,9 +193,19 @@ def check_no_table(has_positions: bool, has_mrope_section: bool) -> None:
         )
 
 
-def check_copy_gate(copy_gate: bool) -> bool:
-    remedy = "Pass False to leave the gate where it lies, for XLA to fuse into what reads it."
-    return check_bool("copy_gate", copy_gate, remedy)
+def check_copy_gate(copy_gate: bool | str) -> str:
+    """`Options.gate`."""
+    if copy_gate is True:
+        return "copied"
+    if copy_gate is False:
+        return "in_place"
+    if isinstance(copy_gate, str) and copy_gate == "never":
+        return "handed_on"
+    error = ValueError if isinstance(copy_gate, str) else TypeError
+    raise error(
+        f"copy_gate must be True, False or 'never', known when tracing, got {describe(copy_gate)}. "
+        "Pass False to leave the gate where it lies, for XLA to fuse into what reads it."
+    )
 
 
 def check_implementation(implementation: str | None, known: tuple[str, ...]) -> None:

@@ -20,7 +20,7 @@ from pallas_qk import _op, _reference
 from pallas_qk._batching import batch, register_batching
 from pallas_qk._op import backward_p, forward_p
 from pallas_qk._primitive import compiler_partitioned, lower_untyped, primitive
-from pallas_qk._rows import Call, Inputs, Outputs, as_outputs, axes, flat_output_types, on_heads
+from pallas_qk._rows import Call, Inputs, Outputs, as_outputs, axes, flat_output_types, on_heads, with_handed_on
 
 forward = _op.forward  # the differentiable op
 
@@ -81,7 +81,8 @@ def _forward_jvp(
             f"what writes a KV cache must not be differentiated, got tangents of {moved}. Call the function without a "
             "cache and write its k and v with .at[].set, or stop them with jax.lax.stop_gradient."
         )
-    outputs = forward(call, inputs)
+    # The input itself, not another name for it, of which a loop over layers would keep both.
+    outputs = with_handed_on(forward(call, inputs), inputs, call.options)
     return jax.tree.leaves(outputs), jax.tree.leaves(_tangent_of(call, inputs, moving))
 
 
@@ -96,7 +97,7 @@ def _tangent_transpose(cotangents: Sequence[Any], *args: Any, call: Call, tree: 
         gradients["cos_sin_cache"] = _table_gradient(call, inputs, cotangents)
     moved = [(name, tangent) for name, tangent in tangents._asdict().items() if tangent is not None]
     return [None] * len(jax.tree.leaves(inputs)) + [
-        _sum_to(gradients[name], tangent.aval) if ad.is_undefined_primal(tangent) else None for name, tangent in moved
+        sum_to(gradients[name], tangent.aval) if ad.is_undefined_primal(tangent) else None for name, tangent in moved
     ]
 
 
@@ -114,7 +115,7 @@ def _table_gradient(call: Call, inputs: Inputs, cotangents: Outputs) -> jax.Arra
     return compiler_partitioned(gradient, jax.typeof(inputs.cos_sin_cache).sharding)(inputs, cotangents)
 
 
-def _sum_to(gradient: jax.Array, aval: Any) -> jax.Array:
+def sum_to(gradient: jax.Array, aval: Any) -> jax.Array:
     """The gradient summed over the manual axes along which the input did not vary, then rounded to its dtype."""
     summed = jax.typeof(gradient).manual_axis_type.varying - aval.manual_axis_type.varying
     return (lax.psum(gradient, tuple(summed)) if summed else gradient).astype(aval.dtype)
@@ -122,7 +123,7 @@ def _sum_to(gradient: jax.Array, aval: Any) -> jax.Array:
 
 def _tangent_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: Call, tree: PyTreeDef) -> tuple[Any, Any]:
     outputs = tangent_p.bind(*primals, call=call, tree=tree)
-    return outputs, _further_derivative(functools.partial(_tangent, call), tree, primals, tangents, outputs)
+    return outputs, further_derivative(functools.partial(_tangent, call), tree, primals, tangents, outputs)
 
 
 def _backward_jvp(
@@ -131,10 +132,10 @@ def _backward_jvp(
     del body
     outputs = jax.tree.leaves(_op.backward(call, *jax.tree.unflatten(tree, primals)))
     function = functools.partial(on_heads, _reference.backward, call.options)
-    return outputs, _further_derivative(function, tree, primals, tangents, outputs)
+    return outputs, further_derivative(function, tree, primals, tangents, outputs)
 
 
-def _further_derivative(
+def further_derivative(
     function: Callable[..., Any],
     tree: PyTreeDef,
     primals: Sequence[Any],

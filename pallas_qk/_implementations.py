@@ -36,7 +36,10 @@ class Choice(NamedTuple):
 
 
 def module(name: str) -> ModuleType:
-    """An implementation: `forward`, `backward`, `unsupported`. A GPU's is imported on first use, in 70 to 300 ms."""
+    """An implementation: `forward`, `backward`, `gate_backward`, `unsupported`.
+
+    A GPU's is imported on first use, in 70 to 300 ms.
+    """
     return _reference if name == "xla" else importlib.import_module(_GPU_FOLDERS[name])
 
 

@@ -25,6 +25,7 @@ from pallas_qk._rows import (
     Gradients,
     Inputs,
     Outputs,
+    Product,
     as_gradients,
     as_outputs,
     axes,
@@ -54,7 +55,14 @@ def backward(call: Call, inputs: Inputs, cotangents: Outputs) -> Gradients:
     return as_gradients(call.options, gradients)
 
 
-def result_types(results: Outputs | Gradients, options: Options, operands: tuple[Any, ...]) -> list[Any]:
+def gate_backward(call: Call, inputs: Inputs, operands: Product) -> Product:
+    """The cotangents of the gate, where it lies, and of attended, from that of their product."""
+    both = inputs, operands
+    leaves, tree = jax.tree.flatten(both)
+    return Product(*gate_backward_p.bind(*leaves, call=call, tree=tree, body=program("gate_backward", call, both)))
+
+
+def result_types(results: Outputs | Gradients | Product, options: Options, operands: tuple[Any, ...]) -> list[Any]:
     """Types of results that have a shape and dtype: sharded as what they are like, varying as what they depend on."""
     inputs, types = operands[0], []
     like: tuple[Any, ...]
@@ -65,6 +73,9 @@ def result_types(results: Outputs | Gradients, options: Options, operands: tuple
             for array, kinds in kinds_in_outputs(options).items()
         ]
         like, reads = as_outputs(options, sources), read_by_outputs(options, *operands)
+    elif isinstance(results, Product):
+        attended = operands[1].attended
+        like, reads = Product(inputs.q, attended, attended), Product(*[jax.tree.leaves(operands)] * 3)
     else:
         like, reads = differentiated(inputs), read_by_gradients(options, *operands)
     mesh = jax.sharding.get_abstract_mesh()
@@ -108,6 +119,7 @@ def _op_primitive(name: str, direction: str, as_results: Callable[..., Any]) -> 
 
 forward_p = _op_primitive("fused_qk_rmsnorm_rope_gate", "forward", as_outputs)
 backward_p = _op_primitive("fused_qk_rmsnorm_rope_gate_backward", "backward", as_gradients)
+gate_backward_p = _op_primitive("apply_gate_backward", "gate_backward", lambda options, leaves: Product(*leaves))
 
 
 def _forward_batch(
@@ -166,5 +178,25 @@ def _backward_batch(
     return outputs, [0] * len(outputs)
 
 
+def _gate_backward_batch(
+    axis: Any,
+    args: Sequence[jax.Array],
+    dims: Sequence[int | None],
+    *,
+    call: Call,
+    tree: PyTreeDef,
+    body: ClosedJaxpr,
+) -> tuple[list[jax.Array], list[int]]:
+    del body
+
+    def bind(*args: jax.Array) -> list[jax.Array]:
+        return jax.tree.leaves(gate_backward(call, *jax.tree.unflatten(tree, args)))
+
+    names = jax.tree.leaves(axes(call.options, *jax.tree.unflatten(tree, args)))
+    outputs = batch(bind, names, axis, args, dims)
+    return outputs, [0] * len(outputs)
+
+
 register_batching(forward_p, _forward_batch)
 register_batching(backward_p, _backward_batch)
+register_batching(gate_backward_p, _gate_backward_batch)

@@ -24,7 +24,9 @@ class Options:
     norm_order: NormOrder = "norm_first"  # of rows that are rotated
     head_dim: int | None = None  # where there are no weights; else their length says it
     v_norm: bool = False  # whether v is normalised, without a weight
-    gate: str | None = "copied"  # by the kernel; "in_place": left in q, for XLA to slice; None: q has no gates
+    # "copied": by the kernel; "in_place": left in q, for XLA to slice; "handed_on": the result is q, see `Gate`;
+    # None: q has no gates.
+    gate: str | None = "copied"
     packed: tuple[int, int] | None = None  # (num_q_heads, num_kv_heads) where q, k and v are one array
     q_alone: bool = False  # there is neither k nor v
     separate_v: bool = False  # v is an array of its own

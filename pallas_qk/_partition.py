@@ -27,6 +27,7 @@ from pallas_qk._rows import (
     Call,
     Inputs,
     Outputs,
+    Product,
     as_gradients,
     axes,
     differentiated,
@@ -38,31 +39,33 @@ from pallas_qk._rows import (
     sources_of,
     split_axis,
     weights_in,
+    with_handed_on,
 )
 
 
 def on_one_device(direction: str, call: Call, tree: PyTreeDef, *leaves: jax.Array) -> list[jax.Array]:
     """The op on one device's arrays, by the implementation that is chosen there."""
-    run: Callable[..., Any] = _dispatch.forward if direction == "forward" else _dispatch.backward
+    run: Callable[..., Any] = getattr(_dispatch, direction)
     return _run_on_heads(functools.partial(run, implementation=call.implementation), call, tree, leaves, flatten=True)
 
 
 def in_plain_xla(direction: str, call: Call, tree: PyTreeDef, *leaves: jax.Array) -> list[jax.Array]:
     """The op on arrays of any sharding, which the compiler partitions as it does any other program."""
-    run: Callable[..., Any] = _reference.forward if direction == "forward" else _reference.backward
+    run: Callable[..., Any] = getattr(_reference, direction)
     return _run_on_heads(run, call, tree, leaves, flatten=False)
 
 
 def _run_on_heads(
     run: Callable[..., Any], call: Call, tree: PyTreeDef, leaves: Sequence[jax.Array], *, flatten: bool
 ) -> list[jax.Array]:
-    def with_rows_in_place(inputs: Inputs, *cotangents: Outputs, options: Options) -> Any:
+    def with_rows_in_place(inputs: Inputs, *others: Any, options: Options) -> Any:
         """Rows that no kernel writes are a slice, which XLA fuses into what reads it."""
-        results = run(inputs, *cotangents, options=options)
+        results = run(inputs, *others, options=options)
         if isinstance(results, Outputs):
             in_place = [name for name, kind in kinds_of(options).items() if not kind.targets]
             rows = _reference.parts(inputs, options) if in_place else {}
             results = results._replace(**{name: rows[name] for name in in_place})
+            results = with_handed_on(results, inputs, options)
         return results
 
     operands = jax.tree.unflatten(tree, leaves)
@@ -99,6 +102,8 @@ def _all_axes(direction: str, options: Options, operands: Sequence[Any]) -> tupl
     results: Any = differentiated(operands[0])
     if direction == "forward":
         results = Outputs(**dict.fromkeys(kinds_in_outputs(options), True))
+    elif direction == "gate_backward":
+        results = Product(q=True, attended=True)
     *of_operands, of_results = axes(options, *operands, results)
     return jax.tree.leaves(of_operands), jax.tree.leaves(of_results)
 
@@ -166,7 +171,7 @@ def partition(
     def one_device(*leaves: jax.Array) -> list[jax.Array]:
         sums = {"q_weight": tokens + heads["q"], "k_weight": tokens + heads["k"]}
         with without_mesh():
-            if direction == "forward" or not any(sums.values()):
+            if direction != "backward" or not any(sums.values()):
                 return on_one_device(direction, call, tree, *leaves)
             exact = call._replace(options=dataclasses.replace(call.options, round_dweights=False))
             gradients = as_gradients(call.options, on_one_device(direction, exact, tree, *leaves))

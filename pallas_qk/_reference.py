@@ -14,7 +14,9 @@ from pallas_qk._rows import (
     Gradients,
     Inputs,
     Outputs,
+    Product,
     Rows,
+    Source,
     as_outputs,
     gradient_types,
     head_dim_of,
@@ -76,19 +78,42 @@ def _start(kind: Rows) -> int:
     return kind.source.first - kind.source.first % kind.source.head
 
 
+def dense(inputs: Inputs, cotangents: Outputs, options: Options) -> Outputs:
+    """The cotangents of rows alone, without what else lies in arrays that are handed on."""
+    handed_on = {name: kind.source.array for name, kind in kinds_of(options).items() if kind.handed_on}
+    rows = {
+        name: parts(inputs._replace(**{array: getattr(cotangents, name)}), options)[name]
+        for name, array in handed_on.items()
+    }
+    return cotangents._replace(**rows)
+
+
 def _joined(rows: dict[str, jax.Array], options: Options) -> dict[str, jax.Array]:
     """The arrays of which `rows` are the parts."""
-    kinds, arrays = kinds_of(options), {}
-    for array, source in sources_of(kinds).items():
-        sections: dict[int, list[jax.Array]] = {}
-        for name in source.kinds:
-            sections.setdefault(_start(kinds[name]), []).append(rows[name])
-        joined = [xs[0] if len(xs) == 1 else jnp.concatenate(xs, axis=-1) for xs in sections.values()]
-        if source.heads is None:
-            flat = [x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1]) for x in joined]
-            joined = [jnp.concatenate(flat, axis=-1)]
-        (arrays[array],) = joined
-    return arrays
+    kinds = kinds_of(options)
+    return {array: _array_of(source, rows, kinds) for array, source in sources_of(kinds).items()}
+
+
+def _array_of(source: Source, rows: dict[str, jax.Array], kinds: dict[str, Rows]) -> jax.Array:
+    sections: dict[int, list[jax.Array]] = {}
+    for name in source.kinds:
+        sections.setdefault(_start(kinds[name]), []).append(rows[name])
+    joined = [xs[0] if len(xs) == 1 else jnp.concatenate(xs, axis=-1) for xs in sections.values()]
+    if source.heads is None:
+        flat = [x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1]) for x in joined]
+        joined = [jnp.concatenate(flat, axis=-1)]
+    (array,) = joined
+    return array
+
+
+def _alone(name: str, rows: jax.Array, options: Options) -> jax.Array:
+    """The array that holds one kind of rows, with zeros in the place of all others."""
+    *lead, num_heads, head_dim = rows.shape
+    heads = dict(zip(("q", "k"), options.packed or (num_heads, 0), strict=True))
+    kinds = kinds_of(options)
+    source = sources_of(kinds)[kinds[name].source.array]
+    zeros = {other: jnp.zeros((*lead, heads[kinds[other].heads], head_dim), rows.dtype) for other in source.kinds}
+    return _array_of(source, zeros | {name: rows}, kinds)
 
 
 def norm_and_rope(
@@ -142,7 +167,7 @@ def _over_rows(weight: jax.Array, x: jax.Array) -> jax.Array:
 
 def backward(inputs: Inputs, cotangents: Outputs, *, options: Options) -> Gradients:
     """Rounding counts as the identity. The table's gradient is left to `unrounded`."""
-    x, kinds = parts(inputs, options), kinds_of(options)
+    x, kinds, cotangents = parts(inputs, options), kinds_of(options), dense(inputs, cotangents, options)
     cos, sin = _cos_and_sin(inputs, options, past=None)
     gradients, dweights = {name: getattr(cotangents, name) for name in kinds}, {}
     for name, kind in kinds.items():
@@ -217,7 +242,49 @@ def unrounded(inputs: Inputs, *, options: Options) -> Outputs:
     for name, kind in kinds_of(options).items():
         if kind.normed:
             rows[name] = norm_and_rope(rows[name], kind)
+        if kind.handed_on:
+            rows[name] = _alone(name, rows[name], options)
     return as_outputs(options, list(rows.values()))
+
+
+def gated(inputs: Inputs, operands: Product, *, options: Options) -> Product:
+    """attended * sigmoid(gate): the sigmoid is computed in float32 and rounded, then the product is."""
+    gate, dtype = parts(inputs, options)["gate"], operands.attended.dtype
+    opened = jax.nn.sigmoid(gate.astype(jnp.float32))
+    if dtype == jnp.bfloat16:
+        opened = round_trip(opened, dtype)  # XLA doesn't widen float16 for a product, and so keeps that rounding
+    return Product(product=operands.attended * opened.astype(dtype))
+
+
+def gate_backward(inputs: Inputs, operands: Product, *, options: Options) -> Product:
+    """The cotangents of the gate, where it lies, and of attended, from that of the product; rounded once.
+
+    Beside the gate's a kernel writes nothing, and this zeros.
+    """
+    attended, dout = (x.astype(jnp.float32) for x in (operands.attended, operands.product))
+    opened, slope = _sigmoid_and_slope(parts(inputs, options)["gate"])
+    gate = (dout * attended * slope).astype(inputs.q.dtype)
+    return Product(_alone("gate", gate, options), (dout * opened).astype(inputs.q.dtype))
+
+
+def gate_tangent(inputs: Inputs, operands: Product, tangents: Product, *, options: Options) -> Product:
+    """The tangent of the product, rounded once, from those of `Inputs.q` and of attended; None: it doesn't move."""
+    opened, slope = _sigmoid_and_slope(parts(inputs, options)["gate"])
+    terms = []
+    if tangents.attended is not None:
+        terms.append(tangents.attended.astype(jnp.float32) * opened)
+    if tangents.q is not None:
+        moving = parts(inputs._replace(q=tangents.q), options)["gate"].astype(jnp.float32)
+        terms.append(operands.attended.astype(jnp.float32) * moving * slope)
+    return Product(product=sum(terms[1:], terms[0]).astype(inputs.q.dtype))
+
+
+def _sigmoid_and_slope(gate: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """In float32. 1 - sigmoid would lose what is left of it where the gate is large."""
+    gate = gate.astype(jnp.float32)
+    below = jnp.exp(-jnp.abs(gate))
+    above = 1 / (1 + below)
+    return jnp.where(gate < 0, below * above, above), below * above * above
 
 
 def _inv_rms(x: jax.Array, eps: float) -> jax.Array:

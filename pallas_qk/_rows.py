@@ -55,6 +55,9 @@ class Rows(NamedTuple):
     weight: str | None = None  # of the norm, a field of Inputs; None: it has none
     # Frequency j < R/2 rotates elements j and j + R/2, or of pairs 2j and 2j + 1; None: the rows are not rotated.
     rotation: RotationName | None = None
+    # The result is the array at the source, and its cotangent another one, which has these rows where their gradient
+    # belongs. Its other elements mean nothing, and nothing reads them.
+    handed_on: bool = False
 
     def ahead(self, heads: int) -> "Rows":
         """The rows so many heads further on."""
@@ -89,6 +92,17 @@ class Outputs(NamedTuple):
     gate: Any = None  # (T, Hq, D)
     k_cache: Any = None  # as in Inputs
     v_cache: Any = None
+
+
+class Product(NamedTuple):
+    """What the product of attention's result with sigmoid(gate) takes and gives next to `Inputs.q`, which has the gate.
+
+    None where an operand or a result has no such array.
+    """
+
+    q: Any = None  # the cotangent of `Inputs.q`: the gate's rows, and what nobody reads
+    attended: Any = None  # (T, Hq, D), or its cotangent
+    product: Any = None  # (T, Hq, D), or its cotangent
 
 
 class Gradients(NamedTuple):
@@ -139,7 +153,7 @@ def rows_of(
         rows["v"] = Rows("k", v, (Place("v", d, kv_width),) if options.return_kv else (), options.v_norm)
     if options.gate is not None:
         targets = (Place("gate", d, num_q_heads * d),) if options.gate == "copied" else ()
-        rows["gate"] = Rows("q", q._replace(first=d), targets)
+        rows["gate"] = Rows("q", q._replace(first=d), targets, handed_on=options.gate == "handed_on")
     if options.cache_axes:
         for name, place in _places_in_cache(options, cache_shape, d).items():
             rows[name] = rows[name]._replace(targets=(*rows[name].targets, place))
@@ -173,6 +187,11 @@ def sharing(rows: Mapping[str, Rows], heads: str) -> tuple[dict[str, Rows], dict
 def stored(rows: Mapping[str, Rows]) -> dict[str, Rows]:
     """The kinds of rows that a kernel's forward stores."""
     return {name: kind for name, kind in rows.items() if kind.targets}
+
+
+def moved(rows: Mapping[str, Rows]) -> dict[str, Rows]:
+    """The kinds of rows whose gradient a kernel's backward writes."""
+    return {name: kind for name, kind in rows.items() if not kind.handed_on}
 
 
 def weight_of(arrays: Inputs, kind: Rows) -> Any:
@@ -261,6 +280,12 @@ def empty(outputs: Outputs) -> Outputs:
     return made
 
 
+def with_handed_on(outputs: Outputs, inputs: Inputs, options: Options) -> Outputs:
+    """The outputs with the arrays that are inputs themselves."""
+    kinds = kinds_of(options).items()
+    return outputs._replace(**{name: getattr(inputs, kind.source.array) for name, kind in kinds if kind.handed_on})
+
+
 def differentiated(inputs: Inputs) -> Gradients:
     """The arrays whose gradients the backward returns."""
     return Gradients(*(getattr(inputs, name) for name in Gradients._fields))
@@ -287,9 +312,10 @@ def flat_output_types(inputs: Inputs, options: Options) -> Outputs:
         if source.heads is not None:
             num_heads[source.heads] = getattr(inputs, array).shape[-1] // (len(source.kinds) * head_dim)
     lead, dtype = inputs.q.shape[:-1], inputs.q.dtype
-    return as_outputs(
+    rows = as_outputs(
         options, [jax.ShapeDtypeStruct((*lead, num_heads[kind.heads] * head_dim), dtype) for kind in kinds.values()]
     )
+    return with_handed_on(rows, inputs, options)
 
 
 def as_outputs(options: Options, leaves: Sequence[Any]) -> Outputs:
@@ -371,9 +397,11 @@ def axes(options: Options, *trees: Any) -> tuple[Any, ...]:
     k_cache, v_cache = (" ".join(f"{array}_{group}" for group in groups) for array in CACHES)
     k_scale, v_scale = ("scale_h" if per_head else "scale" for per_head in options.scale_per_head or (False, False))
     in_cache = k_cache, v_cache, "...", "layer", k_scale, v_scale
+    gate = q if options.gate == "handed_on" else "... q"
     of = {
         Inputs: Inputs(q, k, "lane", "lane", table, "row ...", names["v"], *in_cache),
-        Outputs: Outputs("... q", "... k", "... k", "... q", k_cache, v_cache),
+        Outputs: Outputs("... q", "... k", "... k", gate, k_cache, v_cache),
+        Product: Product(q, "... q", "... q"),
         Gradients: Gradients(q, k, names["v"], "lane", "lane"),
     }
 

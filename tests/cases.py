@@ -34,7 +34,7 @@ class Case:
     scale: float = 1.0
     weight_scale: float = 1.0
     # The form of the call, see tests/forms.py; the inputs of `make_inputs` and the definition are those of the first.
-    gate: str | None = "copied"  # "in_place": copy_gate=False; None: q without gates
+    gate: str | None = "copied"  # "in_place": copy_gate=False; "handed_on": "never"; None: q without gates
     packed: bool = False  # q, k and v in one array
     separate_v: bool = False  # v given beside q and k
     q_alone: bool = False  # without k

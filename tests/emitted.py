@@ -105,7 +105,7 @@ class Cache:
 class Form:
     """How a model holds its arrays."""
 
-    gate: str | None  # "copied", "in_place", or None without gates
+    gate: str | None  # "copied", "in_place", "handed_on" and multiplied with q, or None without gates
     packed: bool
     gathered: bool  # a row of the table for each token
     split: bool = False  # heads on an axis of their own
@@ -132,6 +132,8 @@ MAIN_FORMS = (
 FORMS = (
     *MAIN_FORMS,
     Form("copied", packed=False, gathered=False, split=True),
+    Form("handed_on", packed=False, gathered=False),
+    Form("handed_on", packed=True, gathered=False),
     _cached(Cache("b h s (c d)", "float32", return_kv=True), packed=False),
     _cached(Cache("l h b s d", slots_dtype="uint8"), None),
     _cached(Cache("c b s h d", slots_dtype="int64", return_kv=True), None, packed=False),
@@ -184,7 +186,9 @@ def has_scales(form: Form) -> bool:
 
 
 def is_there(form: Form) -> bool:
-    """Whether the package has the function, and that its scales."""
+    """Whether the package has the function, and that its scales, and what takes a gate that is handed on."""
+    if form.gate == "handed_on" and not hasattr(pallas_qk, "apply_gate"):
+        return False
     return hasattr(pallas_qk, form.function) and (not has_scales(form) or "k_scale" in _parameters(form))
 
 
@@ -212,8 +216,8 @@ def function_and_arguments(call: Call):
         "norm_beta": shape.norm_beta,
         "implementation": call.implementation,
     } | shape.options
-    if form.gate == "in_place":
-        static["copy_gate"] = False
+    if form.gate in ("in_place", "handed_on"):
+        static["copy_gate"] = False if form.gate == "in_place" else "never"
     op = getattr(pallas_qk, form.function)
 
     def array(*sizes: int, dtype: str = shape.dtype) -> jax.ShapeDtypeStruct:
@@ -245,7 +249,8 @@ def function_and_arguments(call: Call):
 
     def forward(*arrays):
         arrays = arrays if positions else (*arrays, None)
-        return op(*arrays, **static)
+        outputs = op(*arrays, **static)
+        return (*outputs[:-1], pallas_qk.apply_gate(outputs[0], outputs[-1])) if form.gate == "handed_on" else outputs
 
     differentiable = len(activations) + 2
 

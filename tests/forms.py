@@ -12,6 +12,7 @@ from pallas_qk import _rows
 from pallas_qk._options import Options
 from tests.cases import Case, Inputs, make_cotangents, make_inputs, random_normal
 
+COPY_GATE = {"copied": True, "in_place": False, "handed_on": "never"}  # by `Case.gate`
 # Of `op(case)`, as far as the case has them: fields of `_rows.Inputs`, what has a gradient first.
 ARGUMENTS = ("q", "k", "v", "q_weight", "k_weight", "cos_sin_cache", "positions")
 
@@ -26,8 +27,8 @@ def plain(case: Case) -> Case:
 def op(case: Case, implementation: str | None = None, **static: Any) -> Callable:
     """The public function of the case, of arrays alone."""
     static = case.static_arguments | {"mrope_layout": case.mrope_layout, "implementation": implementation} | static
-    if case.gate == "in_place":
-        static["copy_gate"] = False
+    if case.gate:
+        static["copy_gate"] = COPY_GATE[case.gate]
     if case.q_alone:
         static["num_kv_heads"] = 0
     if case.v_norm and has_v(case):

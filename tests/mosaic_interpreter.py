@@ -27,11 +27,12 @@ from tests.lowering import HOPPER_SMS, lowered
 WARP = 32
 
 
-def execute(function, *args, programs: slice = slice(None), num_sms: int = HOPPER_SMS):
+def execute(function, *args, programs: slice = slice(None), num_sms: int = HOPPER_SMS, partly: bool = False):
     """The results of `function(*args)`, which must be Mosaic GPU kernels in a row, with reshapes between them.
 
     Arguments and results are arrays, in any containers.
     `programs` of the first kernel's grid may be picked; the others leave their part of its results zero.
+    With `partly` a kernel may leave elements of its results, which are NaN then.
     """
     program = emitted(function, *args, num_sms=num_sms)
     arrays = {_Argument(i): np.asarray(arg) for i, arg in enumerate(jax.tree.leaves(args))}
@@ -45,6 +46,10 @@ def execute(function, *args, programs: slice = slice(None), num_sms: int = HOPPE
         with mlir.make_ir_context() as context:
             _Launch(inputs + results, picked).run(_module(context, kernel.code))
         new = [result for place, result in enumerate(results) if place not in kernel.updated]
+        if partly:
+            for result in new:
+                result.bytes[~result.written] = 0xFF
+                result.written[:] = True
         assert picked != slice(None) or all(result.written.all() for result in new), "a result is not written in full"
         for place, (result, out) in enumerate(zip(results, kernel.outputs, strict=True)):
             arrays[_Output(index, place)] = result.bytes.view(out.dtype).reshape(out.shape)
@@ -270,6 +275,7 @@ def _added_pairs(dtype):
 
 
 _PTX = {
+    "ex2.approx.ftz.f32": lambda x: _canonical(_flushed(np.exp2(x))),
     "rcp.approx.ftz.f32": lambda x: _canonical(_flushed(1 / _flushed(x))),
     "rsqrt.approx.ftz.f32": lambda x: _canonical((1 / np.sqrt(_flushed(x).astype(np.float64))).astype(np.float32)),
     "fma.rn.f32": _fma,

@@ -162,9 +162,15 @@ MUTATIONS = [
         ),
         (
             "rows: the gate at q's place",
-            'rows["gate"] = Rows("q", q._replace(first=d), targets)',
-            'rows["gate"] = Rows("q", q, targets)',
+            'rows["gate"] = Rows("q", q._replace(first=d), targets,',
+            'rows["gate"] = Rows("q", q, targets,',
             tests_of("forward", "test_gate_bits_are_kept[xla]"),
+        ),
+        (
+            "rows: a gate that is handed on is moved again",
+            "for name, kind in rows.items() if not kind.handed_on}",
+            "for name, kind in rows.items()}",
+            tests_of("gate", "test_the_backward_of_each_implementation[nan-packed-mosaic_gpu]"),
         ),
         (
             "rows: packed v at k's place",
@@ -222,6 +228,12 @@ MUTATIONS = [
             "or min(section) < 0 or sum(section) != rotary_dim // 2:",
             "or min(section) < 0:",
             BAD_CALL,
+        ),
+        (
+            "copy_gate=False copies the gate",
+            'return "in_place"',
+            'return "copied"',
+            tests_of("surface", "test_nothing_is_moved_beside_the_kernel[in place-mosaic_gpu]"),
         ),
         (
             "checks: a bool is an integer",
@@ -325,14 +337,6 @@ MUTATIONS = [
     ),
     *_in(
         "pallas_qk/_api.py",
-        (
-            "copy_gate=False copies the gate",
-            """Inputs(q_gate, k, q_weight, k_weight, cos_sin_cache, positions),
-        "copied" if _checks.check_copy_gate(copy_gate) else "in_place",""",
-            """Inputs(q_gate, k, q_weight, k_weight, cos_sin_cache, positions),
-        "copied",""",
-            tests_of("surface", "test_nothing_is_moved_beside_the_kernel[in place-mosaic_gpu]"),
-        ),
         (
             "the default implementation is told of halves",
             "rotation=by_name if rotary_dim else None",
@@ -680,6 +684,36 @@ MUTATIONS = [
         ),
     ),
     *_in(
+        "pallas_qk/_gate.py",
+        (
+            "apply_gate: attended of any dtype",
+            "if attended.dtype != array.dtype:",
+            "if False:",
+            tests_of("gate", "test_errors"),
+        ),
+        (
+            "apply_gate: the heads of a packed array by its width",
+            "options.packed[0] if options.packed else width // (2 * head_dim)",
+            "width // (2 * head_dim)",
+            tests_of("gate", "test_values_and_gradients_equal_their_float64_definition[packed-False-bfloat16]"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_product.py",
+        (
+            "apply_gate: a cotangent that is flat where attended isn't",
+            "found._replace(attended=found.attended.reshape(dout.shape))",
+            "found",
+            tests_of("gate", "test_values_and_gradients_equal_their_float64_definition[q_gate and k-True-bfloat16]"),
+        ),
+        (
+            "apply_gate: the product on explicit axes left to no compiler",
+            "return compiler_partitioned(gated, jax.typeof(attended).sharding)(q, attended)",
+            "return gated(q, attended)",
+            tests_of("gate", "test_meshes[False-explicit, set_mesh-both]"),
+        ),
+    ),
+    *_in(
         "pallas_qk/_derivatives.py",
         (
             "derivative: no psum over the axes that an input does not vary along",
@@ -692,6 +726,12 @@ MUTATIONS = [
             "rounded = not jax.sharding.get_abstract_mesh().manual_axes",
             "rounded = True",
             tests_of("sharding", "test_gradients_inside_shard_map"),
+        ),
+        (
+            "the array of a gate that is handed on is kept twice",
+            "outputs = with_handed_on(forward(call, inputs), inputs, call.options)",
+            "outputs = forward(call, inputs)",
+            tests_of("gate", "test_the_array_of_the_gate_is_kept_once[scan]"),
         ),
         (
             "tangents computed in the activations' dtype",
@@ -1077,6 +1117,18 @@ MUTATIONS = [
             "jnp.concatenate(xs, axis=-1) for xs in sections.values()",
             "jnp.concatenate(xs[::-1], axis=-1) for xs in sections.values()",
             GRADIENTS_OF_XLA,
+        ),
+        (
+            "xla backward: what is left of 1 - sigmoid",
+            "below * above * above",
+            "above * (1 - above)",
+            tests_of("gate", "test_values_and_gradients_equal_their_float64_definition[q_gate and k-False-float32]"),
+        ),
+        (
+            "xla backward: the tangent of a gate takes q along",
+            "rows[name] = _alone(name, rows[name], options)",
+            "rows[name] = inputs.q",
+            tests_of("gate", "test_what_lies_beside_moves_nothing"),
         ),
         (
             "xla backward: 1/rms once too few",
@@ -1498,6 +1550,12 @@ MUTATIONS = [
             tests_of("mosaic_gpu_vjp", "test_a_thread_has_more_lanes"),
         ),
         (
+            "mosaic backward: one row a warp where nothing is copied",
+            "in_l2 or (spec.head_dim == 256 and not q_copied)",
+            "in_l2",
+            tests_of("mosaic_gpu_vjp", "test_more_lanes_where_nothing_is_copied"),
+        ),
+        (
             "mosaic backward: more programs than the GPU holds at once",
             "shares(spec, 4 * num_warpgroups * num_sms, rows_per_tile)",
             "shares(spec, 8 * num_warpgroups * num_sms, rows_per_tile)",
@@ -1670,6 +1728,27 @@ MUTATIONS = [
             "beside = place.first - lead.first",
             "beside = 0",
             tests_of("kernel_gradients", "test_cotangents_of_gates_keep_their_bits_and_rows_their_nans[mosaic_gpu]"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_mosaic_gpu/gate.py",
+        (
+            "the gate's kernel: sigmoid of -gate",
+            "select(bits < 1 << 31, [above], [product])",
+            "select(bits < 1 << 31, [product], [above])",
+            tests_of("gate", "test_the_kernel_equals_its_float64_definition[T37-H5.2-D256-R64-bfloat16-packed=True]"),
+        ),
+        (
+            "the gate's kernel: threads past the end",
+            "index = index.minimum(total - 1)",
+            "index = index.minimum(total)",
+            tests_of("gate", "test_the_kernel_equals_its_float64_definition[T7-H3.1-D80-R40-float16]"),
+        ),
+        (
+            "the gate's kernel: the gate's cotangent at q's place",
+            "targets.row(row) + column",
+            "targets.array + targets.offset(row) + column",
+            tests_of("gate", "test_the_kernel_equals_its_float64_definition[T7-H3.1-D80-R40-float16]"),
         ),
     ),
     *_in(

@@ -37,6 +37,8 @@ CASES = (
     Case(37, 5, 2, gate="in_place"),
     Case(7, 3, 1, gate=None),
     Case(5, 3, 1, head_dim=80, rotary_dim=40, packed=True, gate="in_place"),
+    Case(37, 5, 2, gate="handed_on"),
+    Case(5, 3, 1, head_dim=80, rotary_dim=40, dtype="float32", packed=True, gate="handed_on"),
     Case(37, 4, 2, packed=True),
     Case(7, 3, 1, packed=True, gate=None),
     Case(5, 2, 1, gathered=True),
@@ -133,18 +135,29 @@ def run_kernels() -> None:
     import jax
     import jax.numpy as jnp
 
+    import pallas_qk
     from tests import cached, forms
     from tests.cases import make_inputs
     from tests.fuzz import runs
     from tests.gradients import outputs_and_gradients
     from tests.lowering import GPU_IMPLEMENTATIONS
 
+    def multiplied(op):
+        """The op with q * sigmoid(gate) in the place of a gate that is handed on."""
+
+        def run(*arrays):
+            q, *others, gate = op(*arrays)
+            return q, *others, pallas_qk.apply_gate(q, gate)
+
+        return run
+
     for case in CASES:
         arrays = forms.arguments(case, make_inputs(case))
         floats = sum(jnp.issubdtype(x.dtype, jnp.floating) for x in arrays)
         floats -= bool(case.rotary_dim)  # the table's gradient is XLA's
         for op in (forms.op(case, name) for name in GPU_IMPLEMENTATIONS if runs(name, case)):
-            both = outputs_and_gradients(op, of=floats, arguments=len(arrays))
+            run = multiplied(op) if case.gate == "handed_on" else op
+            both = outputs_and_gradients(run, of=floats, arguments=len(arrays))
             jax.block_until_ready(jax.jit(both)(*arrays, *forms.cotangents_of(case)))
     for call in CACHED_CASES:
         layer = {"layer": jnp.int32(call.layer)} if "l" in call.sizes else {}

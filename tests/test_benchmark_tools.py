@@ -170,7 +170,7 @@ def test_a_block_is_timed_only_if_it_is_right(monkeypatch, as_users_run_it, caps
         monkeypatch.setattr(block, "agreement", lambda name, *rest, **kw: AGREEMENT("xla_plain", *rest, **kw))
         play_library(monkeypatch)
         calls, kept = OPERATIONS[kind].check(SMALL, inputs, providers)
-        assert kept and list(calls) == ["xla", "xla_in_place", "xla_plain"]
+        assert kept and list(calls) == ["xla", "xla_in_place", "xla_never", "xla_plain"]
         assert (
             len(calls["xla"].call())
             == {

@@ -47,7 +47,7 @@ GUIDES = {
     "options.md": 9,
     "porting.md": 20,
     "sharding.md": 4,
-    "training.md": 4,
+    "training.md": 5,
 }
 
 

@@ -257,9 +257,15 @@ BAD_CALLS = [
     ),
     bad(
         TypeError,
-        "copy_gate must be a bool known when tracing, got 0 of type int. "
+        "copy_gate must be True, False or 'never', known when tracing, got 0 of type int. "
         "Pass False to leave the gate where it lies, for XLA to fuse into what reads it.",
         copy_gate=0,
+    ),
+    bad(
+        ValueError,
+        "copy_gate must be True, False or 'never', known when tracing, got 'Never' of type str. "
+        "Pass False to leave the gate where it lies, for XLA to fuse into what reads it.",
+        copy_gate="Never",
     ),
     bad(
         ValueError,
@@ -363,7 +369,7 @@ QKV_WITHOUT_GATES = (
         (
             "fused_qkv_rmsnorm_rope_gate",
             TypeError,
-            "copy_gate must be a bool known when tracing, got None of type NoneType. "
+            "copy_gate must be True, False or 'never', known when tracing, got None of type NoneType. "
             "Pass False to leave the gate where it lies, for XLA to fuse into what reads it.",
             {"copy_gate": None},
         ),
@@ -385,9 +391,9 @@ def test_bad_call_of_another_function(function, exception, message, changes):
         getattr(pallas_qk, function)(**given | changes)
 
 
-@pytest.mark.parametrize("name", ["copy_gate", "round_norm"])
-def test_a_traced_bool_is_refused(name):
-    message = f"{name} must be a bool known when tracing, got a traced value bool[]. "
+@pytest.mark.parametrize("name, rule", [("copy_gate", "True, False or 'never',"), ("round_norm", "a bool")])
+def test_a_traced_bool_is_refused(name, rule):
+    message = f"{name} must be {rule} known when tracing, got a traced value bool[]. "
     with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
         jax.jit(lambda value: pallas_qk.fused_qk_rmsnorm_rope_gate(**arguments({name: value})))(True)
 

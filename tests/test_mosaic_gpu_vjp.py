@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pallas_qk import _mosaic_gpu, _reference, _rows, _target
-from pallas_qk._mosaic_gpu.backward import BACKWARD_NAME
+from pallas_qk._mosaic_gpu.backward import BACKWARD_NAME, configuration
 from pallas_qk._mosaic_gpu.config import MosaicBackward, mosaic_backward, one_wave
 from pallas_qk._mosaic_gpu.weight_sum import SUM_NAME
 from pallas_qk._options import Spec, Target
@@ -230,6 +230,31 @@ def test_a_thread_has_more_lanes(spec, rows_per_warp, num_warpgroups):
     assert (config.rows_per_warp, config.num_warpgroups) == (rows_per_warp, num_warpgroups)
     of_three = mosaic_backward(Spec(*spec), H200, num_axes=3, cache_itemsize=2)
     assert of_three.rows_per_warp == 256 // min(256, spec[3])
+
+
+@pytest.mark.parametrize(
+    "spec, rows_per_warp, num_warpgroups",
+    [
+        ((16384, 16, 2, 256, 64, "bfloat16"), 2, 5),
+        ((4096, 16, 2, 256, 64, "float16"), 2, 5),
+        ((1024, 16, 2, 256, 64, "bfloat16"), 2, 4),
+        ((16384, 16, 2, 256, 64, "float32"), 1, 6),
+        ((16384, 32, 8, 128, 64, "bfloat16"), 2, 6),
+        ((16384, 8, 4, 256, 256, "bfloat16"), 2, 5),
+    ],
+)
+def test_more_lanes_where_nothing_is_copied(spec, rows_per_warp, num_warpgroups):
+    """Next to q: without gates, or where the gate's cotangent is where it belongs."""
+    config = mosaic_backward(Spec(*spec), H200, q_copied=False, num_axes=1, cache_itemsize=2)
+    assert (config.rows_per_warp, config.num_warpgroups) == (rows_per_warp, num_warpgroups)
+    num_tokens, *heads, head_dim, rotary_dim, dtype = spec
+    itemsize = 4 if dtype == "float32" else 2
+    for gate, q_copied in ((None, False), ("handed_on", False), ("in_place", True), ("copied", True)):
+        case = Case(num_tokens, *heads, head_dim, rotary_dim, dtype, gate=gate)
+        with on_gpu():
+            found = configuration(forms.types(case)[0], forms.options(case))
+        want = mosaic_backward(Spec(*spec), H200, q_copied=q_copied, num_axes=1, cache_itemsize=itemsize)
+        assert found == want
 
 
 def test_a_wave_of_any_size_has_work_for_each_warp():

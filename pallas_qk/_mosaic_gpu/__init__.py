@@ -2,6 +2,7 @@
 
 from pallas_qk._mosaic_gpu.backward import backward as backward
 from pallas_qk._mosaic_gpu.forward import forward as forward
+from pallas_qk._mosaic_gpu.gate import gate_backward as gate_backward
 from pallas_qk._mosaic_gpu.projection import project as project
 from pallas_qk._mosaic_gpu.projection import unsupported_projection as unsupported_projection
 from pallas_qk._options import Spec, Target, too_many_rows

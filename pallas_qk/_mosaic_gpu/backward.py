@@ -70,6 +70,7 @@ from pallas_qk._rows import (
     Place,
     Rows,
     gradient_types,
+    moved,
     rows_for,
     sharing,
     spec_of,
@@ -84,14 +85,15 @@ BACKWARD_NAME = "pallas_qk_mosaic_gpu_backward"
 def backward(
     inputs: Inputs, cotangents: Outputs, *, options: Options, config: MosaicBackward | None = None
 ) -> Gradients:
-    """The contract of `_reference.backward`."""
+    """The contract of `_reference.backward`. A cotangent that has its rows where they belong is updated in place."""
     spec, types, dtype = spec_of(inputs, options), gradient_types(inputs, options), inputs.q.dtype
     if spec.num_tokens == 0:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
     config = config or configuration(inputs, options)
+    rows = rows_for(spec, options)
     thread = functools.partial(
         _backward_thread,
-        rows=rows_for(spec, options),
+        rows=moved(rows),
         max_position=0 if inputs.cos_sin_cache is None else inputs.cos_sin_cache.shape[0],
         spec=spec,
         options=options,
@@ -103,14 +105,16 @@ def backward(
         jax.ShapeDtypeStruct((rows, spec.head_dim), jnp.float32)
         for rows in (config.q_warps + config.k_warps, num_programs)
     )
-    weights, written_types = weights_in(types), types
+    weights, written = weights_in(types), types
     if num_programs > 1:
-        written_types = types._replace(**dict.fromkeys(weights, of_programs))
+        written = types._replace(**dict.fromkeys(weights, of_programs))
+    in_place = {name: kind.source.array for name, kind in rows.items() if kind.handed_on}
+    written = written._replace(**{array: getattr(cotangents, name) for name, array in in_place.items()})
     gradients, _ = launch(
         BACKWARD_NAME,
         thread,
-        (inputs, cotangents),
-        (written_types, of_warps if weights else None),
+        (inputs, cotangents._replace(**dict.fromkeys(in_place))),
+        (written, of_warps if weights else None),
         num_programs=num_programs,
         num_warpgroups=config.num_warpgroups,
     )
@@ -125,7 +129,10 @@ def configuration(inputs: Inputs, options: Options) -> MosaicBackward:
     spec, cache_itemsize = spec_of(inputs, options), 0
     if inputs.cos_sin_cache is not None:
         cache_itemsize = inputs.cos_sin_cache.dtype.itemsize
-    return mosaic_backward(spec, cuda_target(), num_axes=options.num_axes, cache_itemsize=cache_itemsize)
+    q_copied = bool(sharing(moved(rows_for(spec, options)), "q")[1])
+    return mosaic_backward(
+        spec, cuda_target(), q_copied=q_copied, num_axes=options.num_axes, cache_itemsize=cache_itemsize
+    )
 
 
 def _warps_per_program(config: MosaicBackward) -> int:

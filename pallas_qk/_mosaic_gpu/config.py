@@ -193,8 +193,12 @@ def _warpgroups_in_flight(target: Target) -> int:
     return -(-_MOST_WARPGROUPS * target.bandwidth * 132 // (4800 * target.num_sms))
 
 
-def mosaic_backward(spec: Spec, target: Target, *, num_axes: int, cache_itemsize: int) -> MosaicBackward:
+def mosaic_backward(
+    spec: Spec, target: Target, *, q_copied: bool = True, num_axes: int, cache_itemsize: int
+) -> MosaicBackward:
     """The configuration for `spec` on `target`, with 1 or 3 rows of positions.
+
+    `q_copied` says that something is copied next to the gradient of q, the gate's.
 
     One program an SM, as large as the registers allow: that is exactly one resident wave whatever ptxas does, which has
     to fit the program's threads into the 65536 registers of an SM. Where arrays outgrow L2, it is no larger than memory
@@ -211,7 +215,9 @@ def mosaic_backward(spec: Spec, target: Target, *, num_axes: int, cache_itemsize
     117.2), 34.0 against 38.5 at 4096, 7.90 against 8.90 at 1024; D = R = 256, 8/4 heads, 76.4 against 88.1 at 16384
     (copy 71.3). With R = 64 they pay where the arrays fit into L2, in four warpgroups (11.5 against 12.5 us at
     T = 1024, 5.44 against 5.86 at 256; 32/2 heads 25.0 against 26.2 at 1024), and lose at 16384 (185.6 against 177.2).
-    Not timed: three rows of positions, float32, other sizes of heads.
+    Where nothing is copied next to q they pay there too: 111.9 us in five warpgroups, 117.7 in four and 133.3 in three,
+    with one row a warp 116.9 in eight and 130.7 in six (copy 106.5). Not timed: three rows of positions, float32, other
+    sizes of heads; with nothing copied T = 4096, other sizes than D = 256 and R = 64, and an H100.
 
     An H100 has as many SMs and 0.70 of the bandwidth. There 24, 20 and 16 warps an SM take 68.8, 66.6 and 68.0 us at
     T = 4096, 265, 258.8 and 256.5 at 16384, 1028, 1008 and 1018 at 65536, and 500, 492 and 489 at 16384 with 32/2
@@ -224,7 +230,8 @@ def mosaic_backward(spec: Spec, target: Target, *, num_axes: int, cache_itemsize
     in_l2 = num_bytes <= 64 * 2**20
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(spec.head_dim)))
     all_rotated = spec.rotary_dim == spec.head_dim
-    wide_threads = itemsize == 2 and num_axes == 1 and spec.head_dim in (128, 256) and (all_rotated or in_l2)
+    pays = all_rotated or in_l2 or (spec.head_dim == 256 and not q_copied)
+    wide_threads = itemsize == 2 and num_axes == 1 and spec.head_dim in (128, 256) and pays
     if wide_threads:
         rows_per_warp *= 2
     threads, lanes = mosaic_backward_group(spec, itemsize, rows_per_warp)
@@ -233,7 +240,8 @@ def mosaic_backward(spec: Spec, target: Target, *, num_axes: int, cache_itemsize
     # What a thread holds at once: sums and weights; x, dy and the gate's cotangent; cos and sin at each axis and the
     # masks that merge them. 16 registers more are enough without spills (sm_90a, CUDA 12.9 and 13.0).
     held = 2 * vectors * lanes + 3 * vectors * words + (3 * num_axes - 1) * rotated * cache_words
-    num_warpgroups = max(1, min(4 if wide_threads and not all_rotated else _MOST_WARPGROUPS, 512 // (held + 16)))
+    most = _MOST_WARPGROUPS if all_rotated or not wide_threads else 4 if in_l2 else 5
+    num_warpgroups = max(1, min(most, 512 // (held + 16)))
     if num_bytes > _L2_BYTES:
         num_warpgroups = min(num_warpgroups, _warpgroups_in_flight(target))
 

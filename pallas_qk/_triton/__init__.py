@@ -2,6 +2,7 @@
 
 from pallas_qk._fp8 import is_fp8
 from pallas_qk._options import Spec, Target, has_halves, too_many_rows
+from pallas_qk._reference import gate_backward as gate_backward  # XLA makes one kernel of it
 from pallas_qk._triton.backward import backward as backward
 from pallas_qk._triton.forward import forward as forward
 

@@ -64,7 +64,7 @@ def backward(
     if spec.num_tokens == 0:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
     config = config or configuration(inputs, options)
-    rows = rows_for(spec, options)
+    rows, cotangents = rows_for(spec, options), _reference.dense(inputs, cotangents, options)
     kernel = functools.partial(
         _backward_kernel,
         rows=rows,
