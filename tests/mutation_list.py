@@ -708,8 +708,8 @@ MUTATIONS = [
         ),
         (
             "apply_gate: the product on explicit axes left to no compiler",
-            "return compiler_partitioned(gated, jax.typeof(attended).sharding)(q, attended)",
-            "return gated(q, attended)",
+            "compiler_partitioned(gated, jax.typeof(attended).sharding)(q, attended)",
+            "gated(q, attended)",
             tests_of("gate", "test_meshes[False-explicit, set_mesh-both]"),
         ),
     ),
