@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import pallas_qk
-from benchmarks import block, gradients, kv_cache
+from benchmarks import block, gradients, kv_cache, projection
 from benchmarks.agreement import Agreement, agreement
 from benchmarks.checked import Checks, check, with_oracle
 from benchmarks.floor import block_bytes, cached_bytes, minimum_bytes
@@ -156,6 +156,7 @@ OPERATIONS = {
         functools.partial(block_bytes, packed=True, direction="backward"),
         5.0,
     ),
+    "projection": Operation(projection.check_projection, projection.projection_bytes, 5.0),
     # Each call has caches of its own.
     "kv_cache": _cached(5.0),
     "kv_cache_gate_in_place": _cached(9.0, gate="in_place"),

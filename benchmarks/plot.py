@@ -42,6 +42,8 @@ VARIANTS = {
     "_never": ("gate handed on", "-."),
     "_alone": ("k and v returned, no cache", "-."),
     "_then_set": ("then .at[slots].set", ":"),
+    "_then_op": ("after the product", "-."),
+    "_then_op_in_place": ("after the product, gate in place", ":"),
 }
 _OTHERS = ("#CC79A7", "#000000", "#F0E442")  # peers, in the order met
 

@@ -14,5 +14,6 @@ from pallas_qk._cache_api import fused_qkv_rmsnorm_rope_gate_cache as fused_qkv_
 from pallas_qk._gate import Gate as Gate
 from pallas_qk._gate import apply_gate as apply_gate
 from pallas_qk._implementations import IMPLEMENTATIONS as IMPLEMENTATIONS
+from pallas_qk._projection_api import fused_qkv_projection_rmsnorm_rope_gate as fused_qkv_projection_rmsnorm_rope_gate
 
 __version__ = "0.1.0"

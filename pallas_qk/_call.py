@@ -21,21 +21,21 @@ from pallas_qk._sizes import Sizes, filled
 
 
 def call(function: Function, inputs: Inputs, *values: Any, **more: Any) -> Outputs:
-    """What each public function returns, by name. `values` and `more` are the other arguments of `_checked`."""
+    """What each public function returns, by name. `values` and `more` are the other arguments of `checked`."""
     _mesh_checks.check_process()
     inputs = Inputs(*map(_array_checks.unboxed, inputs))
     signature = _passed.signature_of(function, inputs, values, (*more, *more.values()))
     static = _passed.found(signature)
     is_new = static is None
     if is_new:
-        static = _checked(function, inputs, *values, **more)
-    outputs: Outputs = _run(_with_arrays(inputs), name=function.name, **static)
+        static = checked(function, inputs, *values, **more)
+    outputs: Outputs = _run(with_arrays(inputs), name=function.name, **static)
     if is_new:
         _passed.keep(signature, static)
     return outputs
 
 
-def _checked(
+def checked(
     function: Function,
     inputs: Inputs,
     gate: str | None,
@@ -124,7 +124,7 @@ _AS_ARRAYS = dict.fromkeys(_INTEGERS, _array_checks.as_integers) | dict.fromkeys
 _LEFT_AS_THEY_ARE = (type(None), jax.Array)
 
 
-def _with_arrays(inputs: Inputs) -> Inputs:
+def with_arrays(inputs: Inputs) -> Inputs:
     """With arrays for numbers, and integers that JAX narrows to no others."""
     made = {
         name: as_array(x)
@@ -142,19 +142,8 @@ def _run(inputs: Inputs, *, name: str, call: Call, split: bool) -> Outputs:
     """
     from pallas_qk import _derivatives  # late: to define primitives it imports jax.extend, and so Pallas (17 ms)
 
-    for integers in _INTEGERS:
-        x = getattr(inputs, integers)
-        if x is not None and jnp.iinfo(x.dtype).bits < 8:
-            inputs = inputs._replace(**{integers: x.astype(jnp.int32)})  # several lie in one byte
     lead = inputs.q.shape[: -2 if split else -1]
-    if inputs.positions is not None:
-        positions = inputs.positions if call.options.mrope_section else inputs.positions[None]
-        missing = 1 + len(lead) - positions.ndim  # axes of `lead`, behind that of mRoPE
-        positions = lax.expand_dims(positions, range(1, 1 + missing))
-        inputs = inputs._replace(positions=jnp.broadcast_to(positions, (positions.shape[0], *lead)))
-    elif inputs.cos_sin_cache is not None:
-        of_each = jnp.broadcast_to(inputs.cos_sin_cache, (*lead, call.options.rotary_dim))
-        inputs = inputs._replace(cos_sin_cache=of_each)
+    inputs = broadcast(inputs, lead, call.options)
     if inputs.layer is not None:
         inputs = inputs._replace(layer=inputs.layer.reshape(-1))
     for scale in _SCALES:
@@ -179,6 +168,23 @@ def _run(inputs: Inputs, *, name: str, call: Call, split: bool) -> Outputs:
             if x is not None and name not in CACHES
         }
         return outputs._replace(**in_heads | passing)
+
+
+def broadcast(inputs: Inputs, lead: tuple[int, ...], options: Options) -> Inputs:
+    """With positions, or the rows of each token, of all leading axes, and integers that lie in whole bytes."""
+    for integers in _INTEGERS:
+        x = getattr(inputs, integers)
+        if x is not None and jnp.iinfo(x.dtype).bits < 8:
+            inputs = inputs._replace(**{integers: x.astype(jnp.int32)})  # several lie in one byte
+    if inputs.positions is not None:
+        positions = inputs.positions if options.mrope_section else inputs.positions[None]
+        missing = 1 + len(lead) - positions.ndim  # axes of `lead`, behind that of mRoPE
+        positions = lax.expand_dims(positions, range(1, 1 + missing))
+        inputs = inputs._replace(positions=jnp.broadcast_to(positions, (positions.shape[0], *lead)))
+    elif inputs.cos_sin_cache is not None:
+        of_each = jnp.broadcast_to(inputs.cos_sin_cache, (*lead, options.rotary_dim))
+        inputs = inputs._replace(cos_sin_cache=of_each)
+    return inputs
 
 
 def _flat(x: jax.Array) -> jax.Array:

@@ -1227,7 +1227,85 @@ MUTATIONS = [
         ),
     ),
     *_in(
+        "pallas_qk/_projection_api.py",
+        (
+            "projection: norm_beta left out",
+            "        norm_beta,\n        mrope_layout,",
+            "        0.0,\n        mrope_layout,",
+            tests_of("projection", "test_it_is_the_product_and_the_op"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_projection.py",
+        (
+            "projection: what the kernel can't do isn't refused",
+            "    if implementation == KERNEL:\n",
+            "    if False:\n",
+            tests_of("projection", "test_what_the_kernel_can_not_do"),
+        ),
+        (
+            "projection: by kernel whatever is asked for",
+            "if call.implementation == KERNEL else",
+            "if call.implementation != 'xla' else",
+            tests_of("projection", "test_none_never_takes_it"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_projection_op.py",
+        (
+            "projection: the product kept for the backward",
+            "    @jax.checkpoint\n",
+            "",
+            tests_of("projection", "test_the_forward_keeps_its_arguments_alone"),
+        ),
+        (
+            "projection: on several devices without shard_map",
+            "context.num_devices > 1",
+            "context.num_devices > 99",
+            tests_of("projection", "test_several_devices_need_shard_map"),
+        ),
+        (
+            "projection: gradients of what doesn't move",
+            "if not isinstance(tangent, SymbolicZero)",
+            "if tangent.dtype != jax.dtypes.float0",
+            tests_of("projection", "test_the_products_of_a_gradient"),
+        ),
+    ),
+    *_in(
+        "pallas_qk/_mosaic_gpu/projection.py",
+        (
+            "projection: heads of q and gates not by turns",
+            "lax.bitwise_xor(head, lax.bitwise_and(turn, 1))",
+            "head",
+            tests_of("projection", "test_programs_take_each_tile_once_and_heads_by_turns"),
+        ),
+        (
+            "projection: rows of a last tile of TMA that are no eight",
+            "padding = -num_tokens % 8",
+            "padding = 0",
+            tests_of("projection", "test_a_program_for_cuda_is_one_kernel[8/1 heads]"),
+        ),
+        (
+            "projection: indices of 64 bits under x64",
+            "with jax.enable_x64(False):",
+            'with jax.enable_x64(jax.config.read("jax_enable_x64")):',
+            tests_of("projection", "test_positions_of_64_bits"),
+        ),
+    ),
+    *_in(
         "pallas_qk/_mosaic_gpu/thread.py",
+        (
+            "mosaic: the fused form without mRoPE",
+            "mlir_math.fma(b, c, arith.mulf(a, s)) if fuses_y2 else",
+            "mlir_math.fma(b, c, arith.mulf(a, s)) if True else",
+            RECIPE,
+        ),
+        (
+            "mosaic: the fused form with mRoPE",
+            "mlir_math.fma(b, c, arith.mulf(a, s)) if fuses_y2 else",
+            "mlir_math.fma(b, c, arith.mulf(a, s)) if False else",
+            RECIPE,
+        ),
         (
             "mosaic: the frequencies of pairs a vector off",
             "[lane >> 1]",
@@ -1512,8 +1590,8 @@ MUTATIONS = [
         ),
         (
             "mosaic: the lanes of a pair exchanged",
-            "_rotate(own[::2], own[1::2], cos, sin, fuses_y2)",
-            "_rotate(own[1::2], own[::2], cos, sin, fuses_y2)",
+            "rotate(own[::2], own[1::2], cos, sin, fuses_y2)",
+            "rotate(own[1::2], own[::2], cos, sin, fuses_y2)",
             OF_PAIRS["mosaic_gpu"],
         ),
         (
@@ -1527,18 +1605,6 @@ MUTATIONS = [
             "partner_index = layout.bases.index(base + half)",
             "partner_index = layout.bases.index(half)",
             tests_of("mosaic_gpu", "test_every_configuration_gives_the_same_bits"),
-        ),
-        (
-            "mosaic: the fused form without mRoPE",
-            "mlir_math.fma(b, c, arith.mulf(a, s)) if fuses_y2 else",
-            "mlir_math.fma(b, c, arith.mulf(a, s)) if True else",
-            RECIPE,
-        ),
-        (
-            "mosaic: the fused form with mRoPE",
-            "mlir_math.fma(b, c, arith.mulf(a, s)) if fuses_y2 else",
-            "mlir_math.fma(b, c, arith.mulf(a, s)) if False else",
-            RECIPE,
         ),
         (
             "mosaic: rows past the last",

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -424,6 +425,24 @@ def test_the_array_of_the_gate_is_kept_once(loop):
 
     (q, attended), (q_before, attended_before) = kept("handed_on"), kept("in_place")
     assert q == q_before == 1 and attended < attended_before
+
+
+@pytest.mark.parametrize("names, runs", [(("q", "k"), 1), (("q",), 2)])
+def test_forwards_that_rematerialisation_runs(names, runs):
+    """One where q and k are saved: the gate is no result of the kernel."""
+    attended, *arrays = arrays_of(CASE)
+    op = forms.op(CASE, "mosaic_gpu")
+
+    def block(q_gate):
+        q, k, gate = op(jnp.sin(q_gate), *arrays[1:])
+        q, k = checkpoint_name(q, "q"), checkpoint_name(k, "k")
+        return jnp.sum(
+            (pallas_qk.apply_gate(q * jnp.concatenate([k, k], axis=-1), gate) * attended).astype(jnp.float32)
+        )
+
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    text = lowering.lowered_text(jax.grad(jax.checkpoint(block, policy=policy)), arrays[0])
+    assert lowering.kernels(text).count("pallas_qk_mosaic_gpu_forward") == runs
 
 
 # Other transformations

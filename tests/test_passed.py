@@ -45,13 +45,13 @@ CACHED_FORMS = {
 @pytest.fixture
 def checked(monkeypatch):
     """A name for each call that is checked; what was kept before is forgotten."""
-    names, original = [], _call._checked
+    names, original = [], _call.checked
 
     def counted(function, *args, **kwargs):
         names.append(function.name)
         return original(function, *args, **kwargs)
 
-    monkeypatch.setattr(_call, "_checked", counted)
+    monkeypatch.setattr(_call, "checked", counted)
     monkeypatch.setattr(_passed, "_kept", {})
     return names
 

@@ -3,13 +3,15 @@
 from pallas_qk._mosaic_gpu.backward import backward as backward
 from pallas_qk._mosaic_gpu.forward import forward as forward
 from pallas_qk._mosaic_gpu.gate import gate_backward as gate_backward
+from pallas_qk._mosaic_gpu.projection import project as project
+from pallas_qk._mosaic_gpu.projection import unsupported_projection as unsupported_projection
 from pallas_qk._options import Spec, Target, too_many_rows
 
 
 def unsupported(spec: Spec, target: Target) -> str | None:
     """Why this implementation can't run `spec` on `target`; None if it can.
 
-    The kernels need no wgmma, TMA, cluster or shared memory. So they run on capability 12.x, which has less of these.
+    These kernels need no wgmma, TMA, cluster or shared memory. So they run on capability 12.x, which has less of these.
     What Mosaic GPU puts around a kernel needs 9.0.
     """
     if target.compute_capability < (9, 0):

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxlib.mlir.dialects import arith
-from jaxlib.mlir.dialects import math as mlir_math
 
 from pallas_qk._mosaic_gpu.config import MosaicForward, mosaic_forward, widest_vector
 from pallas_qk._mosaic_gpu.emit import (
@@ -46,6 +45,7 @@ from pallas_qk._mosaic_gpu.thread import (
     effective_weights,
     frequencies_of_pairs,
     inv_rms,
+    rotate,
     spread_k,
     sum_of_squares,
     vector,
@@ -321,10 +321,10 @@ class Rotation(NamedTuple):
     ) -> dict[int, list[Value]]:
         own, other = ys[self.own], ys[self.other]
         if self.is_first is None:
-            first, second = _rotate(own, other, cos, sin, fuses_y2)
+            first, second = rotate(own, other, cos, sin, fuses_y2)
             return {self.own: first, self.other: second}
         halves = select(self.is_first, own, other), select(self.is_first, other, own)
-        first, second = _rotate(*halves, cos, sin, fuses_y2)
+        first, second = rotate(*halves, cos, sin, fuses_y2)
         return {self.own: select(self.is_first, first, second)}
 
 
@@ -340,7 +340,7 @@ class PairRotation(NamedTuple):
         self, ys: list[list[Value]], cos: list[Value], sin: list[Value], fuses_y2: bool
     ) -> dict[int, list[Value]]:
         own = ys[self.own]
-        pairs = zip(*_rotate(own[::2], own[1::2], cos, sin, fuses_y2), strict=True)
+        pairs = zip(*rotate(own[::2], own[1::2], cos, sin, fuses_y2), strict=True)
         return {self.own: [lane for pair in pairs for lane in pair]}
 
 
@@ -382,15 +382,3 @@ def _scatter(member: Int, bits: tuple[int, ...]) -> Int:
         mask = sum(1 << i for i, bit in enumerate(bits) if bit - i == shift)
         column = column + (member & mask) * (1 << shift)
     return column
-
-
-def _rotate(first, second, cos, sin, fuses_y2: bool) -> tuple[list[Value], list[Value]]:
-    """One product of each sum is rounded and the other fused, as in the serving kernel."""
-    lanes = list(zip(first, second, cos, sin, strict=True))
-    return (
-        [mlir_math.fma(a, c, arith.negf(arith.mulf(b, s))) for a, b, c, s in lanes],
-        [
-            mlir_math.fma(b, c, arith.mulf(a, s)) if fuses_y2 else mlir_math.fma(a, s, arith.mulf(b, c))
-            for a, b, c, s in lanes
-        ],
-    )

@@ -346,3 +346,15 @@ def effective_weights(words: list[Int], dtype: jnp.dtype, norm_beta: float) -> l
     name = {"bfloat16": "bf16x2", "float16": "f16x2"}[dtype.name]
     code = f"{{ .reg .b32 zero; mov.b32 zero, 0; add.rn.{name} $0, $1, zero; }}"
     return widen([Int(ptx(code, "=r,r", word.value.type, word.value)) for word in words], dtype)
+
+
+def rotate(first, second, cos, sin, fuses_y2: bool) -> tuple[list[Value], list[Value]]:
+    """One product of each sum is rounded and the other fused, as in the serving kernel."""
+    lanes = list(zip(first, second, cos, sin, strict=True))
+    return (
+        [mlir_math.fma(a, c, arith.negf(arith.mulf(b, s))) for a, b, c, s in lanes],
+        [
+            mlir_math.fma(b, c, arith.mulf(a, s)) if fuses_y2 else mlir_math.fma(a, s, arith.mulf(b, c))
+            for a, b, c, s in lanes
+        ],
+    )

@@ -1,0 +1,492 @@
+"""The product of hidden states and a packed weight, with the op as its epilogue: one kernel for Hopper.
+
+T num_tokens, E width of the hidden states, Hq num_q_heads, Hkv num_kv_heads, D head_dim, R rotary_dim.
+
+The grid is persistent: a cluster of two programs, one on each of two SMs, walks over its share of tiles. A tile is one
+head of q, gate, k or v, that is D columns of the weight, and 128 tokens for each of the two programs. A program has
+three warpgroups. One loads steps of 64 columns of the hidden states and 64 rows of the weight by TMA into a ring of
+four stages; each program of a cluster loads half of the weight's for both. The other two multiply 64 tokens each. After
+its last step such a warpgroup holds whole rows in registers. It rounds them as a product is rounded, normalises and
+rotates them, and stores them by TMA through shared memory while the ring fills again.
+
+H200, bf16, 16/2 heads, E = 2048, T = 16384: 799.6 us, where the product by cuBLAS takes 769.2 and product and op 911.3,
+or 849.4 with the gate in place; at T = 4096 209.6 against 235.2 and 219.0. 32/2 heads, E = 4096: 759.2 against 788.9
+and 757.9 at T = 4096, 3147.8 against 3320.0 and 3196.9 at 16384. Few tiles leave SMs idle: 71.6 against 62.0 at
+T = 1024. Lost: an epilogue in pieces under the next tile's first products (895.2 where this takes 791.3), and no
+cluster (811.9). Three warpgroups that multiply don't fit: ptxas has 160 registers for a thread that holds 128 sums.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array as mgpu_array
+from jax.experimental.mosaic.gpu import utils as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from pallas_qk._mosaic_gpu.emit import (
+    WARPGROUP,
+    Int,
+    Pointer,
+    Value,
+    bits_of,
+    constant,
+    narrow,
+    thread_index,
+    widen,
+)
+from pallas_qk._mosaic_gpu.thread import (
+    Layout,
+    Table,
+    Vector,
+    effective_weights,
+    inv_rms,
+    rotate,
+    sum_of_squares,
+)
+from pallas_qk._options import Options, Spec, Target, rotation_fuses_y2
+from pallas_qk._rows import WEIGHTS, Inputs, Outputs
+from pallas_qk._target import cuda_target
+
+PROJECTION_NAME = "pallas_qk_mosaic_gpu_projection_forward"
+
+HEAD_DIM, ROTARY_DIM = 256, 64  # D and R: a tile is a head wide
+STEP = 64  # columns of the hidden states, and rows of the weight
+_STAGES = 4  # of the ring: 192 of an SM's 227 KB
+_CLUSTER = 2  # programs that share a tile of the weight
+_ROWS, _MULTIPLIERS = 64, 2  # tokens of a warpgroup that multiplies, and how many of these a program has
+_TOKENS = _ROWS * _MULTIPLIERS  # of a program
+_CHUNK, _SLOTS = 64, 2  # columns that a warpgroup stores at once, and its slots for them
+_SWIZZLED = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)  # what wgmma reads: rows of 128 bytes
+_WALKED = 8  # columns of tiles that are walked side by side, so that L2 holds what they read
+_LAG = 2  # steps that the second of these warpgroups begins late, so that one stores while the other multiplies
+# Of a thread that loads, and of one that multiplies. 40 * 128 + 232 * 256 are the 168 * 384 that a program is launched
+# with: for more it would wait forever.
+_REGISTERS = 40, 232
+
+# Names that must differ from the axes of a user's mesh.
+_PROGRAM, _IN_CLUSTER, _WARPGROUP = "pallas_qk_program", "pallas_qk_cluster", "pallas_qk_warpgroup"
+
+FLOAT32 = jnp.dtype(jnp.float32)
+Words = list[list[list[Int]]]
+
+# How the four threads of a row hold it, as wgmma leaves its sums.
+_QUADS = Layout(threads=4, lanes=2, bases=tuple(range(0, HEAD_DIM, 8)), bits=(1, 2), partners=True)
+_ROWS_OF_THREAD = 2
+
+
+def unsupported_projection(spec: Spec, width: int, target: Target) -> str | None:
+    """Why the kernel can't run `spec` on `target`, from hidden states of this width; None if it can."""
+    if target.compute_capability != (9, 0):
+        major, minor = target.compute_capability
+        return f"it needs compute capability 9.0 (wgmma), got {major}.{minor}"
+    if spec.dtype not in ("float16", "bfloat16"):
+        return f"it multiplies float16 or bfloat16, got {spec.dtype}"
+    if (spec.head_dim, spec.rotary_dim) != (HEAD_DIM, ROTARY_DIM):
+        got = f"head_dim={spec.head_dim}, rotary_dim={spec.rotary_dim}"
+        return f"it takes heads of {HEAD_DIM} elements of which {ROTARY_DIM} are rotated, got {got}"
+    if not isinstance(width, int) or width % STEP or not width:
+        return f"it takes hidden states whose width is a multiple of {STEP}, got {width}"
+    return None
+
+
+class _Sizes(NamedTuple):
+    num_tokens: int
+    width: int
+    num_q_heads: int
+    num_kv_heads: int
+    max_position: int
+
+    @property
+    def row_blocks(self) -> int:
+        """Tiles along the tokens."""
+        return pl.cdiv(self.num_tokens, _TOKENS * _CLUSTER)
+
+    @property
+    def heads(self) -> int:
+        """Tiles along the columns of the weight: q and gate by turns, then k, then v."""
+        return 2 * (self.num_q_heads + self.num_kv_heads)
+
+
+def project(hidden: jax.Array, weight: jax.Array, inputs: Inputs, *, options: Options) -> Outputs:
+    """The op on hidden (T, E) @ weight (E, N), whose columns are packed; `inputs` has what else the op reads.
+
+    Results are flat in heads.
+    """
+    num_q_heads, num_kv_heads = options.packed or (0, 0)
+    num_tokens, width = hidden.shape
+    sizes = _Sizes(num_tokens, width, num_q_heads, num_kv_heads, inputs.cos_sin_cache.shape[0])
+    # TMA knows rows by tiles of eight. XLA fuses the padding into what computes the hidden states; cutting it off the
+    # results takes a copy of them.
+    padding = -num_tokens % 8
+    if padding:
+        hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
+    types = [
+        jax.ShapeDtypeStruct((num_tokens + padding, heads * HEAD_DIM), hidden.dtype)
+        for heads in (num_q_heads, num_kv_heads, num_kv_heads, num_q_heads)
+    ]
+    if not num_tokens:
+        return Outputs(*(jnp.zeros(x.shape, x.dtype) for x in types))
+    if inputs.q_weight.dtype != inputs.k_weight.dtype:  # a thread loads either
+        both = (inputs.q_weight, inputs.k_weight)
+        inputs = inputs._replace(**dict(zip(WEIGHTS, (x.astype(jnp.float32) for x in both), strict=True)))
+    read = [x for x in inputs if x is not None]
+    num_programs = max(2, cuda_target().num_sms // (2 * _CLUSTER) * 2)  # clusters; even, see `_tile`
+    launched = plgpu.kernel(
+        functools.partial(_program, sizes=sizes, options=options, num_programs=num_programs),
+        out_type=tuple(types),
+        grid=(num_programs,),
+        grid_names=(_PROGRAM,),
+        cluster=(_CLUSTER,),
+        cluster_names=(_IN_CLUSTER,),
+        num_threads=_MULTIPLIERS + 1,
+        thread_name=_WARPGROUP,
+        kernel_name=PROJECTION_NAME,
+        compiler_params=plgpu.CompilerParams(
+            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+    )
+    with jax.enable_x64(False):  # the grid and loops count in 32 bits, whatever the positions have
+        results = launched(hidden, weight, *read)
+    return Outputs(*(x[:num_tokens] if padding else x for x in results))
+
+
+def _tile(number: Any, turn: Any, row_blocks: int, heads: int) -> tuple[Any, Any]:
+    """The rows and the head of a tile, which its cluster takes at its `turn`.
+
+    Clusters take tiles `num_programs` apart, an even number, so each would have heads of q alone, whose epilogue is
+    long, or of gate alone. At every other turn the two of a pair are exchanged: 895 us, where 956 without it (H200,
+    16/2 heads, E = 2048, T = 16384, with another epilogue).
+    """
+    row_block, head = plgpu.planar_snake(number, (row_blocks, heads), 1, _WALKED)
+    return row_block, lax.bitwise_xor(head, lax.bitwise_and(turn, 1))
+
+
+def _program(hidden, weight, q_weight, k_weight, table, *refs, sizes: _Sizes, options: Options, num_programs: int):
+    """Three warpgroups of one program: the last loads, the others multiply."""
+    *positions, q, k, v, gate = refs
+    dtype, steps = hidden.dtype, sizes.width // STEP
+    lag = min(_LAG, steps - 1)
+
+    @functools.partial(
+        pl.run_scoped,
+        collective_axes=_WARPGROUP,
+        hidden_smem=plgpu.SMEM((_STAGES, _TOKENS, STEP), dtype, transforms=_SWIZZLED),
+        weight_smem=plgpu.SMEM((_STAGES, STEP, HEAD_DIM), dtype, transforms=_SWIZZLED),
+        slots_smem=plgpu.SMEM((_MULTIPLIERS * _SLOTS, _ROWS, _CHUNK), dtype, transforms=_SWIZZLED),
+        full=plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
+        free=plgpu.ClusterBarrier(collective_axes=(_IN_CLUSTER,), num_arrivals=_MULTIPLIERS, num_barriers=_STAGES),
+        lagging=plgpu.Barrier(num_arrivals=1),
+    )
+    def scope(hidden_smem, weight_smem, slots_smem, full, free, lagging):
+        warpgroup, in_cluster = lax.axis_index(_WARPGROUP), lax.axis_index(_IN_CLUSTER)
+        program = lax.axis_index(_PROGRAM)
+        num_tiles = sizes.row_blocks * sizes.heads
+        turns = lax.div(num_tiles - program + (num_programs - 1), num_programs)
+
+        def tile(turn):
+            row_block, head = _tile(program + turn * num_programs, turn, sizes.row_blocks, sizes.heads)
+            return (row_block * _CLUSTER + in_cluster) * _TOKENS, head
+
+        def stage_of(turn, step):
+            return lax.rem(step if steps % _STAGES == 0 else turn * steps + step, _STAGES)
+
+        def load():
+            plgpu.set_max_registers(_REGISTERS[0], action="decrease")
+
+            @_repeat(turns)
+            def _(turn):
+                token, head = tile(turn)
+
+                @_repeat(steps)
+                def _(step):
+                    stage, of_step = stage_of(turn, step), pl.ds(step * STEP, STEP)
+                    plgpu.barrier_wait(free.at[stage])
+                    plgpu.copy_gmem_to_smem(
+                        hidden.at[pl.ds(token, _TOKENS), of_step], hidden_smem.at[stage], full.at[stage]
+                    )
+                    plgpu.copy_gmem_to_smem(
+                        weight.at[of_step, pl.ds(head * HEAD_DIM, HEAD_DIM)],
+                        weight_smem.at[stage],
+                        full.at[stage],
+                        collective_axes=_IN_CLUSTER,
+                    )
+
+            # The other program's last arrivals come before this one ends.
+            @_repeat(_STAGES)
+            def _(stage):
+                plgpu.barrier_wait(free.at[stage])
+
+        def multiply():
+            plgpu.set_max_registers(_REGISTERS[1], action="increase")
+
+            @_repeat(_STAGES)
+            def _(stage):
+                plgpu.barrier_arrive(free.at[stage])
+
+            @pl.when((warpgroup > 0) & (turns > 0) & (lag > 0))
+            def _():
+                plgpu.barrier_wait(lagging)
+
+            @_repeat(turns)
+            def _(turn):
+                token, head = tile(turn)
+                token = token + warpgroup * _ROWS
+                behind_q = head - 2 * sizes.num_q_heads
+                is_of_q = behind_q < 0  # q or its gate; else k or v
+                is_normed = lax.select(is_of_q, lax.rem(head, 2) == 0, behind_q < sizes.num_kv_heads)
+
+                # Loaded before the product, whose first step waits for memory too.
+                cos, sin = _angles(sizes, options, table.dtype, positions)(token, table, *positions)
+
+                def products(sums):
+                    @_repeat(steps)
+                    def _(step):
+                        stage = stage_of(turn, step)
+                        plgpu.barrier_wait(full.at[stage])
+                        plgpu.wgmma(sums, hidden_smem.at[stage, pl.ds(warpgroup * _ROWS, _ROWS)], weight_smem.at[stage])
+                        # No second product in flight: the other warpgroup's keep the tensor cores busy (791.3 us,
+                        # where 795.5 with two).
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(free.at[stage])
+                        if lag:
+
+                            @pl.when((warpgroup == 0) & (turn == 0) & (step == lag))
+                            def _():
+                                plgpu.barrier_arrive(lagging)
+
+                    return sums[...]
+
+                product = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((_ROWS, HEAD_DIM), jnp.float32))
+
+                def store(rows, of_q, of_kv):
+                    """Into one of two arrays, a chunk of columns at a time."""
+                    own = lax.select(is_of_q, lax.div(head, 2), lax.rem(behind_q, sizes.num_kv_heads))
+                    for chunk in range(HEAD_DIM // _CHUNK):
+                        slot = slots_smem.at[warpgroup * _SLOTS + chunk % _SLOTS]
+                        plgpu.wait_smem_to_gmem(_SLOTS - 1, wait_read_only=True)
+                        _put(chunk * _CHUNK, dtype)(rows, slot)
+                        plgpu.commit_smem()
+                        here = pl.ds(token, _ROWS), pl.ds(own * HEAD_DIM + chunk * _CHUNK, _CHUNK)
+                        lax.cond(
+                            is_of_q,
+                            functools.partial(plgpu.copy_smem_to_gmem, slot, of_q.at[*here]),
+                            functools.partial(plgpu.copy_smem_to_gmem, slot, of_kv.at[*here]),
+                        )
+
+                def store_normed():
+                    rows_of = _normed_rows(options, dtype, table.dtype, q_weight.dtype)
+                    store(rows_of(product, cos, sin, is_of_q.astype(jnp.int32), q_weight, k_weight), q, k)
+
+                def store_copied():
+                    store(_copied_rows(dtype)(product), gate, v)
+
+                lax.cond(is_normed, store_normed, store_copied)
+
+            plgpu.wait_smem_to_gmem(0)
+
+        lax.cond(warpgroup == _MULTIPLIERS, load, multiply)
+
+
+def _repeat(times) -> Callable[[Callable[[Any], None]], None]:
+    """Runs the decorated function for 0 … times - 1."""
+
+    def run(body: Callable[[Any], None]) -> None:
+        def step(index, carried):
+            body(index)
+            return carried
+
+        lax.fori_loop(0, times, step, None)
+
+    return run
+
+
+# What a thread does with the 64 rows of its warpgroup. Words are [j][h]: of elements 8j + 2 * quad and the next, in row
+# h of the thread's two. So partners of the rotation are the thread's own, and of the sum of squares two bits of the
+# column lie in other threads.
+
+
+def quad() -> Int:
+    """The thread's number among the four of its rows."""
+    return thread_index() & 3
+
+
+def row_of_thread(row: int) -> Int:
+    """The first or the second of the thread's rows, among the 64."""
+    thread = thread_index() & WARPGROUP - 1
+    return (thread >> 5) * 16 + ((thread & 31) >> 2) + 8 * row
+
+
+def words_of_angles(table: Table, first_token: Int) -> tuple[Words, Words]:
+    """cos and sin of the rows from a token on, in the dtype of the table, which loses nothing."""
+    blocks, dtype, loaded = range(ROTARY_DIM // 2 // 8), table.cache.dtype, []
+    for row in range(_ROWS_OF_THREAD):
+        # Rows past the last token read its positions, and are not stored.
+        token = (first_token + row_of_thread(row)).minimum(table.num_tokens - 1)
+        positions = table.positions_of(token)
+        starts = [table.row(position) + (quad() * 2).resized(64) for position in positions]
+        loaded.append((positions, [table.load(starts, constant(8 * j), 2) for j in blocks]))
+    angles = [[table.angles(positions, words[j], quad() * 2 + 8 * j) for positions, words in loaded] for j in blocks]
+    cos, sin = ([[narrow(of_row[i], dtype) for of_row in of_block] for of_block in angles] for i in range(2))
+    return cos, sin
+
+
+def normed(
+    product: Words,
+    cos: Words,
+    sin: Words,
+    weight: Pointer,
+    *,
+    dtype: jnp.dtype,
+    table_dtype: jnp.dtype,
+    options: Options,
+) -> Words:
+    """Rows of the float32 product: rounded, normalised, rounded, rotated and rounded again, as the op's kernel does."""
+    half = ROTARY_DIM // 2 // 8  # blocks
+    start = weight + (quad() * 2).resized(64)
+    weights = [(start + base).load(2) for base in _QUADS.bases]
+    xs = [[widen(_rounded(words, dtype), dtype) for words in of_block] for of_block in product]
+    vectors = [Vector(quad() * 2, base, 2) for base in _QUADS.bases]
+    inverses = []
+    for row in range(_ROWS_OF_THREAD):
+        total = sum_of_squares([x[row] for x in xs], vectors, _QUADS, quad(), HEAD_DIM)
+        inverses.append(inv_rms(total, HEAD_DIM, options.eps))
+
+    @functools.cache
+    def weights_of(block: int) -> list[Value]:
+        return effective_weights(weights[block], weight.dtype, options.norm_beta)
+
+    def of_block(block: int) -> list[list[Int]]:
+        ws = weights_of(block)
+        return [
+            narrow([arith.mulf(arith.mulf(lane, r), w) for lane, w in zip(lanes, ws, strict=True)], dtype)
+            for lanes, r in zip(xs[block], inverses, strict=True)
+        ]
+
+    words = [of_block(block) for block in range(2 * half)]
+    for block in range(half):
+        for row in range(_ROWS_OF_THREAD):
+            first, second = (widen(words[block + offset][row], dtype) for offset in (0, half))
+            cosine, sine = (widen(angle[block][row], table_dtype) for angle in (cos, sin))
+            rotated = rotate(first, second, cosine, sine, rotation_fuses_y2(options, dtype))
+            words[block][row], words[block + half][row] = (narrow(lanes, dtype) for lanes in rotated)
+    return words + [of_block(block) for block in range(2 * half, len(xs))]
+
+
+def _rounded(words: list[Int], dtype: jnp.dtype) -> list[Int]:
+    """Two float32 lanes in 16 bits each."""
+    return narrow([word.as_float() for word in words], dtype)
+
+
+# The same as functions of the kernel's arrays.
+
+
+def _array(columns: int, dtype: jnp.dtype) -> plgpu.ShapeDtypeStruct:
+    return plgpu.ShapeDtypeStruct((_ROWS, columns), dtype, layout=plgpu.Layout.WGMMA)
+
+
+def _angles(sizes: _Sizes, options: Options, dtype: jnp.dtype, positions: list) -> Callable:
+    """cos and sin (64, R/2), from the first token, the table and, where there are any, positions."""
+    position_dtypes = [ref.dtype for ref in positions]
+
+    def body(context, first_token, table_ref, *refs):
+        del context
+        pointers = [Pointer.to(*of_ref) for of_ref in zip(refs, position_dtypes, strict=True)]
+        position = next(iter(pointers), None)
+        table = Table(Pointer.to(table_ref, dtype), position, sizes.max_position, sizes.num_tokens, options)
+        cos, sin = words_of_angles(table, Int(first_token.registers.item()))
+        return _as_array(cos, dtype), _as_array(sin, dtype)
+
+    refs = [plgpu.RefType() for _ in (0, *positions)]
+    angles = _array(ROTARY_DIM // 2, dtype)
+    return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT(()), *refs), return_type=(angles, angles))(body)
+
+
+def _normed_rows(options: Options, dtype: jnp.dtype, table_dtype: jnp.dtype, weight_dtype: jnp.dtype) -> Callable:
+    """Rows (64, D) of q or of k."""
+
+    def body(context, product, cos, sin, is_q, q_weight, k_weight):
+        del context
+        both = [Pointer.to(weight, weight_dtype).address for weight in (q_weight, k_weight)]
+        weight = Pointer(arith.select(Int(is_q.registers.item()).equals(1).value, *both), weight_dtype)
+        words = _words_of(product, FLOAT32), _words_of(cos, table_dtype), _words_of(sin, table_dtype)
+        return _as_array(normed(*words, weight, dtype=dtype, table_dtype=table_dtype, options=options), dtype)
+
+    wgmma, ref = plgpu.Layout.WGMMA, plgpu.RefType()
+    arg_types = wgmma, wgmma, wgmma, plgpu.Layout.WG_SPLAT(()), ref, ref
+    return plgpu.inline_mgpu(arg_types=arg_types, return_type=_array(HEAD_DIM, dtype))(body)
+
+
+def _copied_rows(dtype: jnp.dtype) -> Callable:
+    """Rows (64, D) of a gate or of v: the product, rounded."""
+
+    def body(context, product):
+        del context
+        return _as_array([[_rounded(words, dtype) for words in block] for block in _words_of(product, FLOAT32)], dtype)
+
+    return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=_array(HEAD_DIM, dtype))(body)
+
+
+def _put(first: int, dtype: jnp.dtype) -> Callable:
+    """Writes the columns from `first` on into a slot, each row 128 bytes in the order of a swizzle."""
+
+    def body(context, rows, slot_ref):
+        del context
+        blocks = _words_of(rows, dtype)[first // 8 : (first + _CHUNK) // 8]
+        slot = Int(llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu.memref_ptr(slot_ref)))
+        thread = thread_index() & WARPGROUP - 1
+        lane = thread & 31
+        row = (thread >> 5) * 16 + (lane & 15)
+        start = slot + row * (2 * _CHUNK) + (((lane >> 4) ^ (lane & 7)) * 16)
+        for number in range(0, len(blocks), 2):
+            ((low_top,), (low_bottom,)), ((high_top,), (high_bottom,)) = blocks[number : number + 2]
+            words = [low_top, low_bottom, high_top, high_bottom]
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
+                [(start ^ (16 * number)).value, *(word.value for word in words)],
+                "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};",
+                "r,r,r,r,r,~{memory}",
+                has_side_effects=True,
+            )
+
+    return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(_SWIZZLED)))(body)
+
+
+def _words_of(array, dtype: jnp.dtype) -> Words:
+    """What the thread holds of an array."""
+    registers = list(array.registers.flatten())
+    i32 = ir.IntegerType.get_signless(32)
+    if dtype == FLOAT32:
+        words = [[bits_of(_lane(register, i)) for i in range(2)] for register in registers]
+    else:
+        words = [[Int(llvm.bitcast(i32, register))] for register in registers]
+    return [words[first : first + _ROWS_OF_THREAD] for first in range(0, len(words), _ROWS_OF_THREAD)]
+
+
+def _as_array(blocks: Words, dtype: jnp.dtype):
+    """The array whose words these are."""
+    kind = ir.VectorType.get((2,), mgpu.dtype_to_ir_type(dtype))
+    registers = [
+        vector.from_elements(kind, [word.as_float() for word in words])
+        if dtype == FLOAT32
+        else llvm.bitcast(kind, words[0].value)
+        for of_block in blocks
+        for words in of_block
+    ]
+    layout = mgpu_array.WGMMA_LAYOUT
+    array = np.empty(len(registers), dtype=object)
+    array[:] = registers
+    return mgpu_array.FragmentedArray(
+        _registers=array.reshape(layout.registers_shape((_ROWS, 8 * len(blocks)))), _layout=layout, _is_signed=None
+    )
+
+
+def _lane(register: Value, index: int) -> Value:
+    return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([index]))
