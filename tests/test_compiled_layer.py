@@ -257,11 +257,17 @@ def compiled(layer, parameters, *, backward: bool, mrope: bool, merge_products: 
     return gpu_program.parse(jax.jit(function, compiler_options=options).lower(*arguments).compile().as_text())
 
 
-def check_layer(program: gpu_program.Program, attention: str, *, packed: bool, backward: bool):
+def check_layer(
+    program: gpu_program.Program, attention: str, *, packed: bool, backward: bool, gate_backward: bool = False
+):
+    """With `gate_backward` the gate's cotangent has a kernel of its own."""
     assert gpu_program.faults(program, attention) == []
     names = gpu_program.kernels(program, attention)
     ours = [name for name in names if name != "attention" and not name.endswith("_sum")]
-    assert [name.rsplit("_", 1)[1] for name in sorted(ours, reverse=True)] == ["forward", *["backward"] * backward]
+    assert [name.rsplit("_", 1)[1] for name in sorted(ours, reverse=True)] == [
+        "forward",
+        *["backward"] * (backward + gate_backward),
+    ]
     assert names.count("attention") == 1 + backward
     forward = next(name for name in ours if name.endswith("_forward"))
     assert gpu_program.sources(program, forward, attention)[: 1 if packed else 2] == ["product"] * (1 if packed else 2)
@@ -276,6 +282,7 @@ def by_name(request, gpu, monkeypatch):
         pytest.skip(reason)
     for name in ("fused_qkv_rmsnorm_rope_gate", "fused_qk_rmsnorm_rope_gate"):
         monkeypatch.setattr(pallas_qk, name, functools.partial(getattr(pallas_qk, name), implementation=request.param))
+    return request.param
 
 
 @pytest.fixture(params=ATTENTION)
@@ -297,8 +304,11 @@ def as_users_run_it():
 @pytest.mark.parametrize("mrope, backward", [(False, False), (True, True)])
 def test_the_examples_layer(by_name, attention, mrope, backward):
     function, pattern = attention
+    gate_backward = backward and by_name == "mosaic_gpu"
+    if gate_backward and jax.__version_info__ < (0, 11):
+        pytest.skip("JAX 0.10 loses the name of a kernel that updates an array in place")
     program = compiled(*packed_layer(function), backward=backward, mrope=mrope)
-    check_layer(program, pattern, packed=True, backward=backward)
+    check_layer(program, pattern, packed=True, backward=backward, gate_backward=gate_backward)
 
 
 @pytest.mark.gpu
