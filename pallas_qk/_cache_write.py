@@ -27,7 +27,7 @@ def write(
     _, slots_of_cache = _cache_axes.strides_of(cache_axes, cache.shape, head_dim)
     own, scales = zip(*rows, strict=True)
     if own[0].dtype != cache.dtype:
-        own = lax.optimization_barrier(own)  # XLA drops the rounding in front of a cast to a wider type
+        own = lax.optimization_barrier(own)  # XLA may drop the rounding in front of a cast to a wider type
     updates = _joined([_cast(x, scale, cache.dtype) for x, scale in zip(own, scales, strict=True)], groups, slots.ndim)
 
     inside, indices = places_of(slots, None if layer is None else layer.reshape(()), slots_of_cache)

@@ -510,13 +510,6 @@ MUTATIONS = [
             cache_by("xla"),
         ),
         (
-            "cache: no rounding before a cast to a wider cache",
-            "own = lax.optimization_barrier(own)",
-            "own = tuple(own)",
-            cache_by("xla", "-kv_dtype=float32"),
-            "XLA drops the rounding on GPUs alone",
-        ),
-        (
             "xla codes: the first head's scale for all",
             "_fp8.codes(x, scale[:, None], dtype)",
             "_fp8.codes(x, scale[:1, None], dtype)",
