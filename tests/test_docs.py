@@ -160,6 +160,21 @@ def test_times_of_wider_heads_are_those_of_the_record():
         assert_rounded(cells, [row[field] for row in found for field in ("p50_us", "fraction_of_copy")])
 
 
+def test_times_of_gates_handed_on_are_those_of_the_record():
+    rows = rows_of_run("20261129T165414Z")
+    for tokens, direction, *cells in rows_of_table(NUMBERS, "| tokens | direction | `copy_gate=False`"):
+        op = "block" if direction == "forward" else "block_backward"
+        in_place, never = (rows[op, f"mosaic_gpu_{form}", "16/2", tokens] for form in ("in_place", "never"))
+        assert_rounded(cells, [in_place["p50_us"], never["p50_us"], never["fraction_of_copy"]])
+
+
+def test_times_of_the_projection_are_those_of_the_record():
+    rows = rows_of_run("20261129T165512Z")
+    names = ("xla_product", "mosaic_gpu_then_op", "mosaic_gpu_then_op_in_place", "mosaic_gpu")
+    for heads, _, tokens, *cells in rows_of_table(DOCS / "options.md", "| heads | width | tokens | product"):
+        assert_rounded(cells, [rows["projection", name, heads, tokens]["p50_us"] for name in names])
+
+
 def test_what_8_bits_cost_and_save_is_in_the_record():
     runs = {False: rows_of_run("20261129T115653Z"), True: rows_of_run("20261129T155819Z")}
 

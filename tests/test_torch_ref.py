@@ -612,7 +612,8 @@ def test_one_lane_a_thread_has_rounded_squares_where_the_rotation_comes_first(he
     """No square is fused into the first sum of two threads, which would then disagree."""
     ptx = compile_oracle(head_dim, kernel=triton_oracle._qk_rope_rmsnorm_gate, dtype=tl.float32)["ptx"]
     sums = re.findall(r"\b(fma|add)(?:\.rn)?\.f32", ptx.partition("shfl.")[2].partition("rsqrt.")[0])
-    assert sums == ["add"] * (triton.next_power_of_2(head_dim).bit_length() - 1) + ["fma"]
+    *sums, with_eps = sums  # which Triton 3.6 adds to a quotient
+    assert sums == ["add"] * (triton.next_power_of_2(head_dim).bit_length() - 1) and with_eps in ("add", "fma")
 
 
 @pytest.mark.gpu
