@@ -1421,8 +1421,8 @@ MUTATIONS = [
         ),
         (
             "mosaic: row 0 instead of NaN",
-            "cos = select(is_past, [nan_like(word, self.cache.dtype) for word in cos], cos)",
-            "cos = select(is_past, cos, cos)",
+            "return select(is_past, [nan_like(word, self.cache.dtype) for word in words], words)",
+            "return select(is_past, words, words)",
             tests_of("mosaic_gpu", f"{OUTSIDE_OF_MOSAIC}[100-int32]"),
         ),
         (

@@ -421,12 +421,12 @@ def epilogue(product, weight, table, positions, *, case: Case):
 
     def thread(program, inputs, out):
         product, weight, table, positions = inputs
-        first = program * 64
-        angles = projection.words_of_angles(Table(table, positions, max_position, num_tokens, options), first)
+        first, table = program * 64, Table(table, positions, max_position, num_tokens, options)
+        angles = projection.words_of_angles(table, first)
         columns = [(projection.quad() * 2).resized(64) + 8 * j for j in range(32)]
         rows = [first + projection.row_of_thread(row) for row in range(2)]
         words = [[(product.row(row, 256) + column).load(2) for row in rows] for column in columns]
-        words = projection.normed(words, *angles, weight, dtype=dtype, table_dtype=table.dtype, options=options)
+        words = projection.normed(words, *angles, weight, table, first, dtype)
         for column, of_rows in zip(columns, words, strict=True):
             for row, of_row in zip(rows, of_rows, strict=True):
                 (out.row(row, 256) + column).store(of_row)

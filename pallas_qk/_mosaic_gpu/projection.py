@@ -244,8 +244,9 @@ def _program(hidden, weight, q_weight, k_weight, table, *refs, sizes: _Sizes, op
                 is_of_q = behind_q < 0  # q or its gate; else k or v
                 is_normed = lax.select(is_of_q, lax.rem(head, 2) == 0, behind_q < sizes.num_kv_heads)
 
-                # Loaded before the product, whose first step waits for memory too.
-                cos, sin = _angles(sizes, options, table.dtype, positions)(token, table, *positions)
+                # Loaded before the product, and read after it.
+                position_dtypes = [ref.dtype for ref in positions]
+                cos, sin = _angles(sizes, options, table.dtype, position_dtypes)(token, table, *positions)
 
                 def products(sums):
                     @_repeat(steps)
@@ -283,8 +284,10 @@ def _program(hidden, weight, q_weight, k_weight, table, *refs, sizes: _Sizes, op
                         )
 
                 def store_normed():
-                    rows_of = _normed_rows(options, dtype, table.dtype, q_weight.dtype)
-                    store(rows_of(product, cos, sin, is_of_q.astype(jnp.int32), q_weight, k_weight), q, k)
+                    rows_of = _normed_rows(sizes, options, dtype, table.dtype, position_dtypes, q_weight.dtype)
+                    of_which = is_of_q.astype(jnp.int32)
+                    rows = rows_of(product, cos, sin, of_which, q_weight, k_weight, token, table, *positions)
+                    store(rows, q, k)
 
                 def store_copied():
                     store(_copied_rows(dtype)(product), gate, v)
@@ -325,15 +328,25 @@ def row_of_thread(row: int) -> Int:
     return (thread >> 5) * 16 + ((thread & 31) >> 2) + 8 * row
 
 
+def positions_of_rows(table: Table, first_token: Int) -> list[list[Int]]:
+    """The positions of the thread's rows, from a token on; past the last token those of the last."""
+    tokens = ((first_token + row_of_thread(row)).minimum(table.num_tokens - 1) for row in range(_ROWS_OF_THREAD))
+    return [table.positions_of(token) for token in tokens]
+
+
 def words_of_angles(table: Table, first_token: Int) -> tuple[Words, Words]:
-    """cos and sin of the rows from a token on, in the dtype of the table, which loses nothing."""
-    blocks, dtype, loaded = range(ROTARY_DIM // 2 // 8), table.cache.dtype, []
-    for row in range(_ROWS_OF_THREAD):
-        # Rows past the last token read its positions, and are not stored.
-        token = (first_token + row_of_thread(row)).minimum(table.num_tokens - 1)
-        positions = table.positions_of(token)
+    """cos and sin of the rows from a token on, in the dtype of the table, which loses nothing.
+
+    Of a single axis as they are loaded, which nothing waits for before `normed` reads them.
+    """
+    blocks, dtype = range(ROTARY_DIM // 2 // 8), table.cache.dtype
+    loaded = []
+    for positions in positions_of_rows(table, first_token):
         starts = [table.row(position) + (quad() * 2).resized(64) for position in positions]
         loaded.append((positions, [table.load(starts, constant(8 * j), 2) for j in blocks]))
+    if table.options.num_axes == 1:
+        cos, sin = ([[words[j][0][i] for _, words in loaded] for j in blocks] for i in range(2))
+        return cos, sin
     angles = [[table.angles(positions, words[j], quad() * 2 + 8 * j) for positions, words in loaded] for j in blocks]
     cos, sin = ([[narrow(of_row[i], dtype) for of_row in of_block] for of_block in angles] for i in range(2))
     return cos, sin
@@ -344,13 +357,14 @@ def normed(
     cos: Words,
     sin: Words,
     weight: Pointer,
-    *,
+    table: Table,
+    first_token: Int,
     dtype: jnp.dtype,
-    table_dtype: jnp.dtype,
-    options: Options,
 ) -> Words:
     """Rows of the float32 product: rounded, normalised, rounded, rotated and rounded again, as the op's kernel does."""
-    half = ROTARY_DIM // 2 // 8  # blocks
+    half, options, table_dtype = ROTARY_DIM // 2 // 8, table.options, table.cache.dtype  # half of the rotated blocks
+    has_loaded = options.num_axes == 1  # cos as they are loaded
+    positions = positions_of_rows(table, first_token) if has_loaded else []
     start = weight + (quad() * 2).resized(64)
     weights = [(start + base).load(2) for base in _QUADS.bases]
     xs = [[widen(_rounded(words, dtype), dtype) for words in of_block] for of_block in product]
@@ -375,7 +389,10 @@ def normed(
     for block in range(half):
         for row in range(_ROWS_OF_THREAD):
             first, second = (widen(words[block + offset][row], dtype) for offset in (0, half))
-            cosine, sine = (widen(angle[block][row], table_dtype) for angle in (cos, sin))
+            of_cos, of_sin = cos[block][row], sin[block][row]
+            if has_loaded:
+                of_cos = table.spoiled(of_cos, positions[row][0])
+            cosine, sine = (widen(of_angle, table_dtype) for of_angle in (of_cos, of_sin))
             rotated = rotate(first, second, cosine, sine, rotation_fuses_y2(options, dtype))
             words[block][row], words[block + half][row] = (narrow(lanes, dtype) for lanes in rotated)
     return words + [of_block(block) for block in range(2 * half, len(xs))]
@@ -393,35 +410,48 @@ def _array(columns: int, dtype: jnp.dtype) -> plgpu.ShapeDtypeStruct:
     return plgpu.ShapeDtypeStruct((_ROWS, columns), dtype, layout=plgpu.Layout.WGMMA)
 
 
-def _angles(sizes: _Sizes, options: Options, dtype: jnp.dtype, positions: list) -> Callable:
+def _table(sizes: _Sizes, options: Options, table_ref, dtype: jnp.dtype, refs, dtypes) -> Table:
+    """The table and, where there are any, the positions, of which `refs` has one."""
+    pointers = [Pointer.to(*of_ref) for of_ref in zip(refs, dtypes, strict=True)]
+    position = next(iter(pointers), None)
+    return Table(Pointer.to(table_ref, dtype), position, sizes.max_position, sizes.num_tokens, options)
+
+
+def _angles(sizes: _Sizes, options: Options, dtype: jnp.dtype, position_dtypes: list[jnp.dtype]) -> Callable:
     """cos and sin (64, R/2), from the first token, the table and, where there are any, positions."""
-    position_dtypes = [ref.dtype for ref in positions]
 
     def body(context, first_token, table_ref, *refs):
         del context
-        pointers = [Pointer.to(*of_ref) for of_ref in zip(refs, position_dtypes, strict=True)]
-        position = next(iter(pointers), None)
-        table = Table(Pointer.to(table_ref, dtype), position, sizes.max_position, sizes.num_tokens, options)
+        table = _table(sizes, options, table_ref, dtype, refs, position_dtypes)
         cos, sin = words_of_angles(table, Int(first_token.registers.item()))
         return _as_array(cos, dtype), _as_array(sin, dtype)
 
-    refs = [plgpu.RefType() for _ in (0, *positions)]
+    refs = [plgpu.RefType() for _ in (0, *position_dtypes)]
     angles = _array(ROTARY_DIM // 2, dtype)
     return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT(()), *refs), return_type=(angles, angles))(body)
 
 
-def _normed_rows(options: Options, dtype: jnp.dtype, table_dtype: jnp.dtype, weight_dtype: jnp.dtype) -> Callable:
+def _normed_rows(
+    sizes: _Sizes,
+    options: Options,
+    dtype: jnp.dtype,
+    table_dtype: jnp.dtype,
+    position_dtypes: list[jnp.dtype],
+    weight_dtype: jnp.dtype,
+) -> Callable:
     """Rows (64, D) of q or of k."""
 
-    def body(context, product, cos, sin, is_q, q_weight, k_weight):
+    def body(context, product, cos, sin, is_q, q_weight, k_weight, first_token, table_ref, *refs):
         del context
         both = [Pointer.to(weight, weight_dtype).address for weight in (q_weight, k_weight)]
         weight = Pointer(arith.select(Int(is_q.registers.item()).equals(1).value, *both), weight_dtype)
+        table = _table(sizes, options, table_ref, table_dtype, refs, position_dtypes)
         words = _words_of(product, FLOAT32), _words_of(cos, table_dtype), _words_of(sin, table_dtype)
-        return _as_array(normed(*words, weight, dtype=dtype, table_dtype=table_dtype, options=options), dtype)
+        return _as_array(normed(*words, weight, table, Int(first_token.registers.item()), dtype), dtype)
 
-    wgmma, ref = plgpu.Layout.WGMMA, plgpu.RefType()
-    arg_types = wgmma, wgmma, wgmma, plgpu.Layout.WG_SPLAT(()), ref, ref
+    wgmma, splat, ref = plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT(()), plgpu.RefType()
+    refs = [ref for _ in (0, *position_dtypes)]
+    arg_types = wgmma, wgmma, wgmma, splat, ref, ref, splat, *refs
     return plgpu.inline_mgpu(arg_types=arg_types, return_type=_array(HEAD_DIM, dtype))(body)
 
 

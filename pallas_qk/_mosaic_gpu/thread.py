@@ -254,14 +254,19 @@ class Table:
         half = self.options.rotary_dim // 2
         return [((row + frequency).load(lanes), (row + frequency + half).load(lanes)) for row in rows]
 
+    def spoiled(self, words: list[Int], position: Int) -> list[Int]:
+        """The words of cos, or NaN where the position is past the table."""
+        if self.positions is None:
+            return words
+        limit = _limit(position, self.max_position)
+        is_past = position.is_at_least(limit, signed=is_signed(self.positions.dtype))
+        return select(is_past, [nan_like(word, self.cache.dtype) for word in words], words)
+
     def angles(self, positions: list[Int], loaded, frequency: Int) -> tuple[list[Value], list[Value]]:
         """float32 cos and sin of consecutive frequencies; NaN in cos, which spoils both halves, past the table."""
         axes = []
         for position, (cos, sin) in zip(positions, loaded, strict=True):
-            if self.positions is not None:
-                limit = _limit(position, self.max_position)
-                is_past = position.is_at_least(limit, signed=is_signed(self.positions.dtype))
-                cos = select(is_past, [nan_like(word, self.cache.dtype) for word in cos], cos)
+            cos = self.spoiled(cos, position)
             axes.append((widen(cos, self.cache.dtype), widen(sin, self.cache.dtype)))
         (cos, sin), *others = axes
         for axis, (other_cos, other_sin) in enumerate(others, start=1):
