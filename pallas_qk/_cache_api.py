@@ -223,6 +223,7 @@ def _call(
 ) -> CacheOutputs:
     """`values` are the arguments of `call` that follow `gate`."""
     kv_cache, slot_mapping, cache_axes, layer, k_scale, v_scale, return_kv = cache
+    _cache_checks.check_slots_given(slot_mapping)
     cache_axes, return_kv = _cache_checks.check_cache_axes(cache_axes), _cache_checks.check_return_kv(return_kv)
     function, (q, k, v) = as_called(name, qkv)
     k_cache, v_cache = _cache_checks.arrays_of(kv_cache, cache_axes)

@@ -107,6 +107,15 @@ def _nearest_float32(number: Any) -> np.float32:
         return np.float32(wide)
 
 
+def check_slots_given(slots: object) -> None:
+    """Before all else, which would blame what follows a slot_mapping that was left out."""
+    if slots is None or isinstance(slots, numbers.Number):
+        raise TypeError(
+            f"slot_mapping must be an array, got {describe(slots)}. It stands between kv_cache and eps: make it with "
+            "pallas_qk.kv_cache.slots_of_rows or slots_of_pages."
+        )
+
+
 def check_slots(function: Function, slots: Any, lead: tuple[int, ...]) -> None:
     check_array("slot_mapping", slots)
     check_integers("slot_mapping", slots.dtype)

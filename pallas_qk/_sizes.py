@@ -32,7 +32,8 @@ def filled(function: Function, inputs: Inputs, sizes: Sizes, *, q_alone: bool) -
     if function.packed:
         heads = _heads_of_packed(function, inputs.q, num_q_heads, num_kv_heads, of_q, head_dim)
     else:
-        heads = _heads_of_axes(function, inputs, num_q_heads, num_kv_heads, of_q, head_dim)
+        origin = ", the length of the weights" if sizes[2] is None else ""
+        heads = _heads_of_axes(function, inputs, num_q_heads, num_kv_heads, of_q, head_dim, origin)
     return *heads, head_dim, rotary_dim
 
 
@@ -88,9 +89,15 @@ def _heads_of_packed(
 
 
 def _heads_of_axes(
-    function: Function, inputs: Inputs, num_q_heads: int | None, num_kv_heads: int | None, of_q: int, of_k: int
+    function: Function,
+    inputs: Inputs,
+    num_q_heads: int | None,
+    num_kv_heads: int | None,
+    of_q: int,
+    of_k: int,
+    origin: str,
 ) -> tuple[int, int]:
-    """From an axis of heads, or from a last axis that holds all of them.
+    """From an axis of heads, or from a last axis that holds all of them. `origin` says where `of_k` is from.
 
     Where both readings fit, it is an axis of heads. Positions don't count: those that broadcast, or have an axis too
     many, fit either reading.
@@ -110,7 +117,8 @@ def _heads_of_axes(
         if all(x.count(by_axis=False) for x in arrays):
             raise ValueError(
                 f"{function.array} and k must have equal leading axes in front of heads of {of_q} and {of_k} elements, "
-                f"got shapes {shapes[0]} and {shapes[1]}. Check the tokens and head_dim = {of_k}; {function.other}."
+                f"got shapes {shapes[0]} and {shapes[1]}. Check the tokens and head_dim = {of_k}{origin}; "
+                f"{function.other}."
             )
         by_axis = len({shape[:-2] for shape in shapes}) == 1  # then the last of the leading axes holds heads
     counts = [x.count(by_axis) for x in arrays]

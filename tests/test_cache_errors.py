@@ -121,7 +121,8 @@ BAD = {
     ),
     "no slots": (
         TypeError,
-        "slot_mapping must be a JAX or NumPy array, got None of type NoneType. Convert it with jnp.asarray.",
+        "slot_mapping must be an array, got None of type NoneType. It stands between kv_cache and eps: make it with "
+        "pallas_qk.kv_cache.slots_of_rows or slots_of_pages.",
         {"slot_mapping": None},
     ),
     "a layer of no layers": (
@@ -294,3 +295,11 @@ def test_vmap_is_refused_where_something_is_mapped():
     outputs, doubled = jax.vmap(lambda x: (call(CASE), 2 * x), out_axes=(None, 0))(jnp.arange(3.0))
     assert_same(outputs, call(CASE))
     assert doubled.tolist() == [0, 2, 4]
+
+
+def test_a_slot_mapping_that_is_left_out_is_named():
+    """What follows it in a call by position slides into its place."""
+    qkv, ones, table = jnp.zeros((4, 4 * 64 + 2 * 2 * 64)), jnp.ones(64), jnp.zeros((8, 16))
+    kv_cache = tuple(jnp.zeros((5, 4, 2, 64)) for _ in range(2))
+    with pytest.raises(TypeError, match="slot_mapping must be an array, got 1e-06 of type float"):
+        pallas_qk.fused_qkv_rmsnorm_rope_cache(qkv, ones, ones, table, jnp.arange(4), kv_cache, 1e-6, 4, 2, 64, 16)

@@ -241,7 +241,8 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
         },
         ValueError,
         "q_gate and k must have equal leading axes in front of heads of 64 and 32 elements, got shapes (6, 4, 128) and "
-        "(6, 2, 64). Check the tokens and head_dim = 32; fused_qk_rmsnorm_rope takes q without gates.",
+        "(6, 2, 64). Check the tokens and head_dim = 32, the length of the weights; fused_qk_rmsnorm_rope takes q "
+        "without gates.",
     ),
     "another number of tokens": (
         {"k": jnp.zeros((5, 128)), "num_q_heads": None, "num_kv_heads": None},
