@@ -6,7 +6,7 @@ import functools
 import jax
 
 from pallas_qk._array_checks import check_array, unboxed
-from pallas_qk._checks import describe
+from pallas_qk._checks import check_dtype_name, describe
 from pallas_qk._options import Options
 from pallas_qk._rows import Call, Inputs, head_dim_of
 
@@ -16,9 +16,9 @@ from pallas_qk._rows import Call, Inputs, head_dim_of
 class Gate:
     """The gate of a call with copy_gate="never", which `apply_gate` takes and nothing else does.
 
-    A pytree that holds the array with the gate that the op was given, and says where it lies there. As a cotangent it
-    holds the gate's, and whatever memory held in the other elements: what adds, scales or stacks it does no harm, what
-    looks for NaN may find some.
+    A pytree that holds the array with the gate that the op was given, and says where it lies there and which
+    implementation was named. As a cotangent it holds the gate's, and whatever memory held in the other elements: what
+    adds, scales or stacks it does no harm, what looks for NaN may find some.
     """
 
     _array: jax.Array  # (*lead, elements), flat in heads
@@ -53,11 +53,12 @@ def apply_gate(attended: jax.Array, gate: Gate) -> jax.Array:
 
     Returns:
       The product, in the shape and dtype of `attended`. The sigmoid is computed in float32 and rounded to that dtype,
-      then the product is, as in transformers' Qwen3.5 layer.
+      then the product is, as in transformers' Qwen3.5 layer. It is plain XLA on every platform.
 
     Raises:
-      TypeError: `gate` is no `Gate`, or `attended` no array of its dtype.
-      ValueError: `attended` has another shape.
+      TypeError: `gate` is no `Gate`, or holds no array of floats, or `attended` is no array of its dtype.
+      ValueError: `attended` has another shape, or the array in `gate` was cut.
+      NotImplementedError, in a gradient: as the op's backward.
 
     Derivatives:
       Of both arguments, in every mode and of any order, without the roundings. Reverse mode is one kernel where the op
@@ -84,13 +85,22 @@ def apply_gate(attended: jax.Array, gate: Gate) -> jax.Array:
     attended = unboxed(attended)
     check_array("attended", attended)
     array, options = gate._array, gate._call.options
+    check_array("the array in gate", array)
+    check_dtype_name("the array in gate", str(array.dtype))
     if attended.dtype != array.dtype:
         raise TypeError(
             f"attended must have the dtype of the gate, {array.dtype}, got {attended.dtype}. Cast it with astype."
         )
-    *lead, width = array.shape
-    head_dim = options.head_dim or 1
-    num_heads = options.packed[0] if options.packed else width // (2 * head_dim)
+    head_dim = options.head_dim
+    assert head_dim is not None
+    *lead, width = array.shape or (0,)
+    num_heads, of_kv = options.packed or (width // (2 * head_dim), 0)
+    if not width or width != 2 * (num_heads + of_kv) * head_dim:
+        wanted = 2 * sum(options.packed) * head_dim if options.packed else f"heads of 2 * {head_dim}"
+        raise ValueError(
+            f"the array in gate must have a last axis of {wanted} elements, got shape {tuple(array.shape)}. "
+            "Pass the Gate as the op returned it, or cut its leading axes alone."
+        )
     forms = (*lead, num_heads * head_dim), (*lead, num_heads, head_dim)
     if attended.shape not in forms:
         raise ValueError(

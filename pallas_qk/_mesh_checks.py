@@ -63,8 +63,8 @@ def check_known_shardings(function: Function, inputs: Inputs, sizes: Sizes, *, s
 def _check_packed(function: Function, num_shards: int) -> None:
     if num_shards > 1:
         raise ValueError(
-            f"qkv must hold its last axis whole on each device, got it over {num_shards} devices: its parts don't end "
-            f"where shards do. Shard its leading axes, pass {function.instead}, or call inside "
+            f"{function.array} must hold its last axis whole on each device, got it over {num_shards} devices: its "
+            f"parts don't end where shards do. Shard its leading axes, pass {function.instead}, or call inside "
             "jax.shard_map with each device's heads packed for it."
         )
 

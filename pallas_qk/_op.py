@@ -1,7 +1,8 @@
-"""The op over the whole mesh and under vmap, for every implementation: two primitives, forward and backward.
+"""The op over the whole mesh and under vmap, for every implementation: three primitives.
 
-Arrays are flat in heads, (*lead, heads*D), with any leading axes; positions are (1 or 3, *lead). The primitives take
-the leaves of (Inputs,) or (Inputs, Outputs), so an array that a call does not have is no operand.
+They are the forward, the backward, and the backward of the product with a gate that was handed on. Arrays are flat in
+heads, (*lead, heads*D), with any leading axes; positions are (1 or 3, *lead). The primitives take the leaves of
+(Inputs,), (Inputs, Outputs) or (Inputs, Product), so an array that a call does not have is no operand.
 """
 
 import functools

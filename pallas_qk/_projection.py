@@ -31,6 +31,10 @@ class _OfProduct(Function):
     def other(self) -> str:
         return "fused_qkv_rmsnorm_rope takes a product whose q has no gates"
 
+    @property
+    def instead(self) -> str:
+        return "a weight whose columns are whole there"
+
 
 # eps, sizes, mrope_section, norm_beta, mrope_layout
 Values = tuple[float, Sizes, Sequence[int] | None, float, str]
@@ -86,21 +90,25 @@ def _checked(hidden: Any, weight: Any, inputs: Inputs, values: Values, implement
         try:
             found.append(_call.checked(function, arrays, "copied", *values, *options)["call"])
         except (NotImplementedError, TypeError, ValueError) as error:  # raised outside: here JAX adds to its text
-            found.append(error)
+            found.append(error.with_traceback(None))  # whose frames hold the traced product
 
     jax.eval_shape(of_product, hidden, weight)
     (call,) = found
     if not isinstance(call, Call):
         raise call
     if implementation == KERNEL:
-        _check_kernel(call, hidden, inputs)
+        _check_kernel(call, hidden, weight, inputs)
     return call
 
 
-def _check_kernel(call: Call, hidden: Any, inputs: Inputs) -> None:
+def _check_kernel(call: Call, hidden: Any, weight: Any, inputs: Inputs) -> None:
     """Refuses what the kernel can't do, before any code is made."""
     reason: str | None = "it takes norms with weights, got None"
-    if inputs.q_weight is not None:
+    shapes = (x.shape for x in jax.tree.leaves((hidden, weight, inputs)))
+    still_open = next((size for shape in shapes for size in shape if not isinstance(size, int)), None)
+    if still_open is not None:
+        reason = f"it needs sizes that are known when tracing, got {still_open}"
+    elif inputs.q_weight is not None:
         assert call.options.packed is not None
         sizes = 1, *call.options.packed, inputs.q_weight.shape[0], call.options.rotary_dim
         spec, module = Spec(*sizes, str(hidden.dtype)), _implementations.module(KERNEL)

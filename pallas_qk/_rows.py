@@ -100,8 +100,8 @@ class Product(NamedTuple):
     None where an operand or a result has no such array.
     """
 
-    q: Any = None  # the cotangent of `Inputs.q`: the gate's rows, and what nobody reads
-    attended: Any = None  # (T, Hq, D), or its cotangent
+    q: Any = None  # `Inputs.q`, its tangent, or its cotangent: the gate's rows, and what nobody reads
+    attended: Any = None  # (T, Hq, D), or its tangent or cotangent
     product: Any = None  # (T, Hq, D), or its cotangent
 
 

@@ -81,7 +81,8 @@ def _heads_of_packed(
         found, wanted = (heads, num_kv_heads), f"num_q_heads * {of_q} + {2 * num_kv_heads * of_k}"
     else:
         raise ValueError(
-            "num_q_heads or num_kv_heads must be given with packed qkv, got neither. Pass one: the other follows."
+            f"num_q_heads or num_kv_heads must be given with packed {function.array}, got neither. "
+            "Pass one: the other follows."
         )
     if rest or heads < 1:
         raise wrong_last_axes(function.array, qkv, [(wanted,)], function.sizes)

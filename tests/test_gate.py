@@ -761,3 +761,28 @@ def test_functions_that_write_a_cache():
     )
     *_, want = block(case)(attended, qkv, *arrays)
     assert_same(pallas_qk.apply_gate(attended, outputs.gate), want)
+
+
+CUT = {
+    "no array": (lambda x: None, TypeError, "the array in gate must be a JAX or NumPy array, got None"),
+    "a type": (jax.typeof, TypeError, "the array in gate must be a JAX or NumPy array, got "),
+    "integers": (
+        lambda x: x.astype(jnp.int32),
+        TypeError,
+        "the array in gate must be float16, bfloat16 or float32, got ",
+    ),
+    "one element": (lambda x: x[0, 0], ValueError, "the array in gate must have a last axis of "),
+    "cut": (lambda x: x[:, :-2], ValueError, "the array in gate must have a last axis of "),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("how", CUT)
+def test_a_gate_whose_array_was_changed_is_refused(how, packed):
+    change, error, message = CUT[how]
+    case = dataclasses.replace(CASE, packed=packed)
+    attended, *arrays = arrays_of(case)
+    gate = forms.op(case)(*arrays)[-1]
+    changed = jax.tree.unflatten(jax.tree.structure(gate), map(change, jax.tree.leaves(gate)))
+    with pytest.raises(error, match=message):
+        pallas_qk.apply_gate(attended, changed)

@@ -383,6 +383,21 @@ def test_an_open_number_of_tokens_is_refused():
     assert_same(list(exported.call(*arguments())), list(op(implementation="xla")(*arguments())))
 
 
+def test_an_open_table_is_refused():
+    (rows,) = export.symbolic_shape("rows")
+    hidden, weight, *weights, table, positions = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arguments()]
+    arrays = hidden, weight, *weights, table.update(shape=(rows, table.shape[1])), positions
+    message = REFUSED.format("it needs sizes that are known when tracing, got rows")
+    with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
+        export.export(jax.jit(op(implementation=BY_KERNEL)), platforms=["cuda"])(*arrays)
+
+
+def test_an_error_keeps_no_traced_product():
+    hidden, weight, *others = arguments()
+    with jax.checking_leaks(), pytest.raises(ValueError, match=re.escape("hidden @ weight must have shape")):
+        op()(hidden, weight[:, 1:], *others)
+
+
 def test_the_products_of_a_gradient():
     """Of hidden and weight one product each, and the one that the op's backward reads, which no forward keeps."""
     *arrays, positions = arguments()
