@@ -685,9 +685,15 @@ MUTATIONS = [
             tests_of("gate", "test_errors"),
         ),
         (
+            "apply_gate: an array that was cut is taken",
+            "if not width or width != 2 * (num_heads + of_kv) * head_dim:",
+            "if not width:",
+            tests_of("gate", "test_a_gate_whose_array_was_changed_is_refused"),
+        ),
+        (
             "apply_gate: the heads of a packed array by its width",
-            "options.packed[0] if options.packed else width // (2 * head_dim)",
-            "width // (2 * head_dim)",
+            "num_heads, of_kv = options.packed or (width // (2 * head_dim), 0)",
+            "num_heads, of_kv = width // (2 * head_dim), 0",
             tests_of("gate", "test_values_and_gradients_equal_their_float64_definition[packed-False-bfloat16]"),
         ),
     ),
