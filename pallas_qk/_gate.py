@@ -58,7 +58,7 @@ def apply_gate(attended: jax.Array, gate: Gate) -> jax.Array:
     Raises:
       TypeError: `gate` is no `Gate`, or holds no array of floats, or `attended` is no array of its dtype.
       ValueError: `attended` has another shape, or the array in `gate` was cut.
-      NotImplementedError, in a gradient: as the op's backward.
+      NotImplementedError: a gradient can't be had, as that of the op.
 
     Derivatives:
       Of both arguments, in every mode and of any order, without the roundings. Reverse mode is one kernel where the op
