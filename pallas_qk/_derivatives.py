@@ -6,13 +6,13 @@ kernel. Derivatives beyond the first are plain XLA. Residuals are the inputs.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, Primitive
 from jax.interpreters import ad, mlir
 from jax.tree_util import PyTreeDef
 
@@ -95,10 +95,7 @@ def _tangent_transpose(cotangents: Sequence[Any], *args: Any, call: Call, tree: 
     gradients = _op.backward(rounding, inputs, cotangents)._asdict()
     if ad.is_undefined_primal(tangents.cos_sin_cache):
         gradients["cos_sin_cache"] = _table_gradient(call, inputs, cotangents)
-    moved = [(name, tangent) for name, tangent in tangents._asdict().items() if tangent is not None]
-    return [None] * len(jax.tree.leaves(inputs)) + [
-        sum_to(gradients[name], tangent.aval) if ad.is_undefined_primal(tangent) else None for name, tangent in moved
-    ]
+    return [None] * len(jax.tree.leaves(inputs)) + of_moving(gradients, tangents)
 
 
 def _table_gradient(call: Call, inputs: Inputs, cotangents: Outputs) -> jax.Array:
@@ -115,27 +112,46 @@ def _table_gradient(call: Call, inputs: Inputs, cotangents: Outputs) -> jax.Arra
     return compiler_partitioned(gradient, jax.typeof(inputs.cos_sin_cache).sharding)(inputs, cotangents)
 
 
-def sum_to(gradient: jax.Array, aval: Any) -> jax.Array:
+def of_moving(gradients: Mapping[str, Any], tangents: Any) -> list[Any]:
+    """The gradients for the tangents that there are, in their types; None for one that isn't asked for."""
+    moving = [(name, tangent) for name, tangent in tangents._asdict().items() if tangent is not None]
+    return [
+        _sum_to(gradients[name], tangent.aval) if ad.is_undefined_primal(tangent) else None for name, tangent in moving
+    ]
+
+
+def _sum_to(gradient: jax.Array, aval: Any) -> jax.Array:
     """The gradient summed over the manual axes along which the input did not vary, then rounded to its dtype."""
     summed = jax.typeof(gradient).manual_axis_type.varying - aval.manual_axis_type.varying
     return (lax.psum(gradient, tuple(summed)) if summed else gradient).astype(aval.dtype)
 
 
-def _tangent_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: Call, tree: PyTreeDef) -> tuple[Any, Any]:
-    outputs = tangent_p.bind(*primals, call=call, tree=tree)
-    return outputs, further_derivative(functools.partial(_tangent, call), tree, primals, tangents, outputs)
+def register_further_derivatives(
+    tangent_p: Primitive,
+    tangent: Callable[..., Any],
+    backward_p: Primitive,
+    backward: Callable[..., Any],
+    formula: Callable[..., Any],
+) -> None:
+    """In plain XLA: of `tangent_p` those of `tangent`, of `backward_p`, which `backward` binds, those of `formula`."""
+
+    def tangent_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: Call, tree: PyTreeDef) -> tuple[Any, Any]:
+        outputs = tangent_p.bind(*primals, call=call, tree=tree)
+        return outputs, _further_derivative(functools.partial(tangent, call), tree, primals, tangents, outputs)
+
+    def backward_jvp(
+        primals: Sequence[Any], tangents: Sequence[Any], *, call: Call, tree: PyTreeDef, body: ClosedJaxpr
+    ) -> tuple[Any, Any]:
+        del body
+        outputs = jax.tree.leaves(backward(call, *jax.tree.unflatten(tree, primals)))
+        function = functools.partial(on_heads, formula, call.options)
+        return outputs, _further_derivative(function, tree, primals, tangents, outputs)
+
+    ad.primitive_jvps[tangent_p] = tangent_jvp
+    ad.primitive_jvps[backward_p] = backward_jvp
 
 
-def _backward_jvp(
-    primals: Sequence[Any], tangents: Sequence[Any], *, call: Call, tree: PyTreeDef, body: ClosedJaxpr
-) -> tuple[Any, Any]:
-    del body
-    outputs = jax.tree.leaves(_op.backward(call, *jax.tree.unflatten(tree, primals)))
-    function = functools.partial(on_heads, _reference.backward, call.options)
-    return outputs, further_derivative(function, tree, primals, tangents, outputs)
-
-
-def further_derivative(
+def _further_derivative(
     function: Callable[..., Any],
     tree: PyTreeDef,
     primals: Sequence[Any],
@@ -173,8 +189,7 @@ def _tangent_lowering(ctx: mlir.LoweringRuleContext, *args: Any, call: Call, tre
 
 
 ad.primitive_jvps[forward_p] = _forward_jvp
-ad.primitive_jvps[tangent_p] = _tangent_jvp
-ad.primitive_jvps[backward_p] = _backward_jvp
+register_further_derivatives(tangent_p, _tangent, backward_p, _op.backward, _reference.backward)
 ad.primitive_transposes[tangent_p] = _tangent_transpose
 register_batching(tangent_p, _tangent_batch)
 mlir.register_lowering(tangent_p, _tangent_lowering)

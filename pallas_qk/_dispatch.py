@@ -13,7 +13,7 @@ from jax.tree_util import PyTreeDef
 
 from pallas_qk import _implementations, _reference
 from pallas_qk._options import Options
-from pallas_qk._rows import Gradients, Inputs, Outputs, Product, gradient_types, output_types, spec_of
+from pallas_qk._rows import Gradients, Inputs, Outputs, Product, gradient_types, output_types, product_types, spec_of
 from pallas_qk._target import as_on_a_gpu, cuda_target
 
 
@@ -35,7 +35,7 @@ def backward(inputs: Inputs, cotangents: Outputs, *, options: Options, implement
 
 def gate_backward(inputs: Inputs, operands: Product, *, options: Options, implementation: str | None) -> Product:
     """The contract of `_reference.gate_backward`, by the implementation asked for or by the first that runs."""
-    types = Product(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (inputs.q, operands.attended)))
+    types = product_types(inputs, operands)
     cotangents: Product = _bind("gate_backward", (inputs, operands), types, options, implementation)
     return cotangents
 

@@ -123,6 +123,30 @@ backward_p = _op_primitive("fused_qk_rmsnorm_rope_gate_backward", "backward", as
 gate_backward_p = _op_primitive("apply_gate_backward", "gate_backward", lambda options, leaves: Product(*leaves))
 
 
+def _names(args: Sequence[jax.Array], call: Call, tree: PyTreeDef) -> list[str]:
+    """Of the axes of each operand."""
+    names: list[str] = jax.tree.leaves(axes(call.options, *jax.tree.unflatten(tree, args)))
+    return names
+
+
+def _batched(
+    function: Callable[..., Any],
+    names: list[str],
+    axis: Any,
+    args: Sequence[jax.Array],
+    dims: Sequence[int | None],
+    call: Call,
+    tree: PyTreeDef,
+) -> tuple[list[jax.Array], list[int]]:
+    """One call of `function` with the mapped axis among the leading ones."""
+
+    def bind(*args: jax.Array) -> list[jax.Array]:
+        return jax.tree.leaves(function(call, *jax.tree.unflatten(tree, args)))
+
+    outputs = list(batch(bind, names, axis, args, dims))
+    return outputs, [0] * len(outputs)
+
+
 def _forward_batch(
     axis: Any,
     args: Sequence[jax.Array],
@@ -141,12 +165,7 @@ def _forward_batch(
             "tokens' leading axes, and add to the slots where each element's part of the cache starts."
         )
 
-    def bind(*args: jax.Array) -> list[jax.Array]:
-        return jax.tree.leaves(forward(call, *jax.tree.unflatten(tree, args)))
-
-    names = jax.tree.leaves(axes(call.options, *jax.tree.unflatten(tree, args)))
-    outputs = batch(bind, names, axis, args, dims)
-    return outputs, [0] * len(outputs)
+    return _batched(forward, _names(args, call, tree), axis, args, dims, call, tree)
 
 
 def _backward_batch(
@@ -160,11 +179,8 @@ def _backward_batch(
 ) -> tuple[list[jax.Array], list[int]]:
     del body
 
-    def bind(*args: jax.Array) -> list[jax.Array]:
-        return jax.tree.leaves(backward(call, *jax.tree.unflatten(tree, args)))
-
-    names = jax.tree.leaves(axes(call.options, *jax.tree.unflatten(tree, args)))
-    outputs = list(batch(bind, names, axis, args, dims))
+    names = _names(args, call, tree)
+    outputs, out_dims = _batched(backward, names, axis, args, dims, call, tree)
     gradients = as_gradients(call.options, outputs)
     num_weights = len(weights_in(gradients))
     if num_weights and has_batched_leading_axes(names, dims):
@@ -176,7 +192,7 @@ def _backward_batch(
         sharding = activations.update(spec=PartitionSpec(activations.spec[0], None))
         summed = compiler_partitioned(jax.vmap(weights, dims), dict.fromkeys(weights_in(gradients), sharding))(*args)
         outputs = jax.tree.leaves(gradients._replace(**summed))
-    return outputs, [0] * len(outputs)
+    return outputs, out_dims
 
 
 def _gate_backward_batch(
@@ -189,13 +205,7 @@ def _gate_backward_batch(
     body: ClosedJaxpr,
 ) -> tuple[list[jax.Array], list[int]]:
     del body
-
-    def bind(*args: jax.Array) -> list[jax.Array]:
-        return jax.tree.leaves(gate_backward(call, *jax.tree.unflatten(tree, args)))
-
-    names = jax.tree.leaves(axes(call.options, *jax.tree.unflatten(tree, args)))
-    outputs = batch(bind, names, axis, args, dims)
-    return outputs, [0] * len(outputs)
+    return _batched(gate_backward, _names(args, call, tree), axis, args, dims, call, tree)
 
 
 register_batching(forward_p, _forward_batch)

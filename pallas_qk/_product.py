@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr
 from jax.interpreters import ad, mlir
 from jax.tree_util import PyTreeDef
 
 from pallas_qk import _op, _reference
 from pallas_qk._batching import batch, register_batching
-from pallas_qk._derivatives import further_derivative, sum_to
+from pallas_qk._derivatives import of_moving, register_further_derivatives
 from pallas_qk._primitive import compiler_partitioned, lower_untyped, primitive
 from pallas_qk._rows import Call, Inputs, Product, on_heads
 
@@ -69,24 +68,7 @@ def _tangent_transpose(cotangents: Sequence[Any], *args: Any, call: Call, tree: 
     operands = Product(attended=_flat(primals.q, primals.attended), product=_flat(primals.q, dout))
     found = _op.gate_backward(call, _of_q(primals.q), operands)
     found = found._replace(attended=found.attended.reshape(dout.shape))
-    moving = [(getattr(found, name), tangent) for name, tangent in tangents._asdict().items() if tangent is not None]
-    return [None, None] + [
-        sum_to(gradient, tangent.aval) if ad.is_undefined_primal(tangent) else None for gradient, tangent in moving
-    ]
-
-
-def _tangent_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: Call, tree: PyTreeDef) -> tuple[Any, Any]:
-    outputs = tangent_p.bind(*primals, call=call, tree=tree)
-    return outputs, further_derivative(functools.partial(_tangent, call), tree, primals, tangents, outputs)
-
-
-def _gate_backward_jvp(
-    primals: Sequence[Any], tangents: Sequence[Any], *, call: Call, tree: PyTreeDef, body: ClosedJaxpr
-) -> tuple[Any, Any]:
-    del body
-    outputs = jax.tree.leaves(_op.gate_backward(call, *jax.tree.unflatten(tree, primals)))
-    function = functools.partial(on_heads, _reference.gate_backward, call.options)
-    return outputs, further_derivative(function, tree, primals, tangents, outputs)
+    return [None, None, *of_moving(found._asdict(), tangents)]
 
 
 def _tangent_batch(
@@ -106,8 +88,7 @@ def _tangent_lowering(ctx: mlir.LoweringRuleContext, *args: Any, call: Call, tre
     return lower_untyped(ctx, lambda *args: _tangent(call, *jax.tree.unflatten(tree, args)), *args)
 
 
-ad.primitive_jvps[tangent_p] = _tangent_jvp
-ad.primitive_jvps[_op.gate_backward_p] = _gate_backward_jvp
+register_further_derivatives(tangent_p, _tangent, _op.gate_backward_p, _op.gate_backward, _reference.gate_backward)
 ad.primitive_transposes[tangent_p] = _tangent_transpose
 register_batching(tangent_p, _tangent_batch)
 mlir.register_lowering(tangent_p, _tangent_lowering)

@@ -299,6 +299,11 @@ def gradient_types(inputs: Inputs, options: Options) -> Gradients:
     return types._replace(**{name: x.update(dtype=jnp.float32) for name, x in weights_in(types).items()})
 
 
+def product_types(inputs: Inputs, operands: Product) -> Product:
+    """The types of the cotangents that `_reference.gate_backward` gives."""
+    return Product(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (inputs.q, operands.attended)))
+
+
 def weights_in(arrays: Gradients) -> dict[str, Any]:
     """Those of the weights, by name."""
     return {name: x for name in WEIGHTS if (x := getattr(arrays, name)) is not None}

@@ -26,7 +26,7 @@ from pallas_qk._mosaic_gpu.emit import (
 from pallas_qk._mosaic_gpu.launch import launch
 from pallas_qk._mosaic_gpu.thread import RowsIn
 from pallas_qk._options import Options
-from pallas_qk._rows import Inputs, Product, rows_for, spec_of
+from pallas_qk._rows import Inputs, Product, product_types, rows_for, spec_of
 
 GATE_NAME = "pallas_qk_mosaic_gpu_gate_backward"
 
@@ -38,7 +38,7 @@ def gate_backward(inputs: Inputs, operands: Product, *, options: Options) -> Pro
     16 heads), two 158.6 and four 159.1, programs of two warpgroups 157.9.
     """
     spec, dtype = spec_of(inputs, options), inputs.q.dtype
-    types = Product(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (inputs.q, operands.attended)))
+    types = product_types(inputs, operands)
     if spec.num_tokens == 0:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
     place, num_heads = rows_for(spec, options)["gate"].source, spec.num_q_heads
