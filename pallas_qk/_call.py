@@ -155,7 +155,8 @@ def _run(inputs: Inputs, *, name: str, call: Call, split: bool) -> Outputs:
         inputs = inputs._replace(v=None)
     with jax.named_scope(name):
         rows = {name: x for name in ("q", "k", "v") if (x := getattr(inputs, name)) is not None} if split else {}
-        outputs = _derivatives.forward(call, inputs._replace(**{name: _flat(x) for name, x in rows.items()}))
+        inputs = inputs._replace(**{name: _flat(x) for name, x in rows.items()})
+        outputs = _derivatives.forward(call, inputs)
         if call.options.gate == "handed_on":
             passing["gate"] = of_call(outputs.gate, call, inputs)
             outputs = outputs._replace(gate=None)

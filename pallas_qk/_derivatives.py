@@ -20,7 +20,7 @@ from pallas_qk import _op, _reference
 from pallas_qk._batching import batch, register_batching
 from pallas_qk._op import backward_p, forward_p
 from pallas_qk._primitive import compiler_partitioned, lower_untyped, primitive
-from pallas_qk._rows import Call, Inputs, Outputs, as_outputs, axes, flat_output_types, on_heads, with_handed_on
+from pallas_qk._rows import Call, Inputs, Outputs, as_outputs, axes, flat_output_types, on_heads
 
 forward = _op.forward  # the differentiable op
 
@@ -81,9 +81,7 @@ def _forward_jvp(
             f"what writes a KV cache must not be differentiated, got tangents of {moved}. Call the function without a "
             "cache and write its k and v with .at[].set, or stop them with jax.lax.stop_gradient."
         )
-    # The input itself, not another name for it, of which a loop over layers would keep both.
-    outputs = with_handed_on(forward(call, inputs), inputs, call.options)
-    return jax.tree.leaves(outputs), jax.tree.leaves(_tangent_of(call, inputs, moving))
+    return jax.tree.leaves(forward(call, inputs)), jax.tree.leaves(_tangent_of(call, inputs, moving))
 
 
 def _tangent_transpose(cotangents: Sequence[Any], *args: Any, call: Call, tree: PyTreeDef) -> list[Any]:

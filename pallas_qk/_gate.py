@@ -16,20 +16,25 @@ from pallas_qk._rows import Call, Inputs, head_dim_of
 class Gate:
     """The gate of a call with copy_gate="never", which `apply_gate` takes and nothing else does.
 
-    A pytree that holds the array with the gate that the op was given, and says where it lies there and which
-    implementation was named. As a cotangent it holds the gate's, and whatever memory held in the other elements: what
-    adds, scales or stacks it does no harm, what looks for NaN may find some.
+    A pytree that holds the array with the gate twice, and says where the gate lies there and which implementation was
+    named. `apply_gate` reads one of the two, and derivatives pass through the other. As a cotangent that one holds the
+    gate's, and whatever memory held in the other elements: what adds, scales or stacks it does no harm, what looks for
+    NaN may find some.
     """
 
-    _array: jax.Array  # (*lead, elements), flat in heads
+    # (*lead, elements), flat in heads. As the op was given it: a backward keeps the op's array and no second one.
+    _given: jax.Array
+    # As the op returned it. The cotangent of `_given` may go where all elements count, such as past the op into q's in
+    # a derivative of the second order; this one's goes to the op's backward alone, which reads no more than the gate's.
+    _returned: jax.Array
     _call: Call = dataclasses.field(metadata={"static": True})
 
     def __repr__(self) -> str:
-        of = self._array.aval.str_short() if isinstance(self._array, jax.Array) else repr(self._array)
+        of = self._given.aval.str_short() if isinstance(self._given, jax.Array) else repr(self._given)
         return f"Gate({of})"
 
 
-def of_call(array: jax.Array, call: Call, inputs: Inputs) -> Gate:
+def of_call(returned: jax.Array, call: Call, inputs: Inputs) -> Gate:
     """The gate in an array (*lead, elements) of a call, without what doesn't concern it."""
     given = call.options
     options = Options(
@@ -41,7 +46,7 @@ def of_call(array: jax.Array, call: Call, inputs: Inputs) -> Gate:
         packed=given.packed,
         q_alone=given.packed is None,
     )
-    return Gate(array, Call(options, call.implementation))
+    return Gate(inputs.q, returned, Call(options, call.implementation))
 
 
 def apply_gate(attended: jax.Array, gate: Gate) -> jax.Array:
@@ -84,7 +89,7 @@ def apply_gate(attended: jax.Array, gate: Gate) -> jax.Array:
         )
     attended = unboxed(attended)
     check_array("attended", attended)
-    array, options = gate._array, gate._call.options
+    array, options = gate._given, gate._call.options
     check_array("the array in gate", array)
     check_dtype_name("the array in gate", str(array.dtype))
     if attended.dtype != array.dtype:
@@ -107,14 +112,14 @@ def apply_gate(attended: jax.Array, gate: Gate) -> jax.Array:
             f"attended must have shape {forms[0]} or {forms[1]}, got {tuple(attended.shape)}. "
             "Its sizes: those of the op's q_out; heads are one axis with the elements of each, or two."
         )
-    product: jax.Array = _run(attended, array, call=gate._call)
+    product: jax.Array = _run(attended, array, gate._returned, call=gate._call)
     return product
 
 
 @functools.partial(jax.jit, static_argnames="call")
-def _run(attended: jax.Array, array: jax.Array, *, call: Call) -> jax.Array:
+def _run(attended: jax.Array, given: jax.Array, returned: jax.Array, *, call: Call) -> jax.Array:
     """Jitted here, so that an eager call gives the bits of a call inside `jax.jit`."""
     from pallas_qk import _product  # late, as in `_call`
 
     with jax.named_scope("apply_gate"):
-        return _product.product(call, array, attended)
+        return _product.product(call, given, returned, attended)

@@ -21,8 +21,12 @@ from pallas_qk._rows import Call, Inputs, Product, on_heads
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def product(call: Call, q: jax.Array, attended: jax.Array) -> jax.Array:
-    """In the shape of attended, which is flat in heads or has an axis of them."""
+def product(call: Call, given: jax.Array, returned: jax.Array, attended: jax.Array) -> jax.Array:
+    """In the shape of attended, which is flat in heads or has an axis of them.
+
+    The op's q as the op was given it is read, and as the op returned it moves: see `Gate`.
+    """
+    del returned
 
     def gated(q: jax.Array, attended: jax.Array) -> jax.Array:
         operands = _of_q(q), Product(attended=_flat(q, attended))
@@ -30,14 +34,16 @@ def product(call: Call, q: jax.Array, attended: jax.Array) -> jax.Array:
         product: jax.Array = found.product.reshape(attended.shape)
         return product
 
-    result: jax.Array = compiler_partitioned(gated, jax.typeof(attended).sharding)(q, attended)
+    result: jax.Array = compiler_partitioned(gated, jax.typeof(attended).sharding)(given, attended)
     return result
 
 
 @functools.partial(product.defjvp, symbolic_zeros=True)
 def _product_jvp(call: Call, primals: Sequence[jax.Array], tangents: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
+    given, _, attended = primals
     moving = [None if isinstance(t, jax.custom_derivatives.SymbolicZero) else t for t in tangents]
-    leaves, tree = jax.tree.flatten((Product(*primals), Product(*moving)))
+    _, of_returned, of_attended = moving
+    leaves, tree = jax.tree.flatten((Product(given, attended), Product(of_returned, of_attended)))
     return product(call, *primals), tangent_p.bind(*leaves, call=call, tree=tree)[0]
 
 

@@ -707,9 +707,21 @@ MUTATIONS = [
         ),
         (
             "apply_gate: the product on explicit axes left to no compiler",
-            "= compiler_partitioned(gated, jax.typeof(attended).sharding)(q, attended)",
-            "= gated(q, attended)",
+            "= compiler_partitioned(gated, jax.typeof(attended).sharding)(given, attended)",
+            "= gated(given, attended)",
             tests_of("gate", "test_attended_sharded_otherwise[explicit, set_mesh]"),
+        ),
+        (
+            "the array of a gate that is handed on is kept twice",
+            "given, _, attended = primals",
+            "_, given, attended = primals",
+            tests_of("gate", "test_the_array_of_the_gate_is_kept_once[scan]"),
+        ),
+        (
+            "the gate's cotangent, and what lies beside it, on another way than through the op",
+            "    _, of_returned, of_attended = moving",
+            "    of_returned, _, of_attended = moving",
+            tests_of("gate", "test_every_mode_and_order[grad of grad-False]"),
         ),
     ),
     *_in(
@@ -725,12 +737,6 @@ MUTATIONS = [
             "rounded = not jax.sharding.get_abstract_mesh().manual_axes",
             "rounded = True",
             tests_of("sharding", "test_gradients_inside_shard_map"),
-        ),
-        (
-            "the array of a gate that is handed on is kept twice",
-            "outputs = with_handed_on(forward(call, inputs), inputs, call.options)",
-            "outputs = forward(call, inputs)",
-            tests_of("gate", "test_the_array_of_the_gate_is_kept_once[scan]"),
         ),
         (
             "tangents computed in the activations' dtype",

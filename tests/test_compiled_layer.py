@@ -264,7 +264,7 @@ def check_layer(
     assert gpu_program.faults(program, attention) == []
     names = gpu_program.kernels(program, attention)
     ours = [name for name in names if name != "attention" and not name.endswith("_sum")]
-    assert [name.rsplit("_", 1)[1] for name in sorted(ours, reverse=True)] == [
+    assert sorted((name.rsplit("_", 1)[1] for name in ours), reverse=True) == [
         "forward",
         *["backward"] * (backward + gate_backward),
     ]
