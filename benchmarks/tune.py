@@ -44,7 +44,7 @@ SPACE: dict[type, dict[str, tuple[Any, ...]]] = {
         "rows_per_warp": (1, 2, 4, 8),
         "weights": ("first", "after_gate", "after_sum"),
         "k_first": (False, True),
-        "heads_per_thread": (1, 2, 4),
+        "heads_per_thread": (1, 2, 4, 8),
     },
     MosaicBackward: {
         "rows_per_warp": (1, 2, 4),

@@ -1490,8 +1490,8 @@ MUTATIONS = [
         ),
         (
             "mosaic: more rows than threads in a warp",
-            "rows = min(32, 2 * rows_per_warp)",
-            "rows = 2 * rows_per_warp",
+            'min(32, 2 * rows_per_warp), weights="after_gate", k_first=k_first)',
+            '2 * rows_per_warp, weights="after_gate", k_first=k_first)',
             tests_of("mosaic_gpu", "test_equals_the_definition[T65-H12.1-D8-R4-bfloat16]"),
         ),
         (
@@ -1507,15 +1507,15 @@ MUTATIONS = [
             tests_of("choice", "test_rows_for_another_dtype_are_cast_first_but_where_memory_binds"),
         ),
         (
-            "mosaic: two heads a thread with gates",
-            "if all_rotated and not q_copied and num_rows",
-            "if all_rotated and num_rows",
+            "mosaic: several heads a thread with gates",
+            "if r == d and 128 <= d <= 512 and not q_copied and even and pays:",
+            "if r == d and 128 <= d <= 512 and even and pays:",
             tests_of("choice", "test_rule_of_the_mosaic_gpu_kernel"),
         ),
         (
-            "mosaic: two heads a thread where some lanes are not rotated",
-            'all_rotated = layout == "halves" and r == d',
-            'all_rotated = layout == "halves"',
+            "mosaic: several heads a thread where some lanes are not rotated",
+            "if r == d and 128 <= d <= 512 and",
+            "if 128 <= d <= 512 and",
             tests_of("choice", "test_rule_of_the_mosaic_gpu_kernel"),
         ),
         (
@@ -1525,21 +1525,27 @@ MUTATIONS = [
             tests_of("choice", "test_layouts_of_pairs"),
         ),
         (
-            "mosaic: two heads a thread for codes of few tokens",
-            "is_fp8(spec.cache_dtype) and num_rows >= 262144",
-            "is_fp8(spec.cache_dtype)",
-            tests_of("choice", "test_codes_and_a_gate_in_place_have_two_heads_a_thread_where_memory_binds"),
+            "mosaic: several heads a thread with the gate in place of few tokens",
+            "if chunks and not q_copied and num_rows >= 262144:",
+            "if chunks and not q_copied:",
+            tests_of("choice", "test_a_gate_in_place_has_several_heads_a_thread_where_memory_binds"),
         ),
         (
-            "mosaic: two heads a thread with three rows of positions",
-            "heads = 1 if num_rows < 4096 or d > 256 else 2 if num_axes == 1 else 4",
-            "heads = 1 if num_rows < 4096 or d > 256 else 2",
+            "mosaic: as many heads a thread with three rows of positions",
+            "    if num_axes > 1:",
+            "    if False:",
             tests_of("choice", "test_several_heads_a_thread"),
         ),
         (
             "mosaic: k rows first where v is copied in many turns",
-            "k_first = not (k_copied and num_rows >= 131072)",
-            "k_first = True",
+            "else k_copied and num_rows >= 32768",
+            "else False",
+            tests_of("choice", "test_where_k_rows_come_first"),
+        ),
+        (
+            "mosaic: several heads a thread with float32",
+            '    if spec.dtype == "float32":\n        return 1',
+            '    if spec.dtype == "float32":\n        pass',
             tests_of("choice", "test_several_heads_a_thread"),
         ),
         (
@@ -1625,8 +1631,8 @@ MUTATIONS = [
         ),
         (
             "mosaic: k with q's weight",
-            "weight, of_rows = weight_of(inputs, kind), zip",
-            "weight, of_rows = inputs.q_weight, zip",
+            "weight = None if work.normed.weight is None else weight_of(inputs, work.normed)",
+            "weight = None if work.normed.weight is None else inputs.q_weight",
             FORMS_OF_MOSAIC,
         ),
         (
@@ -1667,9 +1673,15 @@ MUTATIONS = [
         ),
         (
             "mosaic: weights loaded for each head",
-            "if kind.weight is not None and kind.weight not in weights:",
-            "if kind.weight is not None:",
+            "            if not weights:",
+            "            if True:",
             tests_of("heads_per_thread", "test_what_heads_share_is_loaded_once"),
+        ),
+        (
+            "mosaic: all heads loaded before the first is computed",
+            "ahead = min(size, config.heads_ahead)",
+            "ahead = size",
+            tests_of("heads_per_thread", "test_each_head_is_loaded_before_the_arithmetic_of_one_before_it"),
         ),
         (
             "mosaic: angles computed for each head",
@@ -2555,8 +2567,8 @@ MUTATIONS = [
         ),
         (
             "mosaic: rows that are rotated first are rotated again",
-            "if kind.rotation is not None and not is_rotated_first:",
-            "if kind.rotation is not None:",
+            "if is_rotated and not is_rotated_first:",
+            "if is_rotated:",
             tests_of("norm_order", "test_the_norm_is_of_what_is_rotated"),
         ),
     ),

@@ -230,7 +230,8 @@ def test_the_report_is_a_table_with_gpu_and_versions_in_front():
         "- triton, backward, T = 16384: 6 configurations timed, layout and rows_per_step as the rule has them; "
         "20 not built: halves need powers of two; 1 not built: XlaRuntimeError: no. "
         "Rule: `TritonBackward(layout='halves', rows_per_step=1, q_programs=2800, k_programs=350)`",
-        f"- mosaic_gpu, forward, T = 4: 72 configurations timed, cast_first as the rule has them. Rule: `{RULE}`",
+        "- mosaic_gpu, forward, T = 4: 72 configurations timed, cast_first and heads_ahead as the rule has them. "
+        f"Rule: `{RULE}`",
     ]
 
 

@@ -325,15 +325,17 @@ def test_layouts_of_pairs(num_tokens, head_dim, rotary_dim):
 @pytest.mark.parametrize(
     "num_tokens, q_copied, cache_dtype, heads",
     [
-        (16384, False, "float8_e4m3fn", 2),
-        (16383, False, "float8_e5m2", 1),
-        (16384, True, "float8_e4m3fn", 1),
-        (16384, False, "bfloat16", 1),
+        (16384, False, "float8_e4m3fn", (4, 1)),
+        (16383, False, "float8_e5m2", (1, 1)),
+        (16384, True, "float8_e4m3fn", (1, 1)),
+        (16384, False, "bfloat16", (8, 2)),
+        (16383, False, "bfloat16", (1, 1)),
     ],
 )
-def test_codes_and_a_gate_in_place_have_two_heads_a_thread_where_memory_binds(num_tokens, q_copied, cache_dtype, heads):
+def test_a_gate_in_place_has_several_heads_a_thread_where_memory_binds(num_tokens, q_copied, cache_dtype, heads):
     spec = Spec(num_tokens, 16, 2, 256, 64, "bfloat16", cache_dtype=cache_dtype)
-    assert mosaic_forward(spec, q_copied=q_copied, by_slot=True).heads_per_thread == heads
+    config = mosaic_forward(spec, q_copied=q_copied, by_slot=True)
+    assert (config.heads_per_thread, config.heads_ahead) == heads
 
 
 def test_the_triton_kernel_takes_chunks_where_no_gate_is_copied():
@@ -351,20 +353,25 @@ def test_the_triton_kernel_takes_chunks_where_no_gate_is_copied():
         ((768, 16, 2, 256, 64), True, MosaicForward("chunks", 2, "after_gate", k_first=True)),
         ((1024, 16, 2, 256, 64), True, MosaicForward("halves", 1, "after_gate", k_first=True)),
         ((4096, 16, 2, 256, 64), True, MosaicForward("halves", 1, "after_sum")),
-        ((16384, 16, 2, 256, 64), False, MosaicForward("chunks", 2, "after_gate")),
+        ((16383, 16, 2, 256, 64), False, MosaicForward("chunks", 2, "after_gate")),
+        ((16384, 16, 2, 256, 64), False, MosaicForward("halves", 1, "after_gate", heads_per_thread=8, heads_ahead=2)),
         ((16384, 32, 8, 128, 128), True, MosaicForward("halves", 2, "after_gate")),
         ((16384, 32, 8, 128, 64), True, MosaicForward("halves", 2, "after_sum")),
         ((64, 12, 2, 80, 80), True, MosaicForward("chunks", 4, "after_gate", k_first=True)),
         ((1024, 16, 2, 96, 6), True, MosaicForward("row", 2, "after_gate", k_first=True)),
         ((64, 16, 2, 256, 2), True, MosaicForward("halves", 1, "after_gate", k_first=True)),
         ((1, 32, 8, 128, 128), False, MosaicForward("halves", 2, "first")),
-        ((127, 32, 8, 128, 128), False, MosaicForward("halves", 2, "first", k_first=True)),
-        ((128, 32, 8, 128, 128), False, MosaicForward("halves", 2, "first", k_first=True, heads_per_thread=2)),
+        ((31, 32, 8, 128, 128), False, MosaicForward("halves", 2, "first", k_first=True)),
+        ((32, 32, 8, 128, 128), False, MosaicForward("halves", 2, "first", k_first=True, heads_per_thread=2)),
         ((128, 32, 8, 128, 128), True, MosaicForward("chunks", 4, "after_gate", k_first=True)),
-        ((65536, 32, 8, 128, 128), False, MosaicForward("halves", 2, "first", k_first=True, heads_per_thread=2)),
-        ((1024, 32, 8, 128, 64), False, MosaicForward("chunks", 4, "after_gate", k_first=True)),
-        ((8192, 8, 1, 256, 256), False, MosaicForward("halves", 1, "first", k_first=True, heads_per_thread=2)),
-        ((1024, 16, 2, 512, 512), False, MosaicForward("halves", 1, "first", k_first=True)),
+        ((65536, 32, 8, 128, 128), False, MosaicForward("halves", 2, "first", k_first=True, heads_per_thread=4)),
+        ((1023, 32, 8, 128, 64), False, MosaicForward("chunks", 4, "after_gate", k_first=True)),
+        ((1024, 32, 8, 128, 64), False, MosaicForward("halves", 2, "first", k_first=True, heads_per_thread=8)),
+        ((2048, 32, 8, 128, 64), False, MosaicForward("halves", 2, "first", heads_per_thread=4)),
+        ((8192, 8, 1, 256, 256), False, MosaicForward("halves", 1, "first", k_first=True, heads_per_thread=4)),
+        ((1023, 16, 2, 512, 512), False, MosaicForward("halves", 1, "first", k_first=True)),
+        ((1024, 16, 2, 512, 512), False, MosaicForward("halves", 1, "first", k_first=True, heads_per_thread=4)),
+        ((8192, 16, 2, 512, 512), False, MosaicForward("halves", 1, "first", heads_per_thread=8)),
         ((1024, 16, 2, 512, 128), False, MosaicForward("chunks", 1, "after_sum", k_first=True)),
         ((1024, 9, 3, 128, 128), False, MosaicForward("chunks", 4, "after_gate", k_first=True)),
         ((1024, 32, 8, 64, 64), False, MosaicForward("chunks", 8, "after_gate", k_first=True)),
@@ -386,13 +393,34 @@ def test_few_rows_by_slot_are_loaded_before_the_slot_counts(num_tokens, q_copied
 
 
 def test_several_heads_a_thread():
-    few, some, many = (Spec(n, 32, 8, 128, 128, "bfloat16") for n in (64, 4095, 4096))
+    """By the elements of q: too many leave too few threads."""
+
+    def heads(*sizes, dtype="bfloat16", **how):
+        config = mosaic_forward(Spec(*sizes, dtype), q_copied=False, **how)
+        return config.heads_per_thread
+
+    tokens = (31, 32, 511, 512, 1023, 1024, 2047, 2048)
+    assert [heads(n, 32, 8, 128, 128) for n in tokens] == [1, 2, 2, 4, 4, 8, 8, 4]
+    assert [heads(n, 32, 8, 128, 128, num_axes=3) for n in (127, 128, 1023, 1024, 16384)] == [1, 4, 4, 8, 8]
+    assert [heads(n, 8, 4, 256, 256) for n in (63, 64, 1023, 1024, 2048, 4096)] == [1, 2, 2, 4, 8, 4]
+    assert [heads(n, 16, 2, 512, 512) for n in (1023, 1024, 8191, 8192)] == [1, 4, 4, 8]
+    assert heads(16384, 32, 8, 128, 128, dtype="float32") == 1
+    assert heads(16384, 32, 8, 128, 128, by_slot=True) == 4
+
+
+def test_where_k_rows_come_first():
+    some, many = (Spec(n, 32, 8, 128, 128, "bfloat16") for n in (1023, 1024))
     config = functools.partial(mosaic_forward, q_copied=False)
-    assert [config(spec, by_slot=True).heads_per_thread for spec in (few, some, many)] == [1, 2, 2]
-    assert [config(spec, num_axes=3).heads_per_thread for spec in (few, some, many)] == [1, 4, 4]
-    assert [config(spec, k_copied=True).k_first for spec in (few, some, many)] == [True, True, False]
+    assert [config(spec, k_copied=True).k_first for spec in (some, many)] == [True, False]
     assert config(many).k_first
-    assert config(dataclasses.replace(some, rotation="pairs")).heads_per_thread == 1
+    few, many = (Spec(n, 16, 2, 512, 512, "bfloat16") for n in (8191, 8192))
+    assert [config(spec).k_first for spec in (few, many)] == [True, False]
+
+
+def test_pairs_have_several_heads_a_thread_where_turns_are_many():
+    some, many = (Spec(n, 32, 8, 128, 128, "bfloat16", rotation="pairs") for n in (1023, 1024))
+    assert mosaic_forward(some, q_copied=False).heads_per_thread == 1
+    assert mosaic_forward(many, q_copied=False) == MosaicForward("row", 2, "first", k_first=True, heads_per_thread=8)
 
 
 @pytest.mark.parametrize("implementation", GPU_IMPLEMENTATIONS)

@@ -68,9 +68,11 @@ def configs(case: Case):
         yield MosaicForward("row", 2, "after_gate", cast_first=False)
 
 
-def assert_equal_bits(inputs: _rows.Inputs, options: Options, config: MosaicForward, want, heads=(2, 4)) -> None:
-    for number in heads:
-        several = dataclasses.replace(config, heads_per_thread=number)
+def assert_equal_bits(
+    inputs: _rows.Inputs, options: Options, config: MosaicForward, want, heads=((2, 1), (4, 1), (4, 3))
+) -> None:
+    for number, ahead in heads:
+        several = dataclasses.replace(config, heads_per_thread=number, heads_ahead=ahead)
         assert_same(kernel("forward", "mosaic_gpu", options, False, config=several)(inputs), want)
 
 
@@ -87,7 +89,7 @@ def test_rows_of_a_cache_have_the_bits_of_one_head(case):
     inputs = cached.inputs_of(case)
     want = kernel("forward", "mosaic_gpu", case.options, False)(inputs)
     for config in configs(case.case):
-        assert_equal_bits(inputs, case.options, config, want, heads=(2,))
+        assert_equal_bits(inputs, case.options, config, want, heads=((2, 1), (2, 2)))
 
 
 def test_positions_outside_reach_every_head():
@@ -101,9 +103,9 @@ def test_positions_outside_reach_every_head():
 
 
 @functools.cache
-def code(case: Case | CachedCase, heads_per_thread: int, weights: str = "first") -> str:
+def code(case: Case | CachedCase, heads_per_thread: int, weights: str = "first", heads_ahead: int = 1) -> str:
     """Of the kernel."""
-    config = MosaicForward("halves", 2, weights, heads_per_thread=heads_per_thread)
+    config = MosaicForward("halves", 2, weights, heads_per_thread=heads_per_thread, heads_ahead=heads_ahead)
     if isinstance(case, CachedCase):
         inputs, options = jax.eval_shape(lambda: cached.inputs_of(case)), case.options
     else:
@@ -137,6 +139,20 @@ def test_what_heads_share_is_computed_once(weights):
     weights_of_a_thread = 2 * case.head_dim // 16  # q's and k's
     sums = one.count("arith.addf") - weights_of_a_thread
     assert two.count("arith.addf") == weights_of_a_thread + 2 * sums
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[1]], ids=lambda case: case.id)
+def test_each_head_is_loaded_before_the_arithmetic_of_one_before_it(case):
+    """As many ahead as are asked for. A gate is stored when it is there, before the next head is loaded."""
+    case = dataclasses.replace(case, num_kv_heads=4)
+    vectors, first = (2, 1) if case.gate is None else (3, 0)  # loads of a head, and heads whose loads come with it
+    for ahead in (1, 2, 3, 4, 5):
+        text = code(case, 4, heads_ahead=ahead)
+        of_q = text[text.rindex("scf.if") :]  # q's rows come last
+        order = re.findall(r"llvm\.(load|store) .*ptr<1>", of_q)
+        loads = [order[:place].count("load") for place, access in enumerate(order) if access == "store"]
+        shared = loads[-1] - 4 * vectors  # position, table and weights
+        assert sorted(set(loads)) == [shared + vectors * n for n in range(min(ahead + first, 4), 5)]
 
 
 @pytest.mark.parametrize("num_q_heads, num_kv_heads, groups", [(4, 2, (2, 1)), (6, 3, (3, 3)), (3, 1, (3, 1))])

@@ -24,7 +24,8 @@ class MosaicForward:
     in float64, which takes fewer registers.
     `heads_per_thread` says how many heads of one token a thread has its lanes of; where it doesn't divide the heads of
     q, or those of k, their largest common divisor. The token's position, row of the table, slot and weights are loaded
-    once for all of them.
+    once for all of them. `heads_ahead` of these heads are loaded before the arithmetic of the first, and each other one
+    before that of the head so many before it: memory stays busy, and registers hold few heads.
     """
 
     layout: str  # "chunks", "halves" or "row"
@@ -33,6 +34,7 @@ class MosaicForward:
     k_first: bool = False
     cast_first: bool = True
     heads_per_thread: int = 1
+    heads_ahead: int = 1
 
     def heads_of(self, num_heads: int) -> int:
         """Heads of one token that a thread has, of an axis of so many."""
@@ -91,20 +93,21 @@ def mosaic_forward(
     Pairs: chunks of R lanes lead where a launch is one wave or little more (6.02 against 6.43 us at T = 1024, where
     halves that are rotated take 6.22) and are even at T = 64. Not timed: T = 256 and 2048.
 
-    Several heads of one token a thread save loads of a table row, which is as long as a row of q where all lanes are
-    rotated. Two of them pay where nothing is copied next to q: D = R = 128, 32/8 heads, no gate, 5.09 us against 5.38
-    with one head at T = 1024, 9.63 against 10.22 at 2048, 22.1 against 23.7 at 4096, 84.2 against 89.1 at 16384 (copy
-    80.1); D = R = 256, 8/4 heads, 51.8 against 54.4 at 16384. They are even at T = 64 and 256, and lose there with v
-    copied too (1.58 against 1.47 us at T = 64). k rows first lose where v is copied with them and turns are many (102.4
-    against 100.3 us, written by slot at T = 16384). Four heads gain with three rows of positions alone (5.66 against
-    6.13 us at T = 1024, 25.6 against 26.4 at 4096). On an H100, 32/8 heads, two gain 5.70 to 5.22 us at T = 1024 and
-    13.34 to 12.67 at 2048. With gates and R = 64 two are even at T = 1024 and lose elsewhere (137.7 against 135.8 us at
-    16384). Not timed: the gate in place where all lanes are rotated.
+    Several heads of one token a thread: `_heads_per_thread`. Not with gates: with R = 64 two are even at T = 1024 and
+    lose elsewhere (138.3 against 135.6 us at 16384), and so do more. k rows first lose there where v is copied with
+    them and a launch is more than a wave (102.4 against 100.3 us, written by slot at T = 16384, D = R = 128, 32/8
+    heads; 5.66 against 5.15 at 1024). D = 128, R = 64, no gate, 32/8 heads: halves with them 4.38 against 4.74 us in
+    chunks with one head at T = 1024, 82.5 against 84.6 at 16384 (copy 80.4).
 
-    D = 512, no gate, 16/2 heads: a warp has one row, since 32 lanes a thread leave too few threads. R = 512: halves,
-    weights and k rows first 158.9 us at T = 16384 (copy 145.2), 9.09 at 1024, where two rows in chunks take 189.9 and
-    10.4 and two heads a thread 9.02 at best. R = 128: chunks, weights after the sum 147.4 us (copy 141.5) and 8.29,
-    halves 156.2 and 8.83, two rows in chunks 160.6 and 9.18. Not timed: gates copied.
+    The gate in place: halves with eight heads, two of them ahead, lead where turns are many. T = 65536 289.5 us, with
+    one ahead 292.0, chunks with one head 293.1 (copy 284.8); they are even at 16384 (74.5 and 74.7), and behind at 4096
+    (20.3 and 19.9). With a cache of 16 bits 82.9 against 84.1 us at 16384, of 8 bits chunks with four heads 77.7
+    against 78.7 with two.
+
+    D = 512, no gate, 16/2 heads: a warp has one row, since 32 lanes a thread leave too few threads. R = 512: halves and
+    weights first, with eight heads a thread and k rows among the others 151.6 us at T = 16384, with four 153.5, with
+    one 160.9 (copy 144.7). R = 128: chunks, weights after the sum 147.4 us (copy 141.5) and 8.29 at T = 1024, halves
+    156.2 and 8.83, two rows in chunks 160.6 and 9.18. Not timed: gates copied.
     """
     d, r, num_rows = spec.head_dim, spec.rotary_dim, spec.num_tokens * spec.num_q_heads
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(d)))
@@ -113,12 +116,14 @@ def mosaic_forward(
     cast_first = not by_slot or num_rows < 16384
     if by_slot and num_rows <= 1024:
         return MosaicForward(layout, rows_per_warp, weights="first", k_first=True)
-    all_rotated = layout == "halves" and r == d and 128 <= d <= 512
-    if all_rotated and not q_copied and num_rows >= 64 and spec.num_q_heads % 2 == 0:
-        heads = 1 if num_rows < 4096 or d > 256 else 2 if num_axes == 1 else 4
-        k_first = not (k_copied and num_rows >= 131072)
-        return MosaicForward(layout, rows_per_warp, "first", k_first, cast_first, heads)
+    even, heads = spec.num_q_heads % 2 == 0, _heads_per_thread(spec, num_axes)
+    pays = num_rows >= (64 if layout == "halves" else 32768 if spec.rotation == "pairs" else math.inf)
+    if r == d and 128 <= d <= 512 and not q_copied and even and pays:
+        k_last = num_rows >= 131072 if d > 256 else k_copied and num_rows >= 32768
+        return MosaicForward(layout, rows_per_warp, "first", not k_last, cast_first, heads)
     k_first = 64 <= num_rows < 65536
+    if (d, r, layout) == (128, 64, "halves") and not q_copied and even and num_rows >= 32768:
+        return MosaicForward(layout, rows_per_warp, "first", k_first and not by_slot, cast_first, heads)
     chunks = partners_apart and d // chunk_lanes(d, r) <= 16
     if spec.rotation == "pairs" and 512 <= num_rows < 32768 and has_chunks_of_pairs(d, r, 2 * rows_per_warp):
         return MosaicForward("chunks", 2 * rows_per_warp, weights="after_gate", k_first=True)
@@ -126,13 +131,44 @@ def mosaic_forward(
         return MosaicForward("chunks", min(32, 2 * rows_per_warp), weights="first", k_first=True)
     if chunks and num_rows >= 512 and d > 256 and not q_copied:
         return MosaicForward("chunks", rows_per_warp, weights="after_sum", k_first=True)
+    if chunks and not q_copied and num_rows >= 262144:
+        if is_fp8(spec.cache_dtype):
+            return MosaicForward("chunks", min(32, 2 * rows_per_warp), "after_gate", heads_per_thread=4)
+        if layout == "halves" and d == 256 and spec.dtype != "float32":
+            return MosaicForward(layout, rows_per_warp, "after_gate", heads_per_thread=8, heads_ahead=2)
     if chunks and num_rows >= 512 and (num_rows < 16384 or not q_copied):
-        heads = 2 if not q_copied and is_fp8(spec.cache_dtype) and num_rows >= 262144 else 1
-        rows = min(32, 2 * rows_per_warp)
-        return MosaicForward("chunks", rows, weights="after_gate", k_first=k_first, heads_per_thread=heads)
+        return MosaicForward("chunks", min(32, 2 * rows_per_warp), weights="after_gate", k_first=k_first)
     after_sum = num_rows >= 65536 and r < d
     weights = "first" if num_rows < 64 else "after_sum" if after_sum else "after_gate"
     return MosaicForward(layout, rows_per_warp, weights=weights, k_first=k_first, cast_first=cast_first)
+
+
+def _heads_per_thread(spec: Spec, num_axes: int) -> int:
+    """Heads of one token for a thread where nothing is copied next to q.
+
+    They save loads of a table row, which is as long as a row of q where all lanes are rotated, and while one is
+    computed the next one's load is on its way. Too many leave too few threads.
+
+    H200, bf16, R = D, no gate, us for 1, 2, 4 and 8 heads. D = 128, 32/8 heads: 1.50, 1.50, 1.66 at T = 64; 2.34, 2.24,
+    2.34, 2.88 at 256; 3.62, 3.14, 3.04, 3.39 at 512; 5.95, 5.06, 4.83, 4.54 at 1024 (copy 3.78); 9.44, 9.41, 10.2 for
+    2, 4, 8 at 2048; 22.4, 22.2, 23.5 at 4096 (21.0); 91.0, 85.5, 83.3, 84.7 at 16384 (81.1); 334.9, 324.2, 330.2 for 2,
+    4, 8 at 65536 (318.6). Two heads ahead take 93.9 with four at 16384. D = 256, 8/4 heads: 1.38, 1.28, 1.63 at T = 64;
+    1.92, 1.82, 2.05 at 256; 4.13, 3.84, 3.49, 3.81 at 1024; 14.3, 13.5, 12.9 at 4096; 52.9 and 50.7 for 2 and 4 at
+    16384 (copy 50.7). D = 512, 16/2 heads: 3.17 with one and 3.39 with four at T = 256; 8.99, 8.32, 9.15 for 1, 4, 8 at
+    1024; 41.2, 39.9, 40.9 at 4096. mRoPE, D = 128: 5.65 and 4.83 for 4 and 8 at T = 1024, 98.7, 87.6, 85.7 for 2, 4, 8
+    at 16384. float32 takes one at 16384 (D = 128 162.2, 164.5, 166.7; D = 256 100.0, 101.7, 102.8). On an H100, 32/8
+    heads, two gain 5.70 to 5.22 us at T = 1024 and 13.34 to 12.67 at 2048.
+    """
+    elements = spec.num_tokens * spec.num_q_heads * spec.head_dim
+    if spec.dtype == "float32":
+        return 1
+    if spec.head_dim > 256:
+        return 1 if elements < 2**23 else 4 if elements < 2**26 else 8
+    if num_axes > 1:
+        return 1 if elements < 2**19 else 4 if elements < 2**22 else 8
+    if 2**22 <= elements < 2**23:  # a single wave of programs with eight heads a thread
+        return 8
+    return 1 if elements < 2**17 else 2 if elements < 2**21 else 4
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,7 +102,7 @@ def forward(inputs: Inputs, *, options: Options, config: MosaicForward | None = 
 class _Work(NamedTuple):
     """The kinds of rows that one thread treats together: they share an axis of heads."""
 
-    normed: dict[str, Rows]
+    normed: Rows
     copied: dict[str, Rows]
 
 
@@ -113,7 +113,7 @@ def _works(rows: dict[str, Rows], heads: str) -> list[_Work]:
     heads, T = 16384: 146.96 us instead of 145.68).
     """
     normed, copied = sharing(stored(rows), heads)
-    return [_Work({name: kind}, {} if number else copied) for number, (name, kind) in enumerate(normed.items())]
+    return [_Work(kind, {} if number else copied) for number, kind in enumerate(normed.values())]
 
 
 def configuration(inputs: Inputs, options: Options) -> MosaicForward:
@@ -166,8 +166,9 @@ def _forward_thread(
 ) -> None:
     """One thread: its lanes of a group of rows, of every kind of one `_Work`.
 
-    A group is `heads_per_thread` heads of one token, or one row. All of its rows and the table are loaded before the
-    first store. A group past the end repeats the last one, with equal bits, so that stores need no mask.
+    A group is `heads_per_thread` heads of one token, or one row. What its first rows need is loaded before the first
+    store, and each further row before the arithmetic of a row before it. A group past the end repeats the last one,
+    with equal bits, so that stores need no mask.
     """
     num_tokens, head_dim, dtype = spec.num_tokens, spec.head_dim, outputs.q.dtype
     table = Table(inputs.cos_sin_cache, inputs.positions, max_position, num_tokens, options)
@@ -179,9 +180,8 @@ def _forward_thread(
     def treat(block: Int, work: _Work, num_heads: int):
         size = config.heads_of(num_heads)
         # Each head of a group is the group's first row, of a kind that lies so many heads further on.
-        normed, copied = (
-            {(name, head): kind.ahead(head) for name, kind in kinds.items() for head in range(size)} for kinds in work
-        )
+        normed = [work.normed.ahead(head) for head in range(size)]
+        copied = [[kind.ahead(head) for kind in work.copied.values()] for head in range(size)]
         num_groups = num_tokens * num_heads // size
         row = block * groups_per_program + thread // layout.threads
         if num_groups % groups_per_program:
@@ -194,7 +194,7 @@ def _forward_thread(
         def start_of_row(place: Place) -> Pointer:
             return RowsIn(getattr(inputs, place.array), place, num_heads).row(row)
 
-        lead = next(iter(normed.values())).source
+        lead = work.normed.source
         lead_row = start_of_row(lead)
 
         def source(kind: Rows) -> Pointer:
@@ -203,7 +203,7 @@ def _forward_thread(
                 return lead_row + (kind.source.first - lead.first) if kind.source != lead else lead_row
             return start_of_row(kind.source)
 
-        places = next((p.slots for kind in (normed | copied).values() for p in kind.targets if p.slots), None)
+        places = next((p.slots for kind in (*normed, *copied[0]) for p in kind.targets if p.slots), None)
         slot = None if places is None else Slot.of(row // num_heads, inputs.slots, inputs.layer, places)
 
         def targets_of(kind: Rows) -> list[Target]:
@@ -214,33 +214,43 @@ def _forward_thread(
                 for place in kind.targets
             ]
 
-        targets = {name: targets_of(kind) for name, kind in normed.items()}
+        targets, targets_of_copies = [targets_of(kind) for kind in normed], []
         if options.scale_per_head is not None:  # scales are loaded with x
-            targets |= {name: targets_of(kind) for name, kind in copied.items()}
+            targets_of_copies = [[targets_of(kind) for kind in kinds] for kinds in copied]
         own = len(layout.bases)  # the vectors behind are partners that are only loaded
-        xs = {
-            name: [widen(v.load(source(kind)), dtype) for v in (vectors if kind.rotation else vectors[:own])]
-            for name, kind in normed.items()
-        }
-        copies = {name: [v.load(source(kind)) for v in wide_vectors] for name, kind in copied.items()}
+        xs: list[list[list[Value]]] = []
+        copies: list[list[list[list[Int]]]] = []
+
+        def load(head: int):
+            read = vectors if work.normed.rotation else vectors[:own]
+            xs.append([widen(v.load(source(normed[head])), dtype) for v in read])
+            copies.append([[v.load(source(kind)) for v in wide_vectors] for kind in copied[head]])
+
+        def store_copies(head: int):
+            of_kinds = targets_of_copies[head] if targets_of_copies else map(targets_of, copied[head])
+            for words, places in zip(copies[head], of_kinds, strict=True):
+                for target in places:
+                    target.store(wide_vectors, words, dtype, cast_first=config.cast_first)
+
+        ahead = min(size, config.heads_ahead)
+        for head in range(ahead):
+            load(head)
         angles = [table.load(table_rows, rotation.frequency, rotation.frequencies) for rotation in rotations]
-        weights: dict[str, list[list[Int]]] = {}
+        weight = None if work.normed.weight is None else weight_of(inputs, work.normed)
+        weights: list[list[Int]] = []
 
         def load_weights(when_: str, after: Int | None = None):
-            if config.weights == when_:
-                for name, kind in normed.items():
-                    if kind.weight is not None and kind.weight not in weights:
-                        weight, of_rows = weight_of(inputs, kind), zip(vectors, xs[name], strict=False)
-                        weights[kind.weight] = [v.load(weight if after is None else weight + after) for v, _ in of_rows]
+            if config.weights == when_ and weight is not None:
+                start = weight if after is None else weight + after
+                weights.extend(v.load(start) for v, _ in zip(vectors, xs[0], strict=False))
 
         load_weights("first")
-        for name, copy in copies.items():
-            for target in targets.get(name) or targets_of(copied[name]):
-                target.store(wide_vectors, copy, dtype, cast_first=config.cast_first)
+        for head in range(ahead):
+            store_copies(head)
         # Loaded after a store they might alias, the weights keep ptxas from moving that store, and the loads before it,
         # below the sum.
         load_weights("after_gate")
-        if copies and not any(kind.weight for kind in normed.values()):
+        if work.copied and weight is None:
             keep_above(row)  # 136.1 us instead of 139.3 (H200, 16/2 heads, T = 16384)
 
         # What the heads of a group share is computed where the first of them needs it.
@@ -249,8 +259,9 @@ def _forward_thread(
             return table.angles(positions, angles[rotation], rotations[rotation].frequency)
 
         @functools.cache
-        def weights_of(weight: str, index: int) -> list[Value]:
-            return effective_weights(weights[weight][index], getattr(inputs, weight).dtype, options.norm_beta)
+        def weights_of(index: int) -> list[Value]:
+            assert weight is not None
+            return effective_weights(weights[index], weight.dtype, options.norm_beta)
 
         def rotated(ys: list[list[Value]]) -> Iterator[tuple[int, list[Value], Int | None]]:
             """The rotated vectors, and where they count."""
@@ -259,15 +270,19 @@ def _forward_thread(
                 for index, lanes in rotation.apply(ys, cos, sin, rotation_fuses_y2(options, dtype)).items():
                     yield index, lanes, rotation.where
 
-        for name, kind in normed.items():
-            is_rotated_first = kind.rotation is not None and options.norm_order == "rotation_first"
+        is_rotated = work.normed.rotation is not None
+        is_rotated_first = is_rotated and options.norm_order == "rotation_first"
+        for head in range(size):
+            if head + ahead < size:
+                load(head + ahead)
+            x = xs[head]
             if is_rotated_first:
-                zs = list(xs[name])
-                for index, lanes, where in rotated(xs[name]):
+                z = list(x)
+                for index, lanes, where in rotated(x):
                     lanes = widen(narrow(lanes, dtype), dtype) if options.round_norm else lanes
-                    zs[index] = select(where, lanes, xs[name][index])
-                xs[name] = zs[:own]
-            total = sum_of_squares(xs[name], vectors, layout, member, head_dim)
+                    z[index] = select(where, lanes, x[index])
+                x = z[:own]
+            total = sum_of_squares(x, vectors, layout, member, head_dim)
             if not weights:
                 # The sum's sign bit is 0 (PTX's NaN has none either), which the compiler can't know: the loads stay
                 # behind.
@@ -275,19 +290,20 @@ def _forward_thread(
             r = inv_rms(total, head_dim, options.eps)
             words: list[list[Int]] = []
             ys: list[list[Value]] = []
-            for index, lanes in enumerate(xs[name]):
-                if kind.weight is None:
+            for index, lanes in enumerate(x):
+                if weight is None:
                     y = [arith.mulf(lane, r) for lane in lanes]
                 else:
-                    ws = weights_of(kind.weight, index)
-                    y = [arith.mulf(arith.mulf(lane, r), w) for lane, w in zip(lanes, ws, strict=True)]
+                    y = [arith.mulf(arith.mulf(lane, r), w) for lane, w in zip(lanes, weights_of(index), strict=True)]
                 words.append(narrow(y, dtype))
                 ys.append(widen(words[-1], dtype) if options.round_norm else y)
-            if kind.rotation is not None and not is_rotated_first:
+            if is_rotated and not is_rotated_first:
                 for index, lanes, where in rotated(ys):
                     words[index] = select(where, narrow(lanes, dtype), words[index])
-            for target in targets[name]:
+            for target in targets[head]:
                 target.store(vectors[:own], words[:own], dtype, cast_first=config.cast_first)
+            if head + ahead < size:
+                store_copies(head + ahead)
 
     k_each = programs_each["k"]
     q_programs, k_programs = (len(works[heads]) * programs_each[heads] for heads in ("q", "k"))
