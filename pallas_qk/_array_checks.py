@@ -74,14 +74,13 @@ class Function(NamedTuple):
         """The first."""
         return "qkv" if self.packed else "q_gate" if self.gated else "q"
 
-    @property
-    def sizes(self) -> str:
-        """Of the first array's last axes, and what takes an array of other sizes."""
-        rows = "2 * head_dim" if self.gated else "head_dim"
+    def sizes(self, *, is_other: bool) -> str:
+        """Of the first array's last axes; and what takes it where it `is_other`, of the form without or with gates."""
+        rows, remedy = "2 * head_dim" if self.gated else "head_dim", f"; {self.other}" if is_other else ""
         if not self.packed:
-            return f"num_q_heads, {rows}, as one axis or two; {self.other}"
+            return f"num_q_heads, {rows}, as one axis or two{remedy}"
         q = "q and gate of each head" if self.gated else "q"
-        return f"num_q_heads * {rows} + 2 * num_kv_heads * head_dim, [{q} | k | v]; {self.other}"
+        return f"num_q_heads * {rows} + 2 * num_kv_heads * head_dim, [{q} | k | v]{remedy}"
 
     @property
     def other(self) -> str:
@@ -115,19 +114,26 @@ class Sizes(NamedTuple):
     head_dim: int
     rotary_dim: int
     mrope: bool
+    others: tuple[tuple[int, ...], ...]  # last axes that the first array has in the form with gates, or without
 
 
 @functools.cache  # each eager call comes here
 def sizes_of(options: Options, num_q_heads: int, num_kv_heads: int, head_dim: int) -> Sizes:
     rows = rows_of(options, num_q_heads, num_kv_heads, head_dim)
     weights = tuple(kind.weight for kind in rows.values() if kind.weight is not None)
-    return Sizes(sources_of(rows), weights, head_dim, options.rotary_dim, options.mrope_section is not None)
+    sources, is_mrope = sources_of(rows), options.mrope_section is not None
+    change = head_dim if options.gate is None else -head_dim
+    of_q = sources["q"]
+    others: tuple[tuple[int, ...], ...] = ((of_q.token + num_q_heads * change,),)
+    if of_q.heads is not None:
+        others += ((num_q_heads, of_q.head + change),)
+    return Sizes(sources, weights, head_dim, options.rotary_dim, is_mrope, others)
 
 
 def check_arrays(function: Function, inputs: Inputs, sizes: Sizes) -> bool:
     """Whether heads have an axis of their own. `function` is the public one that was called."""
     first = function.array
-    sources, weights, head_dim, rotary_dim, mrope = sizes
+    sources, weights, head_dim, rotary_dim, mrope, others = sizes
     arrays = {first: inputs.q} | {name: getattr(inputs, name) for name in sources if name != "q"}
     activations = tuple(arrays)
     for name in weights:
@@ -155,14 +161,15 @@ def check_arrays(function: Function, inputs: Inputs, sizes: Sizes) -> bool:
     if inputs.positions is not None:
         _check_positions_dtype(inputs.positions.dtype)
 
-    lead, split = _check_first(function, inputs, sources, mrope)
+    remedy = function.sizes(is_other=_ends_in(inputs.q, others))
+    lead, split = _check_first(first, inputs, sources, mrope, remedy)
     for name in activations[1:]:
         source = sources[name]
         shape = (source.token // source.head, source.head) if split else (source.token,)
         hint = "num_kv_heads, head_dim; tokens come before heads" if split else "num_kv_heads * head_dim"
         check_shape(name, arrays[name], (*lead, *shape), f"the leading axes of {first}, then {hint}")
     for name in weights:
-        check_shape(name, arrays[name], (head_dim,), "head_dim")
+        check_shape(name, arrays[name], (head_dim,), "head_dim, where it is left out the length of the first weight")
     if inputs.cos_sin_cache is None:
         return split
     leading = f"the leading axes of {first}"
@@ -199,7 +206,7 @@ def check_integers(name: str, dtype: np.dtype) -> None:
 
 
 def _check_first(
-    function: Function, inputs: Inputs, sources: dict[str, Source], mrope: bool
+    name: str, inputs: Inputs, sources: dict[str, Source], mrope: bool, remedy: str
 ) -> tuple[tuple[int, ...], bool]:
     """The leading axes, and whether heads have an axis of their own.
 
@@ -207,7 +214,6 @@ def _check_first(
     heads of k, or the number of axes of the positions or of a gathered table. Without any it is an axis of heads.
     """
     source = sources["q"]
-    name, remedy = function.array, function.sizes
     q, flat = inputs.q, (source.token,)
     if source.heads is None:
         _check_trailing(name, q, [flat], remedy)
@@ -229,8 +235,12 @@ def _check_first(
 
 
 def _check_trailing(name: str, array: jax.Array | np.ndarray, trailing: list[tuple[int, ...]], remedy: str) -> None:
-    if not any(array.shape[-len(shape) :] == shape for shape in trailing):
+    if not _ends_in(array, trailing):
         raise wrong_last_axes(name, array, trailing, remedy)
+
+
+def _ends_in(array: jax.Array | np.ndarray, trailing: Sequence[tuple[int, ...]]) -> bool:
+    return any(array.shape[-len(shape) :] == shape for shape in trailing)
 
 
 def wrong_last_axes(

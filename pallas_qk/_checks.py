@@ -95,6 +95,10 @@ def check_platform(platform: str | None) -> None:
 def check_eps(eps: float) -> float:
     """`eps` as a Python float."""
     _check_real("eps", eps)
+    if _is_integer(eps) and eps >= 1:
+        raise ValueError(
+            f"eps must be a small float, got the integer {eps}. Pass it in front of num_q_heads, such as 1e-6."
+        )
     if not 0 <= eps <= _LARGEST:
         raise ValueError(
             f"eps must be a finite float32 of at least 0, got {eps}. Model configs call it rms_norm_eps and the like."

@@ -73,20 +73,30 @@ def _heads_of_packed(
 ) -> tuple[int, int]:
     """Of one number of heads the other one."""
     width = _shape(function.array, qkv)[-1]
-    if num_q_heads is not None:
-        heads, rest = divmod(width - num_q_heads * of_q, 2 * of_k)
-        found, wanted = (num_q_heads, heads), f"{num_q_heads * of_q} + num_kv_heads * {2 * of_k}"
-    elif num_kv_heads is not None:
-        heads, rest = divmod(width - 2 * num_kv_heads * of_k, of_q)
-        found, wanted = (heads, num_kv_heads), f"num_q_heads * {of_q} + {2 * num_kv_heads * of_k}"
-    else:
+    if num_q_heads is None and num_kv_heads is None:
         raise ValueError(
             f"num_q_heads or num_kv_heads must be given with packed {function.array}, got neither. "
             "Pass one: the other follows."
         )
-    if rest or heads < 1:
-        raise wrong_last_axes(function.array, qkv, [(wanted,)], function.sizes)
-    return found
+
+    def found(of_q: int) -> tuple[int, int] | None:
+        """Where heads of this size fill the array."""
+        if num_q_heads is not None:
+            heads, rest = divmod(width - num_q_heads * of_q, 2 * of_k)
+            both = num_q_heads, heads
+        else:
+            assert num_kv_heads is not None
+            heads, rest = divmod(width - 2 * num_kv_heads * of_k, of_q)
+            both = heads, num_kv_heads
+        return None if rest or heads < 1 else both
+
+    if heads := found(of_q):
+        return heads
+    q = f"num_q_heads * {of_q}" if num_q_heads is None else num_q_heads * of_q
+    kv = f"num_kv_heads * {2 * of_k}" if num_kv_heads is None else 2 * num_kv_heads * of_k
+    wanted = f"{q} + {kv}"
+    is_other = found(of_k if function.gated else 2 * of_k) is not None
+    raise wrong_last_axes(function.array, qkv, [(wanted,)], function.sizes(is_other=is_other))
 
 
 def _heads_of_axes(
@@ -103,10 +113,9 @@ def _heads_of_axes(
     Where both readings fit, it is an axis of heads. Positions don't count: those that broadcast, or have an axis too
     many, fit either reading.
     """
-    arrays = [_Heads(function.array, inputs.q, "num_q_heads", num_q_heads, of_q, function.sizes)]
+    arrays = [_Heads(function.array, inputs.q, "num_q_heads", num_q_heads, of_q)]
     if inputs.k is not None:
-        remedy = "num_kv_heads, head_dim, as one axis or two"
-        arrays.append(_Heads("k", inputs.k, "num_kv_heads", num_kv_heads, of_k, remedy))
+        arrays.append(_Heads("k", inputs.k, "num_kv_heads", num_kv_heads, of_k))
     shapes = [_shape(x.name, x.array) for x in arrays]
     if len({len(shape) for shape in shapes}) > 1:
         raise ValueError(
@@ -118,14 +127,16 @@ def _heads_of_axes(
         if all(x.count(by_axis=False) for x in arrays):
             raise ValueError(
                 f"{function.array} and k must have equal leading axes in front of heads of {of_q} and {of_k} elements, "
-                f"got shapes {shapes[0]} and {shapes[1]}. Check the tokens and head_dim = {of_k}{origin}; "
-                f"{function.other}."
+                f"got shapes {shapes[0]} and {shapes[1]}. Check the tokens and head_dim = {of_k}{origin}."
             )
         by_axis = len({shape[:-2] for shape in shapes}) == 1  # then the last of the leading axes holds heads
     counts = [x.count(by_axis) for x in arrays]
     for x, count in zip(arrays, counts, strict=True):
         if not count:
-            raise x.wrong(by_axis)
+            other = x._replace(width=of_k if function.gated else 2 * of_k)
+            is_other = bool(other.count(by_axis=True) or other.count(by_axis=False))
+            remedy = "num_kv_heads, head_dim, as one axis or two"
+            raise x.wrong(by_axis, remedy if x.name == "k" else function.sizes(is_other=is_other))
     return counts[0], counts[1] if inputs.k is not None else 0
 
 
@@ -137,7 +148,6 @@ class _Heads(NamedTuple):
     number: str  # the name of their number
     given: int | None
     width: int  # of one
-    remedy: str
 
     def count(self, by_axis: bool) -> int:
         """How many there are, read as an axis of heads or as one axis for all; 0 where it doesn't fit."""
@@ -145,8 +155,8 @@ class _Heads(NamedTuple):
         found = heads * (last == self.width) if by_axis else last // self.width * (last % self.width == 0)
         return found if self.given in (None, found) else 0
 
-    def wrong(self, by_axis: bool) -> ValueError:
+    def wrong(self, by_axis: bool, remedy: str) -> ValueError:
         heads = self.number if self.given is None else self.given
         flat = f"{heads} * {self.width}" if self.given is None else self.given * self.width
         forms = [(heads, self.width)] if by_axis else [(flat,), (heads, self.width)]
-        return wrong_last_axes(self.name, self.array, forms, self.remedy)
+        return wrong_last_axes(self.name, self.array, forms, remedy)

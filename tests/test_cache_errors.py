@@ -231,7 +231,7 @@ def test_packed_qkv_of_another_width():
     message = (
         "qkv must have shape (..., 640), got (4, 384). Its sizes: num_q_heads * 2 * head_dim + 2 * num_kv_heads * "
     )
-    message += "head_dim, [q and gate of each head | k | v]; fused_qkv_rmsnorm_rope_cache takes q without gates."
+    message += "head_dim, [q and gate of each head | k | v]."
     assert_refused(ValueError, message, lambda: call(PACKED, qkv=zeros(4, 384)))
 
 

@@ -43,8 +43,10 @@ ROTARY = (
 
 Q_GATE = (
     "q_gate must have shape (..., 384) or (..., 3, 128), got {}. "
-    "Its sizes: num_q_heads, 2 * head_dim, as one axis or two; fused_qk_rmsnorm_rope takes q without gates."
+    "Its sizes: num_q_heads, 2 * head_dim, as one axis or two{}."
 )
+WITHOUT_GATES = "; fused_qk_rmsnorm_rope takes q without gates"
+WEIGHT = "{} must have shape (64,), got {}. Its sizes: head_dim, where it is left out the length of the first weight."
 K = "k must have shape {}, got {}. Its sizes: the leading axes of q_gate, then {}."
 IN_HEADS = "num_kv_heads, head_dim; tokens come before heads"
 POSITIONS = (
@@ -87,6 +89,11 @@ BAD_CALLS = [
         ValueError,
         "eps must be a finite float32 of at least 0, got nan. Model configs call it rms_norm_eps and the like.",
         eps=float("nan"),
+    ),
+    bad(
+        ValueError,
+        "eps must be a small float, got the integer 3. Pass it in front of num_q_heads, such as 1e-6.",
+        eps=3,
     ),
     bad(
         ValueError,
@@ -187,17 +194,17 @@ BAD_CALLS = [
         "Pass its filled().",
         positions=np.ma.masked_array(np.arange(4), [0, 1, 0, 0]),
     ),
-    bad(ValueError, Q_GATE.format("(4, 192)"), q_gate=(4, 192)),
-    bad(ValueError, Q_GATE.format("(4, 3, 64)"), q_gate=(4, 3, 64)),
-    bad(ValueError, Q_GATE.format("(384, 4)"), q_gate=(384, 4)),
-    bad(ValueError, Q_GATE.format("()"), q_gate=()),
+    bad(ValueError, Q_GATE.format("(4, 192)", WITHOUT_GATES), q_gate=(4, 192)),
+    bad(ValueError, Q_GATE.format("(4, 3, 64)", WITHOUT_GATES), q_gate=(4, 3, 64)),
+    bad(ValueError, Q_GATE.format("(384, 4)", ""), q_gate=(384, 4)),
+    bad(ValueError, Q_GATE.format("()", ""), q_gate=()),
     bad(ValueError, K.format("(4, 128)", "(5, 128)", "num_kv_heads * head_dim"), k=(5, 128)),
     bad(ValueError, K.format("(4, 128)", "(4, 64)", "num_kv_heads * head_dim"), k=(4, 64)),
     bad(ValueError, K.format("(4, 128)", "(4, 2, 64)", "num_kv_heads * head_dim"), k=(4, 2, 64)),
     bad(ValueError, K.format("(4, 2, 64)", "(4, 128)", IN_HEADS), q_gate=(4, 3, 128)),
     bad(ValueError, K.format("(2, 2, 128)", "(4, 128)", "num_kv_heads * head_dim"), q_gate=(2, 2, 384)),
-    bad(ValueError, "q_weight must have shape (64,), got (32,). Its sizes: head_dim.", q_weight=(32,)),
-    bad(ValueError, "k_weight must have shape (64,), got (1, 64). Its sizes: head_dim.", k_weight=(1, 64)),
+    bad(ValueError, WEIGHT.format("q_weight", "(32,)"), q_weight=(32,)),
+    bad(ValueError, WEIGHT.format("k_weight", "(1, 64)"), k_weight=(1, 64)),
     bad(
         ValueError,
         "cos_sin_cache must have shape (max_position, 16), got (8, 8). Its sizes: rotary_dim, each row [cos | sin].",
@@ -323,7 +330,7 @@ OTHER_FUNCTIONS = {
 }
 QKV = (
     "qkv must have shape (..., 640), got {}. Its sizes: num_q_heads * 2 * head_dim + 2 * num_kv_heads * head_dim, "
-    "[q and gate of each head | k | v]; fused_qkv_rmsnorm_rope takes q without gates."
+    "[q and gate of each head | k | v]{}."
 )
 QKV_WITHOUT_GATES = (
     "qkv must have shape (..., 448), got {}. Its sizes: num_q_heads * head_dim + 2 * num_kv_heads * head_dim, "
@@ -354,8 +361,8 @@ QKV_WITHOUT_GATES = (
             "k must have the dtype of q, bfloat16, got float16. Cast one to the other.",
             {"k": ((4, 128), "float16")},
         ),
-        ("fused_qkv_rmsnorm_rope_gate", ValueError, QKV.format("(4, 384)"), {"qkv": (4, 384)}),
-        ("fused_qkv_rmsnorm_rope_gate", ValueError, QKV.format("(4, 10, 64)"), {"qkv": (4, 10, 64)}),
+        ("fused_qkv_rmsnorm_rope_gate", ValueError, QKV.format("(4, 384)", ""), {"qkv": (4, 384)}),
+        ("fused_qkv_rmsnorm_rope_gate", ValueError, QKV.format("(4, 10, 64)", ""), {"qkv": (4, 10, 64)}),
         ("fused_qkv_rmsnorm_rope_gate", TypeError, "qkv " + FLOATING.format("int8"), {"qkv": ((4, 640), "int8")}),
         (
             "fused_qkv_rmsnorm_rope_gate",

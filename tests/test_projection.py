@@ -223,10 +223,10 @@ BAD_CALLS = {
     ),
     "columns": (
         ValueError,
-        "hidden @ weight must have shape (..., 2048 + num_kv_heads * 512), got (6, 3000). Its sizes: num_q_heads * 2 * "
+        "hidden @ weight must have shape (..., 2048 + num_kv_heads * 512), got (6, 2048). Its sizes: num_q_heads * 2 * "
         "head_dim + 2 * num_kv_heads * head_dim, [q and gate of each head | k | v]; fused_qkv_rmsnorm_rope takes a "
         "product whose q has no gates.",
-        {"weight": jnp.zeros((64, 3000), jnp.bfloat16)},
+        {"weight": jnp.zeros((64, 2048), jnp.bfloat16)},
     ),
     "positions": (
         ValueError,

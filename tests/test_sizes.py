@@ -150,7 +150,7 @@ def test_broadcast_over_a_sharded_batch(on_the_host, mode):
 
 Q_GATE = (
     "q_gate must have shape (..., num_q_heads * 128) or (..., num_q_heads, 128), got {}. "
-    "Its sizes: num_q_heads, 2 * head_dim, as one axis or two; fused_qk_rmsnorm_rope takes q without gates."
+    "Its sizes: num_q_heads, 2 * head_dim, as one axis or two."
 )
 TABLE = (
     "cos_sin_cache must have rows of a positive even length <= head_dim = 64, got shape {}. "
@@ -204,7 +204,8 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
     "another head_dim": (
         {"head_dim": 32, "num_q_heads": None, "num_kv_heads": None},
         ValueError,
-        "q_weight must have shape (32,), got (64,). Its sizes: head_dim.",
+        "q_weight must have shape (32,), got (64,). Its sizes: head_dim, where it is left out the length of the first "
+        "weight.",
     ),
     "another rotary_dim": (
         {"rotary_dim": 16},
@@ -241,14 +242,13 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
         },
         ValueError,
         "q_gate and k must have equal leading axes in front of heads of 64 and 32 elements, got shapes (6, 4, 128) and "
-        "(6, 2, 64). Check the tokens and head_dim = 32, the length of the weights; fused_qk_rmsnorm_rope takes q "
-        "without gates.",
+        "(6, 2, 64). Check the tokens and head_dim = 32, the length of the weights.",
     ),
     "another number of tokens": (
         {"k": jnp.zeros((5, 128)), "num_q_heads": None, "num_kv_heads": None},
         ValueError,
         "q_gate and k must have equal leading axes in front of heads of 128 and 64 elements, got shapes (6, 512) and "
-        "(5, 128). Check the tokens and head_dim = 64; fused_qk_rmsnorm_rope takes q without gates.",
+        "(5, 128). Check the tokens and head_dim = 64.",
     ),
     "a table for longer heads": (
         {"cos_sin_cache": jnp.zeros((32, 128)), "rotary_dim": None},
@@ -285,7 +285,7 @@ def test_what_does_not_fit_is_refused(name):
 
 PACKED = (
     "qkv must have shape (..., {}), got {}. Its sizes: num_q_heads * 2 * head_dim + 2 * num_kv_heads * head_dim, "
-    "[q and gate of each head | k | v]; fused_qkv_rmsnorm_rope takes q without gates."
+    "[q and gate of each head | k | v]{}."
 )
 
 
@@ -293,12 +293,21 @@ OF_K, OF_Q = ({"num_q_heads": 4}, "512 + num_kv_heads * 128"), ({"num_kv_heads":
 
 
 @pytest.mark.parametrize(
-    "given, wanted, width",  # a part of a head, none, and too few heads of those that were given
-    [(*OF_K, 512 + 192), (*OF_K, 512), (*OF_K, 256), (*OF_Q, 256 + 192), (*OF_Q, 256), (*OF_Q, 128)],
+    # A part of a head, none, and too few heads of those that were given. Two are as wide as heads without gates.
+    "given, wanted, width, is_other",
+    [
+        (*OF_K, 512 + 192, False),
+        (*OF_K, 512, True),
+        (*OF_K, 256, False),
+        (*OF_Q, 256 + 192, True),
+        (*OF_Q, 256, False),
+        (*OF_Q, 128, False),
+    ],
 )
-def test_a_packed_width_that_heads_do_not_fill_is_refused(given, wanted, width):
+def test_a_packed_width_that_heads_do_not_fill_is_refused(given, wanted, width, is_other):
     """The message has the number of heads that was given, and none that wasn't."""
     arrays = jnp.zeros((6, width), jnp.bfloat16), *(jnp.zeros(64),) * 2, jnp.zeros((8, 32)), jnp.arange(6), 1e-6
-    message = PACKED.format(wanted, f"(6, {width})")
+    other = "; fused_qkv_rmsnorm_rope takes q without gates" if is_other else ""
+    message = PACKED.format(wanted, f"(6, {width})", other)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         pallas_qk.fused_qkv_rmsnorm_rope_gate(*arrays, **given)
