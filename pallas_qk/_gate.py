@@ -5,6 +5,7 @@ import functools
 
 import jax
 
+from pallas_qk import _mesh_checks
 from pallas_qk._array_checks import check_array, unboxed
 from pallas_qk._checks import check_dtype_name, describe
 from pallas_qk._options import Options
@@ -64,6 +65,7 @@ def apply_gate(attended: jax.Array, gate: Gate) -> jax.Array:
       TypeError: `gate` is no `Gate`, or holds no array of floats, or `attended` is no array of its dtype.
       ValueError: `attended` has another shape, or the array in `gate` was cut.
       NotImplementedError: a gradient can't be had, as that of the op.
+      RuntimeError: as the op.
 
     Derivatives:
       Of both arguments, in every mode and of any order, without the roundings. Reverse mode is one kernel where the op
@@ -82,6 +84,7 @@ def apply_gate(attended: jax.Array, gate: Gate) -> jax.Array:
       >>> pallas_qk.apply_gate(attended, gate).shape
       (5, 16, 128)
     """
+    _mesh_checks.check_process()
     if not isinstance(gate, Gate):
         raise TypeError(
             f"gate must be the pallas_qk.Gate of a call with copy_gate='never', got {describe(gate)}. "

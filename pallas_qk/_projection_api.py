@@ -30,9 +30,9 @@ def fused_qkv_projection_rmsnorm_rope_gate(
     """`fused_qkv_rmsnorm_rope_gate` of `hidden @ weight`, on request in one kernel.
 
     On a Hopper GPU `implementation="mosaic_gpu"` normalises, rotates and splits heads in the epilogue of the product,
-    which then is never in memory. From 4096 tokens on and with 16/2 heads it takes 0.89 to 0.91 of the time of product
-    and op on an H200, or 0.95 to 0.97 where the op leaves the gate in place. With 32/2 heads it takes 0.96 to 0.97, or
-    1.00. With fewer tokens it is slower: 1.16 at 1024. Nothing takes it for you.
+    which then is never in memory. From 4096 tokens on and with 16/2 heads it takes 0.87 to 0.89 of the time of product
+    and op on an H200, or 0.93 to 0.95 where the op leaves the gate in place. With 32/2 heads it takes 0.95 to 0.98, or
+    0.99 to 1.02. With fewer tokens it is slower: 1.15 at 1024. Nothing takes it for you.
 
     E is the width of the hidden states. The other letters are those of `fused_qk_rmsnorm_rope_gate`.
 

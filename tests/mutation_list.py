@@ -309,8 +309,8 @@ MUTATIONS = [
         ),
         (
             "sizes: a packed width with a part of a head",
-            "if rest or heads < 1:",
-            "if heads < 1:",
+            "return None if rest or heads < 1 else both",
+            "return None if heads < 1 else both",
             tests_of("sizes", "test_a_packed_width_that_heads_do_not_fill_is_refused"),
         ),
         (

@@ -169,7 +169,7 @@ def test_times_of_gates_handed_on_are_those_of_the_record():
 
 
 def test_times_of_the_projection_are_those_of_the_record():
-    rows = rows_of_run("20261129T165512Z")
+    rows = rows_of_run("20261129T185901Z")
     names = ("xla_product", "mosaic_gpu_then_op", "mosaic_gpu_then_op_in_place", "mosaic_gpu")
     for heads, _, tokens, *cells in rows_of_table(DOCS / "options.md", "| heads | width | tokens | product"):
         assert_rounded(cells, [rows["projection", name, heads, tokens]["p50_us"] for name in names])

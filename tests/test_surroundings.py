@@ -35,11 +35,11 @@ import jax
 import numpy as np
 import pallas_qk
 
-def call(implementation=None):
+def call(implementation=None, **options):
     q_gate, k, weight = np.ones((3, 64), np.float32), np.ones((3, 16), np.float32), np.ones(16, np.float32)
     return pallas_qk.fused_qk_rmsnorm_rope_gate(
         q_gate, k, weight, weight, np.ones((8, 8), np.float32), np.arange(3, dtype=np.int32),
-        1e-6, 2, 1, 16, 8, implementation=implementation)
+        1e-6, 2, 1, 16, 8, implementation=implementation, **options)
 """
 
 
@@ -233,25 +233,26 @@ def test_a_worker_forked_from_a_process_that_runs_jax_is_told_to_be_spawned():
 import os
 import warnings
 
-call()
+q, _, gate = call(copy_gate="never")
 warnings.simplefilter("ignore")  # JAX's own, at the fork
 if (child := os.fork()) == 0:
-    try:
-        call()
-    except RuntimeError as error:
-        print(error, flush=True)
+    for function in (call, lambda: pallas_qk.apply_gate(q, gate)):
+        try:
+            function()
+        except RuntimeError as error:
+            print(error, flush=True)
     os._exit(0)
 os.waitpid(child, 0)
 print(os.getpid(), child)
 """,
         JAX_PLATFORMS="cpu",
     )
-    message, processes = printed.splitlines()
+    *messages, processes = printed.splitlines()
     parent, child = processes.split()
-    assert message == (
+    assert messages == 2 * [
         f"the op must not run in a fork of a process that has called it, got process {child} forked from {parent}. "
         "Start workers with multiprocessing.get_context('spawn')."
-    )
+    ]
 
 
 def test_a_spawned_worker_runs():

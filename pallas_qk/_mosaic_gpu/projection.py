@@ -9,12 +9,13 @@ four stages; each program of a cluster loads half of the weight's for both. The 
 its last step such a warpgroup holds whole rows in registers. It rounds them as a product is rounded, normalises and
 rotates them, and stores them by TMA through shared memory while the ring fills again.
 
-H200, bf16, 16/2 heads, E = 2048, T = 16384: 802.4 us, where the product by cuBLAS takes 758.9 and product and op 901.4,
-or 840.6 with the gate in place; at T = 4096 212.7 against 234.4 and 218.3. 32/2 heads, E = 4096: 753.4 against 780.5
-and 750.1 at T = 4096, 3110.5 against 3252.8 and 3126.5 at 16384. Few tiles leave SMs idle: 72.9 against 62.6 at
-T = 1024. A sketch with one array for all results took 799.6 where product and op took 911.3. Lost: an epilogue in
-pieces under the next tile's first products (895.2 where this took 791.3), and no cluster (811.9). Three warpgroups that
-multiply don't fit: ptxas has 160 registers for a thread that holds 128 sums.
+H200, bf16, 16/2 heads, E = 2048, T = 16384: 777.5 us, where the product by cuBLAS takes 749.7 and product and op 893.7,
+or 833.1 with the gate in place; at T = 4096 206.6 against 232.6 and 217.1. 32/2 heads, E = 4096: 735.7 against 770.7
+and 740.2 at T = 4096, 3011 against 3063 and 2944 at 16384, where the GPU is at its power limit. Few tiles leave SMs
+idle: 70.8 against 61.4 at T = 1024. Nothing but the epilogue waits for positions and table; when each tile did, it took
+802.4. Lost: an epilogue in pieces under the next tile's first products (895.2 where this took 791.3), and no cluster
+(811.9). Two products in flight, other lags, and 4 or 16 columns walked side by side changed 0.3 % at most at E = 4096.
+Three warpgroups that multiply don't fit: ptxas has 160 registers for a thread that holds 128 sums.
 """
 
 import functools
