@@ -968,6 +968,12 @@ MUTATIONS = [
     *_in(
         "pallas_qk/_reference.py",
         (
+            "apply_gate: the sigmoid is not rounded",
+            "return Product(product=attended * opened)",
+            "return Product(product=(attended * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(attended.dtype))",
+            tests_of("gate", "test_the_sigmoid_is_rounded_before_the_product"),
+        ),
+        (
             "xla codes: v divided by the scale of k",
             "scale = None if place.scale is None else getattr(inputs, place.scale.array)",
             "scale = None if place.scale is None else inputs.k_scale",

@@ -187,6 +187,18 @@ def test_values_and_gradients_equal_their_float64_definition(form, heads, dtype)
     check_defined(case, flat[0], gates, flat[1], product, of_attended, gate_lanes(case, of_q))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_sigmoid_is_rounded_before_the_product(dtype):
+    """XLA leaves out no conversion."""
+    case = dataclasses.replace(CASE, num_tokens=64, dtype=dtype)
+    attended, *arrays = arrays_of(case)
+    gate = jnp.asarray(gate_lanes(case, arrays[0]))
+    got = jax.jit(lambda *x: pallas_qk.apply_gate(x[0], forms.op(case)(*x[1:])[-1]))(attended, *arrays)
+    opened = np.asarray(jax.jit(lambda x: jax.nn.sigmoid(x.astype(jnp.float32)))(gate)).astype(dtype)
+    want = np.asarray(attended).astype(np.float32) * opened.astype(np.float32)
+    assert_same(got, want.astype(dtype))
+
+
 def test_both_shapes_of_attended():
     """Whatever the form of the call."""
     for heads in (False, True):

@@ -194,7 +194,7 @@ EQUAL_VALUES = {
     "num_kv_heads": (ONE_KV_HEAD, 1, [True, 1.0]),
     "rotary_dim": (CASE, 16, [16.0, jnp.int32(16)]),
     "eps, 0": (CASE, 0.0, [False]),
-    "eps, 1": (CASE, 1, [True]),
+    "eps, 1": (CASE, 1.0, [True]),
     "norm_beta, 0": (CASE, 0, [False]),
     "norm_beta, 1": (CASE, 1.0, [True, np.True_]),
     "round_norm": (CASE, True, [1, 1.0, np.True_]),
