@@ -16,4 +16,4 @@ from pallas_qk._gate import apply_gate as apply_gate
 from pallas_qk._implementations import IMPLEMENTATIONS as IMPLEMENTATIONS
 from pallas_qk._projection_api import fused_qkv_projection_rmsnorm_rope_gate as fused_qkv_projection_rmsnorm_rope_gate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
