@@ -52,6 +52,7 @@ CASES = (
     Case(5, 3, q_alone=True),
     Case(300, 16, 4, head_dim=128, rotary_dim=128, gate=None),
     Case(1100, 4, 2, head_dim=128, rotary_dim=128, gate=None, mrope_section=(24, 20, 20)),
+    *(Case(num_tokens, 32, 8, head_dim=128, rotary_dim=128, gate=None) for num_tokens in (513, 1025)),
     Case(40, 16, 2, head_dim=512, rotary_dim=512, gate=None),
 )
 
@@ -81,6 +82,15 @@ CACHED_CASES = (
     CachedCase(Case(1, 1, 1), num_blocks=1, block_size=1),
     CachedCase(Case(300, 16, 2, packed=True), num_blocks=20, block_size=16),
 )
+
+
+# The projection in the same kernel, and the width of the hidden states: one step and several, and tails of tokens.
+PROJECTIONS = (
+    (Case(1, 2, 1), 64),
+    (Case(300, 4, 2), 192),
+    (Case(37, 3, 1, dtype="float16", norm_beta=1.0), 256),
+)
+TOOLS_FOR_PROJECTIONS = ("memcheck", "racecheck")  # under initcheck it ran on for minutes (H200)
 
 
 class Report(NamedTuple):
@@ -114,7 +124,7 @@ def run_tool(tool: str) -> bool:
     }
     command = ["compute-sanitizer", "--tool", tool, "--print-limit", "1000", sys.executable, "-m", "tests.sanitize"]
     start = time.monotonic()
-    done = subprocess.run([*command, "--run"], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "--run", tool], env=environment, capture_output=True, text=True, check=False)
     output = done.stdout + done.stderr
     ran = DONE in output and re.search(r"(ERROR|RACECHECK) SUMMARY", output) is not None
     reports = read_reports(output)
@@ -130,12 +140,13 @@ def run_tool(tool: str) -> bool:
     return ran and not ours
 
 
-def run_kernels() -> None:
+def run_kernels(tool: str) -> None:
     """Forward and backward of every case, by both kernels; what writes a cache has no backward."""
     import jax
     import jax.numpy as jnp
 
     import pallas_qk
+    from benchmarks import projection
     from tests import cached, forms
     from tests.cases import make_inputs
     from tests.fuzz import runs
@@ -164,16 +175,20 @@ def run_kernels() -> None:
         for name in GPU_IMPLEMENTATIONS:
             op = jax.jit(functools.partial(cached.op(call, name), **layer), donate_argnums=5)  # the cache, in place
             jax.block_until_ready(op(*cached.arguments(call)))
+    for case, width in PROJECTIONS if tool in TOOLS_FOR_PROJECTIONS else ():
+        hidden, weight, *others = projection.arrays_of(case, make_inputs(case))
+        operands = hidden[:, :width], weight[:width], *others
+        jax.block_until_ready(projection.in_one("mosaic_gpu", case)(*operands))
     print(DONE)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tools", nargs="*", metavar="tool", help=f"of {', '.join(TOOLS)}; all by default")
-    parser.add_argument("--run", action="store_true", help="run the kernels, as compute-sanitizer's target")
+    parser.add_argument("--run", metavar="TOOL", help="run the kernels, as compute-sanitizer's target under this tool")
     arguments = parser.parse_args()
     if arguments.run:
-        run_kernels()
+        run_kernels(arguments.run)
     elif shutil.which("compute-sanitizer") is None:
         sys.exit("compute-sanitizer must be on the PATH, got none. It comes with NVIDIA's CUDA toolkit.")
     else:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks import projection
 from tests import cached, fp8, lowering, sanitize
 from tests.cases import Case
 from tests.run import has_gpu
@@ -44,9 +45,14 @@ def test_every_call_is_run(monkeypatch, capsys):
     run = []
     op = cached.op
     monkeypatch.setattr(cached, "op", lambda call, name: run.append((call, name)) or op(call, name))
-    sanitize.run_kernels()
-    assert run == [(call, "xla") for call in calls]
-    assert capsys.readouterr().out == "every kernel ran\n"
+    in_one = []
+    monkeypatch.setattr(projection, "in_one", lambda name, case: lambda *arrays: in_one.append((case, arrays[0].shape)))
+    sanitize.run_kernels("initcheck")
+    assert in_one == []
+    sanitize.run_kernels("memcheck")
+    assert run == [(call, "xla") for call in calls] * 2
+    assert in_one == [(case, (case.num_tokens, width)) for case, width in sanitize.PROJECTIONS]
+    assert capsys.readouterr().out == "every kernel ran\n" * 2
 
 
 def test_calls_that_write_a_cache_have_slots_and_layers_outside():
