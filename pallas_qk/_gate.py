@@ -63,7 +63,7 @@ def apply_gate(attended: jax.Array, gate: Gate) -> jax.Array:
 
     Raises:
       TypeError: `gate` is no `Gate`, or holds no array of floats, or `attended` is no array of its dtype.
-      ValueError: `attended` has another shape, or the array in `gate` was cut.
+      ValueError: `attended` has another shape or heads cut across devices, or the array in `gate` was cut.
       NotImplementedError: a gradient can't be had, as that of the op.
       RuntimeError: as the op.
 
@@ -115,6 +115,8 @@ def apply_gate(attended: jax.Array, gate: Gate) -> jax.Array:
             f"attended must have shape {forms[0]} or {forms[1]}, got {tuple(attended.shape)}. "
             "Its sizes: those of the op's q_out; heads are one axis with the elements of each, or two."
         )
+    split = attended.shape == forms[1]
+    _mesh_checks.check_known_sharding_of_heads("attended", attended, num_heads, split=split)
     product: jax.Array = _run(attended, array, gate._returned, call=gate._call)
     return product
 

@@ -31,7 +31,7 @@ def check_process() -> None:
 
 
 def check_whole_heads(name: str, num_heads: int, num_shards: int) -> None:
-    """Refuses heads that are cut across devices. `name` is "q_gate", "q", "k" or "kv_cache"."""
+    """Refuses heads that are cut across devices. `name` is "q_gate", "q", "k", "attended" or "kv_cache"."""
     if num_heads % num_shards:
         heads = "num_kv_heads" if name in ("k", "kv_cache") else "num_q_heads"
         axis = "axis of heads" if name == "kv_cache" else "last axis"
@@ -47,17 +47,22 @@ def check_known_shardings(function: Function, inputs: Inputs, sizes: Sizes, *, s
     `split` says that heads have an axis of their own.
     """
     for array, source in sizes.sources.items():
-        name = function.array if array == "q" else array
-        num_shards = _num_shards(getattr(inputs, array))[-1]
+        name, x = function.array if array == "q" else array, getattr(inputs, array)
         if source.heads is None:
-            _check_packed(function, num_shards)
-        elif not split:
-            check_whole_heads(name, source.token // source.head, num_shards)
-        elif num_shards > 1:
-            raise ValueError(
-                f"{name} must hold whole heads on each device, got head_dim over {num_shards} devices. "
-                "Shard the axis of heads instead, or leave it replicated there."
-            )
+            _check_packed(function, _num_shards(x)[-1])
+        else:
+            check_known_sharding_of_heads(name, x, source.token // source.head, split=split)
+
+
+def check_known_sharding_of_heads(name: str, x: jax.Array | np.ndarray, num_heads: int, *, split: bool) -> None:
+    num_shards = _num_shards(x)[-1]
+    if not split:
+        check_whole_heads(name, num_heads, num_shards)
+    elif num_shards > 1:
+        raise ValueError(
+            f"{name} must hold whole heads on each device, got head_dim over {num_shards} devices. "
+            "Shard the axis of heads instead, or leave it replicated there."
+        )
 
 
 def _check_packed(function: Function, num_shards: int) -> None:

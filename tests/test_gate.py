@@ -618,6 +618,30 @@ def test_attended_sharded_otherwise(mode):
 
 
 @pytest.mark.usefixtures("on_the_host")
+@pytest.mark.parametrize("mode", ["auto", "explicit, set_mesh"])
+@pytest.mark.parametrize(
+    "heads, got, remedy",
+    [
+        (True, "head_dim over 8 devices", "Shard the axis of heads instead, or leave it replicated there."),
+        (
+            False,
+            "num_q_heads=4 over 8 devices",
+            "Shard its last axis over a number of devices that divides 4, or leave it replicated there.",
+        ),
+    ],
+)
+def test_heads_of_attended_that_are_cut_are_refused(heads, got, remedy, mode):
+    """Where the sharding is known, as by the op."""
+    attended, *arrays = arrays_of(CASE, heads)
+    gate = forms.op(CASE)(*arrays)[-1]
+    message = f"attended must hold whole heads on each device, got {got}. {remedy}"
+    with mesh_of({"model": 8}, mode) as on:
+        cut = jax.device_put(attended, NamedSharding(on, P(*[None] * (attended.ndim - 1), "model")))
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            pallas_qk.apply_gate(cut, gate)
+
+
+@pytest.mark.usefixtures("on_the_host")
 @pytest.mark.parametrize("check_vma", [False, True])
 def test_shard_map(check_vma):
     arrays, cotangents = arrays_of(ON_MESHES), cotangents_of(ON_MESHES)
