@@ -1,19 +1,35 @@
 """The fused QK-RMSNorm, partial RoPE and gate split of gated attention for JAX, as Pallas GPU kernels."""
 
-from pallas_qk import dlpack as dlpack
-from pallas_qk import kv_cache as kv_cache
-from pallas_qk import rope as rope
-from pallas_qk._api import default_implementation as default_implementation
-from pallas_qk._api import fused_qk_rmsnorm_rope as fused_qk_rmsnorm_rope
-from pallas_qk._api import fused_qk_rmsnorm_rope_gate as fused_qk_rmsnorm_rope_gate
-from pallas_qk._api import fused_qkv_rmsnorm_rope as fused_qkv_rmsnorm_rope
-from pallas_qk._api import fused_qkv_rmsnorm_rope_gate as fused_qkv_rmsnorm_rope_gate
-from pallas_qk._cache_api import CacheOutputs as CacheOutputs
-from pallas_qk._cache_api import fused_qkv_rmsnorm_rope_cache as fused_qkv_rmsnorm_rope_cache
-from pallas_qk._cache_api import fused_qkv_rmsnorm_rope_gate_cache as fused_qkv_rmsnorm_rope_gate_cache
-from pallas_qk._gate import Gate as Gate
-from pallas_qk._gate import apply_gate as apply_gate
-from pallas_qk._implementations import IMPLEMENTATIONS as IMPLEMENTATIONS
-from pallas_qk._projection_api import fused_qkv_projection_rmsnorm_rope_gate as fused_qkv_projection_rmsnorm_rope_gate
+from pallas_qk import dlpack, kv_cache, rope
+from pallas_qk._api import (
+    default_implementation,
+    fused_qk_rmsnorm_rope,
+    fused_qk_rmsnorm_rope_gate,
+    fused_qkv_rmsnorm_rope,
+    fused_qkv_rmsnorm_rope_gate,
+)
+from pallas_qk._cache_api import CacheOutputs, fused_qkv_rmsnorm_rope_cache, fused_qkv_rmsnorm_rope_gate_cache
+from pallas_qk._gate import Gate, apply_gate
+from pallas_qk._implementations import IMPLEMENTATIONS
+from pallas_qk._projection_api import fused_qkv_projection_rmsnorm_rope_gate
 
 __version__ = "0.2.0"
+
+# Without it help(pallas_qk) would show none of them: they are defined in other files.
+__all__ = [
+    "IMPLEMENTATIONS",
+    "CacheOutputs",
+    "Gate",
+    "apply_gate",
+    "default_implementation",
+    "dlpack",
+    "fused_qk_rmsnorm_rope",
+    "fused_qk_rmsnorm_rope_gate",
+    "fused_qkv_projection_rmsnorm_rope_gate",
+    "fused_qkv_rmsnorm_rope",
+    "fused_qkv_rmsnorm_rope_cache",
+    "fused_qkv_rmsnorm_rope_gate",
+    "fused_qkv_rmsnorm_rope_gate_cache",
+    "kv_cache",
+    "rope",
+]

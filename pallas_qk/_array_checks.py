@@ -161,6 +161,8 @@ def check_arrays(function: Function, inputs: Inputs, sizes: Sizes) -> bool:
     if inputs.positions is not None:
         _check_positions_dtype(inputs.positions.dtype)
 
+    for name in weights:  # before q and k, of which another head_dim would say that they have other heads
+        check_shape(name, arrays[name], (head_dim,), "head_dim, where it is left out the length of the first weight")
     remedy = function.sizes(is_other=_ends_in(inputs.q, others))
     lead, split = _check_first(first, inputs, sources, mrope, remedy)
     for name in activations[1:]:
@@ -168,8 +170,6 @@ def check_arrays(function: Function, inputs: Inputs, sizes: Sizes) -> bool:
         shape = (source.token // source.head, source.head) if split else (source.token,)
         hint = "num_kv_heads, head_dim; tokens come before heads" if split else "num_kv_heads * head_dim"
         check_shape(name, arrays[name], (*lead, *shape), f"the leading axes of {first}, then {hint}")
-    for name in weights:
-        check_shape(name, arrays[name], (head_dim,), "head_dim, where it is left out the length of the first weight")
     if inputs.cos_sin_cache is None:
         return split
     leading = f"the leading axes of {first}"
@@ -202,7 +202,10 @@ def _check_positions_dtype(dtype: np.dtype) -> None:
 
 def check_integers(name: str, dtype: np.dtype) -> None:
     if not jnp.issubdtype(dtype, jnp.integer) or dtype.kind == "m":  # NumPy counts times among the integers
-        raise TypeError(f"{name} must be integers, got {dtype}. Cast them with astype(jnp.int32).")
+        remedy = (
+            "Pass numbers, not a mask." if jnp.issubdtype(dtype, jnp.bool_) else "Cast them with astype(jnp.int32)."
+        )
+        raise TypeError(f"{name} must be integers, got {dtype}. {remedy}")
 
 
 def _check_first(

@@ -119,7 +119,7 @@ def check_slots_given(slots: object) -> None:
 def check_slots(function: Function, slots: Any, lead: tuple[int, ...]) -> None:
     check_array("slot_mapping", slots)
     check_integers("slot_mapping", slots.dtype)
-    check_shape("slot_mapping", slots, lead, f"the leading axes of {function.array}")
+    check_shape("slot_mapping", slots, lead, f"the leading axes of {function.array}, so one slot for each token")
 
 
 def check_layer(layer: object, cache: jax.Array, cache_axes: str) -> None:

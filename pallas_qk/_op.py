@@ -159,7 +159,9 @@ def _forward_batch(
     del body
     if call.options.cache_axes:
         (mapped,) = jax.tree.unflatten(tree, [dim is not None for dim in dims])
-        got = ", ".join(name for name, is_mapped in mapped._asdict().items() if is_mapped)
+        given = {"slots": "slot_mapping"} | dict.fromkeys(CACHES, "kv_cache")  # as the public functions call them
+        names = dict.fromkeys(given.get(name, name) for name, is_mapped in mapped._asdict().items() if is_mapped)
+        got = ", ".join(names)
         raise NotImplementedError(
             f"what writes a KV cache must not be mapped by jax.vmap, got {got} mapped. Make the mapped axis one of the "
             "tokens' leading axes, and add to the slots where each element's part of the cache starts."

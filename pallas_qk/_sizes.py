@@ -124,19 +124,22 @@ def _heads_of_axes(
         )
     by_axis = all(x.count(by_axis=True) for x in arrays)
     if not by_axis and len({shape[:-1] for shape in shapes}) > 1:
-        if all(x.count(by_axis=False) for x in arrays):
+        by_axis = len({shape[:-2] for shape in shapes}) == 1  # then the last of the leading axes holds heads
+        # Of two axes the first rather holds tokens, and so it does where q is not once or twice as wide as k.
+        are_heads = by_axis and len(shapes[0]) > 2 and shapes[0][-1] in (shapes[1][-1], 2 * shapes[1][-1])
+        if not are_heads and all(x.count(by_axis=False) for x in arrays):
             raise ValueError(
                 f"{function.array} and k must have equal leading axes in front of heads of {of_q} and {of_k} elements, "
                 f"got shapes {shapes[0]} and {shapes[1]}. Check the tokens and head_dim = {of_k}{origin}."
             )
-        by_axis = len({shape[:-2] for shape in shapes}) == 1  # then the last of the leading axes holds heads
     counts = [x.count(by_axis) for x in arrays]
     for x, count in zip(arrays, counts, strict=True):
         if not count:
             other = x._replace(width=of_k if function.gated else 2 * of_k)
-            is_other = bool(other.count(by_axis=True) or other.count(by_axis=False))
+            is_other = bool(other.count(by_axis))
             remedy = "num_kv_heads, head_dim, as one axis or two"
-            raise x.wrong(by_axis, remedy if x.name == "k" else function.sizes(is_other=is_other))
+            remedy = remedy if x.name == "k" else function.sizes(is_other=is_other)
+            raise x.wrong(by_axis, f"{remedy}; head_dim = {of_k}{origin}")
     return counts[0], counts[1] if inputs.k is not None else 0
 
 

@@ -106,7 +106,8 @@ BAD = {
     ),
     "slots of another shape": (
         ValueError,
-        "slot_mapping must have shape (4,), got (4, 1). Its sizes: the leading axes of q_gate.",
+        "slot_mapping must have shape (4,), got (4, 1). "
+        "Its sizes: the leading axes of q_gate, so one slot for each token.",
         {"slot_mapping": jnp.zeros((4, 1), jnp.int32)},
     ),
     "slots of fractions": (
@@ -116,7 +117,7 @@ BAD = {
     ),
     "slots of bools": (
         TypeError,
-        "slot_mapping must be integers, got bool. Cast them with astype(jnp.int32).",
+        "slot_mapping must be integers, got bool. Pass numbers, not a mask.",
         {"slot_mapping": jnp.zeros(4, bool)},
     ),
     "no slots": (
@@ -288,9 +289,9 @@ def test_vmap_is_refused_where_something_is_mapped():
     arrays = cached.arguments(CASE)
     slots = jnp.stack([arrays[-1]] * 2)
     message = (
-        "what writes a KV cache must not be mapped by jax.vmap, got slots mapped. Make the mapped axis one of the "
+        "what writes a KV cache must not be mapped by jax.vmap, got slot_mapping mapped. Make the mapped axis one of "
+        "the tokens' leading axes, and add to the slots where each element's part of the cache starts."
     )
-    message += "tokens' leading axes, and add to the slots where each element's part of the cache starts."
     assert_refused(NotImplementedError, message, lambda: jax.vmap(lambda s: call(CASE, slot_mapping=s))(slots))
     outputs, doubled = jax.vmap(lambda x: (call(CASE), 2 * x), out_axes=(None, 0))(jnp.arange(3.0))
     assert_same(outputs, call(CASE))

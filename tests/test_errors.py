@@ -181,7 +181,7 @@ BAD_CALLS = [
     bad(TypeError, "cos_sin_cache " + FLOATING.format("float64"), cos_sin_cache=np.zeros((8, 16))),
     bad(TypeError, FRACTIONS.format("float32"), positions=((4,), "float32")),
     bad(TypeError, FRACTIONS.format("bfloat16"), positions=((4,), "bfloat16")),
-    bad(TypeError, f"positions must be integers, got bool. {TO_INT32}", positions=((4,), "bool")),
+    bad(TypeError, "positions must be integers, got bool. Pass numbers, not a mask.", positions=((4,), "bool")),
     bad(TypeError, f"positions must be integers, got timedelta64[s]. {TO_INT32}", positions=np.zeros(4, "m8[s]")),
     # What is more, or less, than an array of numbers.
     bad(TypeError, "q_weight " + FLOATING.format("key<fry>"), q_weight=keys(64)),

@@ -266,6 +266,7 @@ def test_docstring_examples():
 SIZE = "{} must be from 1 to 2147483647, got {}. Pass the size of that axis of the cache."
 STATIC = "{} must be an integer known when tracing, got {}. Pass a Python int."
 DTYPE = "{} must be integers, got {}. Cast them with astype(jnp.int32)."
+MASK = "{} must be integers, got bool. Pass numbers, not a mask."
 PAGE = "block_tables must have shape (..., pages) with a page, got {}. Give it a column of -1."
 TABLE_OF_ROWS = (
     "block_tables must have shape (batch, pages) with a row, got {}. "
@@ -294,11 +295,11 @@ BAD_CALLS = [
     ("pages", TypeError, STATIC.format("block_size", "True of type bool"), {"block_size": True}),
     ("rows", TypeError, STATIC.format("cache_length", "None of type NoneType"), {"cache_length": None}),
     ("pages", TypeError, DTYPE.format("places", "float32"), {"places": zeros(3, 4, dtype="float32")}),
-    ("pages", TypeError, DTYPE.format("places", "bool"), {"places": zeros(3, 4, dtype="bool")}),
+    ("pages", TypeError, MASK.format("places"), {"places": zeros(3, 4, dtype="bool")}),
     ("pages", TypeError, DTYPE.format("block_tables", "bfloat16"), {"block_tables": jnp.zeros((3, 2), jnp.bfloat16)}),
     ("pages", TypeError, DTYPE.format("sequences", "timedelta64[s]"), {"sequences": zeros(3, dtype="m8[s]")}),
     ("rows", TypeError, DTYPE.format("places", "float64"), {"places": zeros(3, 4, dtype="float64")}),
-    ("rows", TypeError, DTYPE.format("sequences", "bool"), {"sequences": zeros(3, dtype="bool")}),
+    ("rows", TypeError, MASK.format("sequences"), {"sequences": zeros(3, dtype="bool")}),
     (
         "rows",
         TypeError,

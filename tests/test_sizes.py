@@ -150,7 +150,7 @@ def test_broadcast_over_a_sharded_batch(on_the_host, mode):
 
 Q_GATE = (
     "q_gate must have shape (..., num_q_heads * 128) or (..., num_q_heads, 128), got {}. "
-    "Its sizes: num_q_heads, 2 * head_dim, as one axis or two."
+    "Its sizes: num_q_heads, 2 * head_dim, as one axis or two; head_dim = 64."
 )
 TABLE = (
     "cos_sin_cache must have rows of a positive even length <= head_dim = 64, got shape {}. "
@@ -182,7 +182,7 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
         {"k": jnp.zeros((6, 100), jnp.bfloat16), "num_kv_heads": None},
         ValueError,
         "k must have shape (..., num_kv_heads * 64) or (..., num_kv_heads, 64), got (6, 100). "
-        "Its sizes: num_kv_heads, head_dim, as one axis or two.",
+        "Its sizes: num_kv_heads, head_dim, as one axis or two; head_dim = 64.",
     ),
     "heads before tokens": (
         {"q_gate": jnp.zeros((2, 4, 6, 128), jnp.bfloat16), "k": jnp.zeros((2, 2, 6, 64), jnp.bfloat16)}
@@ -222,13 +222,15 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
     "another number of heads in an axis": (
         {"q_gate": jnp.zeros((6, 4, 128)), "k": jnp.zeros((6, 2, 64)), "num_q_heads": None, "num_kv_heads": 4},
         ValueError,
-        "k must have shape (..., 4, 64), got (6, 2, 64). Its sizes: num_kv_heads, head_dim, as one axis or two.",
+        "k must have shape (..., 4, 64), got (6, 2, 64). Its sizes: num_kv_heads, head_dim, as one axis or two; "
+        "head_dim = 64.",
     ),
     "an axis of heads without gates": (
         {"q_gate": jnp.zeros((6, 4, 64)), "k": jnp.zeros((6, 2, 64)), "num_q_heads": None, "num_kv_heads": None},
         ValueError,
         "q_gate must have shape (..., num_q_heads, 128), got (6, 4, 64). "
-        "Its sizes: num_q_heads, 2 * head_dim, as one axis or two; fused_qk_rmsnorm_rope takes q without gates.",
+        "Its sizes: num_q_heads, 2 * head_dim, as one axis or two; fused_qk_rmsnorm_rope takes q without gates; "
+        "head_dim = 64.",
     ),
     "weights of half a head": (
         {
@@ -241,8 +243,20 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
             "head_dim": None,
         },
         ValueError,
-        "q_gate and k must have equal leading axes in front of heads of 64 and 32 elements, got shapes (6, 4, 128) and "
-        "(6, 2, 64). Check the tokens and head_dim = 32, the length of the weights.",
+        "q_gate must have shape (..., num_q_heads, 64), got (6, 4, 128). Its sizes: num_q_heads, 2 * head_dim, as one "
+        "axis or two; head_dim = 32, the length of the weights.",
+    ),
+    "heads of unequal lengths": (
+        {"q_gate": jnp.zeros((6, 4, 256)), "k": jnp.zeros((6, 2, 64)), "num_q_heads": None, "num_kv_heads": None},
+        ValueError,
+        "q_gate and k must have equal leading axes in front of heads of 128 and 64 elements, got shapes (6, 4, 256) "
+        "and (6, 2, 64). Check the tokens and head_dim = 64.",
+    ),
+    "heads of another length": (
+        {"q_gate": jnp.zeros((6, 4, 256)), "k": jnp.zeros((6, 2, 128)), "num_q_heads": None, "num_kv_heads": None},
+        ValueError,
+        "q_gate must have shape (..., num_q_heads, 128), got (6, 4, 256). Its sizes: num_q_heads, 2 * head_dim, as one "
+        "axis or two; head_dim = 64.",
     ),
     "another number of tokens": (
         {"k": jnp.zeros((5, 128)), "num_q_heads": None, "num_kv_heads": None},
@@ -281,6 +295,16 @@ def test_what_does_not_fit_is_refused(name):
     with pytest.raises(error, match="must") as caught:
         pallas_qk.fused_qk_rmsnorm_rope_gate(**arrays | case.static_arguments | changes)
     assert str(caught.value) == message
+
+
+def test_gates_for_the_function_without_are_named():
+    arrays = jnp.zeros((6, 4, 128)), jnp.zeros((6, 2, 64)), *(jnp.zeros(64),) * 2, jnp.zeros((8, 32)), jnp.arange(6)
+    message = (
+        "q must have shape (..., num_q_heads, 64), got (6, 4, 128). Its sizes: num_q_heads, head_dim, as one axis or "
+        "two; fused_qk_rmsnorm_rope_gate takes q with gates; head_dim = 64, the length of the weights."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        pallas_qk.fused_qk_rmsnorm_rope(*arrays, 1e-6)
 
 
 PACKED = (
