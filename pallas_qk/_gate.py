@@ -19,11 +19,11 @@ class Gate:
 
     A pytree that holds the array with the gate twice, and says where the gate lies there and which implementation was
     named. `apply_gate` reads one of the two, and derivatives pass through the other. As a cotangent that one holds the
-    gate's, and whatever memory held in the other elements: what adds, scales or stacks it does no harm, what looks for
-    NaN may find some.
+    gate's, and whatever memory held in the other elements: what adds or stacks it, or scales it by a constant, does no
+    harm, and what looks for NaN may find some.
     """
 
-    # (*lead, elements), flat in heads. As the op was given it: a backward keeps the op's array and no second one.
+    # (*lead, elements), flat in heads. As the op was given it: for a backward both keep this one array.
     _given: jax.Array
     # As the op returned it. The cotangent of `_given` may go where all elements count, such as past the op into q's in
     # a derivative of the second order; this one's goes to the op's backward alone, which reads no more than the gate's.

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.interpreters import ad, mlir
 from jax.tree_util import PyTreeDef
 
@@ -26,7 +27,9 @@ def product(call: Call, given: jax.Array, returned: jax.Array, attended: jax.Arr
 
     The op's q as the op was given it is read, and as the op returned it moves: see `Gate`.
     """
-    del returned
+    # An argument that isn't read must not be mapped: of a custom_jvp inside a jit, JAX takes such a result for unmapped
+    # and then the rule's, which is mapped, for it (0.10.2 to 0.12.0). XLA drops the select.
+    given = jnp.where(False, returned, given)
 
     def gated(q: jax.Array, attended: jax.Array) -> jax.Array:
         operands = _of_q(q), Product(attended=_flat(q, attended))

@@ -718,6 +718,12 @@ MUTATIONS = [
             tests_of("gate", "test_the_array_of_the_gate_is_kept_once[scan]"),
         ),
         (
+            "apply_gate: the gate as the op returned it is not read",
+            "given = jnp.where(False, returned, given)",
+            "del returned",
+            tests_of("gate", "test_derivatives_of_vmap[k]"),
+        ),
+        (
             "the gate's cotangent, and what lies beside it, on another way than through the op",
             "    _, of_returned, of_attended = moving",
             "    of_returned, _, of_attended = moving",

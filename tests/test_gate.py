@@ -525,7 +525,11 @@ def test_a_gate_of_an_inner_derivative(inner, nan_beside):
     assert_agree([got], [want])
 
 
-BATCHED = {"all": (0, 0, 0, None, None, None, 0), "attended": (0, *[None] * 6), "q_gate": (None, 0, *[None] * 5)}
+# attended, q_gate, k, the weights, the table and positions
+BATCHED = {"all": (0, 0, 0, None, None, None, 0)} | {
+    name: tuple(0 if i == place else None for i in range(7))
+    for place, name in {0: "attended", 1: "q_gate", 2: "k", 3: "q_weight", 6: "positions"}.items()
+}
 
 
 @pytest.mark.parametrize("batched", BATCHED)
@@ -543,7 +547,35 @@ def test_vmap(batched):
     got = jax.jit(jax.vmap(pull, (None, *axes)))(cotangents, *stacked)
     assert_same(got, jax.tree.map(lambda *xs: jnp.stack(xs), *(jax.jit(pull)(cotangents, *x) for x in each)))
     names = primitives(jax.vmap(pull, (None, *axes)), cotangents, *stacked)
-    assert names.count("apply_gate_backward") == 1 and "scan" not in names
+    assert names.count("apply_gate_backward") == 1 and ("scan" in names) == (batched == "q_weight")
+
+
+@pytest.mark.parametrize("batched", BATCHED)
+def test_derivatives_of_vmap(batched, nan_beside):
+    """Also where nothing that the product takes is mapped."""
+    axes, function = BATCHED[batched], block(dataclasses.replace(CASE, dtype="float32"))
+    first = arrays_of(dataclasses.replace(CASE, dtype="float32"))
+    each = [[x if axis is None else jnp.roll(x, i, 0) for x, axis in zip(first, axes, strict=True)] for i in range(3)]
+    stacked = [x if axis is None else jnp.stack(xs) for x, axis, *xs in zip(first, axes, *each, strict=True)]
+
+    def of_product(*args):
+        return jnp.sum(jnp.sin(function(*args)[-1]))
+
+    def summed(*moved):
+        return jnp.sum(jax.vmap(of_product, axes)(*moved, *stacked[3:]))
+
+    tangents = tuple(jnp.cos(x) for x in stacked[:3])
+    for outer in (lambda f: f, jax.jit):
+        got, got_gradients = outer(jax.value_and_grad(summed, (0, 1, 2)))(*stacked[:3])
+        values = [jax.value_and_grad(of_product, (0, 1, 2))(*x) for x in each]
+        np.testing.assert_allclose(got, sum(value for value, _ in values), rtol=1e-5)
+        for place, (axis, gradient) in enumerate(zip(axes, got_gradients, strict=False)):
+            of_each = [gradients[place] for _, gradients in values]
+            want = sum(of_each) if axis is None else jnp.stack(of_each)
+            np.testing.assert_allclose(gradient, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+        moved = outer(lambda *x: jax.jvp(summed, x, tangents))(*stacked[:3])[1]
+        want = sum(jnp.vdot(a, b) for a, b in zip(got_gradients, tangents, strict=True))
+        np.testing.assert_allclose(moved, want, rtol=1e-4)
 
 
 def test_a_gate_of_vmap():
