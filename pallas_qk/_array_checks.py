@@ -162,7 +162,7 @@ def check_arrays(function: Function, inputs: Inputs, sizes: Sizes) -> bool:
         _check_positions_dtype(inputs.positions.dtype)
 
     for name in weights:  # before q and k, of which another head_dim would say that they have other heads
-        check_shape(name, arrays[name], (head_dim,), "head_dim, where it is left out the length of the first weight")
+        check_shape(name, arrays[name], (head_dim,), "head_dim; where that is left out, the length of the first weight")
     remedy = function.sizes(is_other=_ends_in(inputs.q, others))
     lead, split = _check_first(first, inputs, sources, mrope, remedy)
     for name in activations[1:]:

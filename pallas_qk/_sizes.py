@@ -135,10 +135,10 @@ def _heads_of_axes(
     counts = [x.count(by_axis) for x in arrays]
     for x, count in zip(arrays, counts, strict=True):
         if not count:
-            other = x._replace(width=of_k if function.gated else 2 * of_k)
-            is_other = bool(other.count(by_axis))
             remedy = "num_kv_heads, head_dim, as one axis or two"
-            remedy = remedy if x.name == "k" else function.sizes(is_other=is_other)
+            if x.name != "k":
+                other = x._replace(width=of_k if function.gated else 2 * of_k)
+                remedy = function.sizes(is_other=bool(other.count(by_axis)))
             raise x.wrong(by_axis, f"{remedy}; head_dim = {of_k}{origin}")
     return counts[0], counts[1] if inputs.k is not None else 0
 

@@ -1520,8 +1520,8 @@ MUTATIONS = [
         ),
         (
             "mosaic: several heads a thread with gates",
-            "if r == d and 128 <= d <= 512 and not q_copied and even and pays:",
-            "if r == d and 128 <= d <= 512 and even and pays:",
+            "if r == d and 128 <= d <= 512 and not q_copied and even",
+            "if r == d and 128 <= d <= 512 and even",
             tests_of("choice", "test_rule_of_the_mosaic_gpu_kernel"),
         ),
         (
@@ -1643,8 +1643,8 @@ MUTATIONS = [
         ),
         (
             "mosaic: k with q's weight",
-            "weight = None if work.normed.weight is None else weight_of(inputs, work.normed)",
-            "weight = None if work.normed.weight is None else inputs.q_weight",
+            "weight = weight_of(inputs, work.normed)",
+            "weight = inputs.q_weight",
             FORMS_OF_MOSAIC,
         ),
         (
@@ -1673,8 +1673,8 @@ MUTATIONS = [
         ),
         (
             "mosaic: nothing is copied next to k and a normalised v",
-            "{} if number else copied)",
-            "{})",
+            "[] if number else [*copied.values()])",
+            "[])",
             tests_of("kernel_forms", "test_a_form_has_the_bits_of_the_plain_one[mosaic_gpu-copied-packed-table]"),
         ),
         (

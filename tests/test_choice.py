@@ -408,6 +408,21 @@ def test_several_heads_a_thread():
     assert heads(16384, 32, 8, 128, 128, by_slot=True) == 4
 
 
+@pytest.mark.parametrize("num_q_heads, heads", [(16, 8), (24, 8), (12, 1), (15, 1)])
+def test_a_gate_in_place_has_eight_heads_a_thread_or_one(num_q_heads, heads):
+    spec = Spec(2**22 // num_q_heads + 1, num_q_heads, 1, 256, 64, "bfloat16")
+    config = mosaic_forward(spec, q_copied=False)
+    assert (config.layout, config.heads_per_thread) == ("halves" if heads == 8 else "chunks", heads)
+
+
+def test_float32_has_one_head_a_thread():
+    """And the layout of one."""
+    for sizes, how in (((128, 128), {"rotation": "pairs"}), ((128, 64), {}), ((256, 64), {})):
+        spec = Spec(16384, 32, 8, *sizes, "float32", **how)
+        config = mosaic_forward(spec, q_copied=False)
+        assert config.heads_per_thread == 1 and config.weights == "after_gate"
+
+
 def test_where_k_rows_come_first():
     some, many = (Spec(n, 32, 8, 128, 128, "bfloat16") for n in (1023, 1024))
     config = functools.partial(mosaic_forward, q_copied=False)
@@ -449,7 +464,8 @@ def test_rows_for_another_dtype_are_cast_first_but_where_memory_binds():
         return mosaic_forward(Spec(num_tokens, 16, 2, 256, 64, "bfloat16"), by_slot=True, **how)
 
     assert [config(n).cast_first for n in (1, 256, 1023, 1024, 16384)] == [True, True, True, False, False]
-    assert config(16384, q_copied=False).cast_first
+    assert config(16383, q_copied=False).cast_first  # in chunks
+    assert not config(16384, q_copied=False).cast_first
 
 
 def test_disable_jit_runs_the_same_op():

@@ -46,7 +46,9 @@ Q_GATE = (
     "Its sizes: num_q_heads, 2 * head_dim, as one axis or two{}."
 )
 WITHOUT_GATES = "; fused_qk_rmsnorm_rope takes q without gates"
-WEIGHT = "{} must have shape (64,), got {}. Its sizes: head_dim, where it is left out the length of the first weight."
+WEIGHT = (
+    "{} must have shape (64,), got {}. Its sizes: head_dim; where that is left out, the length of the first weight."
+)
 K = "k must have shape {}, got {}. Its sizes: the leading axes of q_gate, then {}."
 IN_HEADS = "num_kv_heads, head_dim; tokens come before heads"
 POSITIONS = (

@@ -204,7 +204,7 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
     "another head_dim": (
         {"head_dim": 32, "num_q_heads": None, "num_kv_heads": None},
         ValueError,
-        "q_weight must have shape (32,), got (64,). Its sizes: head_dim, where it is left out the length of the first "
+        "q_weight must have shape (32,), got (64,). Its sizes: head_dim; where that is left out, the length of the first "
         "weight.",
     ),
     "another rotary_dim": (

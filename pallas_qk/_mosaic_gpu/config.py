@@ -24,8 +24,8 @@ class MosaicForward:
     in float64, which takes fewer registers.
     `heads_per_thread` says how many heads of one token a thread has its lanes of; where it doesn't divide the heads of
     q, or those of k, their largest common divisor. The token's position, row of the table, slot and weights are loaded
-    once for all of them. `heads_ahead` of these heads are loaded before the arithmetic of the first, and each other one
-    before that of the head so many before it: memory stays busy, and registers hold few heads.
+    once for all of them. Head `heads_ahead` is loaded before the arithmetic of head 0, the next one before that of head
+    1, and so on: memory stays busy, and registers hold few heads.
     """
 
     layout: str  # "chunks", "halves" or "row"
@@ -93,11 +93,11 @@ def mosaic_forward(
     Pairs: chunks of R lanes lead where a launch is one wave or little more (6.02 against 6.43 us at T = 1024, where
     halves that are rotated take 6.22) and are even at T = 64. Not timed: T = 256 and 2048.
 
-    Several heads of one token a thread: `_heads_per_thread`. Not with gates: with R = 64 two are even at T = 1024 and
-    lose elsewhere (138.3 against 135.6 us at 16384), and so do more. k rows first lose there where v is copied with
-    them and a launch is more than a wave (102.4 against 100.3 us, written by slot at T = 16384, D = R = 128, 32/8
-    heads; 5.66 against 5.15 at 1024). D = 128, R = 64, no gate, 32/8 heads: halves with them 4.38 against 4.74 us in
-    chunks with one head at T = 1024, 82.5 against 84.6 at 16384 (copy 80.4).
+    Several heads of one token a thread: `_heads_per_thread` says how many, where nothing is copied next to q. With
+    gates and R = 64 two are even at T = 1024 and lose elsewhere (138.3 against 135.6 us at 16384), and so do more.
+    Without gates, D = R = 128, 32/8 heads, k rows first lose where v is copied with them and a launch is more than a
+    wave (by slot 102.4 against 100.3 us at T = 16384, 5.66 against 5.15 at 1024). D = 128, R = 64, no gate, 32/8 heads:
+    halves with several heads take 4.38 us at T = 1024 and chunks with one 4.74, and 82.5 and 84.6 at 16384 (copy 80.4).
 
     The gate in place: halves with eight heads, two of them ahead, lead where turns are many. T = 65536 289.5 us, with
     one ahead 292.0, chunks with one head 293.1 (copy 284.8); they are even at 16384 (74.5 and 74.7), and behind at 4096
@@ -117,13 +117,14 @@ def mosaic_forward(
     if by_slot and num_rows <= 1024:
         return MosaicForward(layout, rows_per_warp, weights="first", k_first=True)
     even, heads = spec.num_q_heads % 2 == 0, _heads_per_thread(spec, num_axes)
-    pays = num_rows >= (64 if layout == "halves" else 32768 if spec.rotation == "pairs" else math.inf)
-    if r == d and 128 <= d <= 512 and not q_copied and even and pays:
+    halves = layout == "halves" and num_rows >= 64
+    pairs = spec.rotation == "pairs" and num_rows >= 32768 and heads > 1
+    if r == d and 128 <= d <= 512 and not q_copied and even and (halves or pairs):
         k_last = num_rows >= 131072 if d > 256 else k_copied and num_rows >= 32768
         return MosaicForward(layout, rows_per_warp, "first", not k_last, cast_first, heads)
     k_first = 64 <= num_rows < 65536
-    if (d, r, layout) == (128, 64, "halves") and not q_copied and even and num_rows >= 32768:
-        return MosaicForward(layout, rows_per_warp, "first", k_first and not by_slot, cast_first, heads)
+    if (d, r, layout) == (128, 64, "halves") and not q_copied and even and heads > 1 and num_rows >= 32768:
+        return MosaicForward(layout, rows_per_warp, "first", k_first and not k_copied, cast_first, heads)
     chunks = partners_apart and d // chunk_lanes(d, r) <= 16
     if spec.rotation == "pairs" and 512 <= num_rows < 32768 and has_chunks_of_pairs(d, r, 2 * rows_per_warp):
         return MosaicForward("chunks", 2 * rows_per_warp, weights="after_gate", k_first=True)
@@ -134,8 +135,8 @@ def mosaic_forward(
     if chunks and not q_copied and num_rows >= 262144:
         if is_fp8(spec.cache_dtype):
             return MosaicForward("chunks", min(32, 2 * rows_per_warp), "after_gate", heads_per_thread=4)
-        if layout == "halves" and d == 256 and spec.dtype != "float32":
-            return MosaicForward(layout, rows_per_warp, "after_gate", heads_per_thread=8, heads_ahead=2)
+        if layout == "halves" and d == 256 and spec.num_q_heads % 8 == 0 and spec.dtype != "float32":
+            return MosaicForward(layout, rows_per_warp, "after_gate", False, cast_first, 8, heads_ahead=2)
     if chunks and num_rows >= 512 and (num_rows < 16384 or not q_copied):
         return MosaicForward("chunks", min(32, 2 * rows_per_warp), weights="after_gate", k_first=k_first)
     after_sum = num_rows >= 65536 and r < d
@@ -149,15 +150,15 @@ def _heads_per_thread(spec: Spec, num_axes: int) -> int:
     They save loads of a table row, which is as long as a row of q where all lanes are rotated, and while one is
     computed the next one's load is on its way. Too many leave too few threads.
 
-    H200, bf16, R = D, no gate, us for 1, 2, 4 and 8 heads. D = 128, 32/8 heads: 1.50, 1.50, 1.66 at T = 64; 2.34, 2.24,
-    2.34, 2.88 at 256; 3.62, 3.14, 3.04, 3.39 at 512; 5.95, 5.06, 4.83, 4.54 at 1024 (copy 3.78); 9.44, 9.41, 10.2 for
-    2, 4, 8 at 2048; 22.4, 22.2, 23.5 at 4096 (21.0); 91.0, 85.5, 83.3, 84.7 at 16384 (81.1); 334.9, 324.2, 330.2 for 2,
-    4, 8 at 65536 (318.6). Two heads ahead take 93.9 with four at 16384. D = 256, 8/4 heads: 1.38, 1.28, 1.63 at T = 64;
-    1.92, 1.82, 2.05 at 256; 4.13, 3.84, 3.49, 3.81 at 1024; 14.3, 13.5, 12.9 at 4096; 52.9 and 50.7 for 2 and 4 at
-    16384 (copy 50.7). D = 512, 16/2 heads: 3.17 with one and 3.39 with four at T = 256; 8.99, 8.32, 9.15 for 1, 4, 8 at
-    1024; 41.2, 39.9, 40.9 at 4096. mRoPE, D = 128: 5.65 and 4.83 for 4 and 8 at T = 1024, 98.7, 87.6, 85.7 for 2, 4, 8
-    at 16384. float32 takes one at 16384 (D = 128 162.2, 164.5, 166.7; D = 256 100.0, 101.7, 102.8). On an H100, 32/8
-    heads, two gain 5.70 to 5.22 us at T = 1024 and 13.34 to 12.67 at 2048.
+    H200, bf16, R = D, no gate, us for 1, 2, 4 and 8 heads, or as many of these as were timed. D = 128, 32/8 heads:
+    1.50, 1.50, 1.66 at T = 64; 2.34, 2.24, 2.34, 2.88 at 256; 3.62, 3.14, 3.04, 3.39 at 512; 5.95, 5.06, 4.83, 4.54 at
+    1024 (copy 3.78); 9.44, 9.41, 10.2 for 2, 4, 8 at 2048; 22.4, 22.2, 23.5 at 4096 (21.0); 91.0, 85.5, 83.3, 84.7 at
+    16384 (81.1); 334.9, 324.2, 330.2 for 2, 4, 8 at 65536 (318.6). Two heads ahead take 93.9 with four at 16384. D =
+    256, 8/4 heads: 1.38, 1.28, 1.63 at T = 64; 1.92, 1.82, 2.05 at 256; 4.13, 3.84, 3.49, 3.81 at 1024; 14.3, 13.5,
+    12.9 at 4096; 52.9 and 50.7 for 2 and 4 at 16384 (copy 50.7). D = 512, 16/2 heads: 3.17 with one and 3.39 with four
+    at T = 256; 8.99, 8.32, 9.15 for 1, 4, 8 at 1024; 41.2, 39.9, 40.9 at 4096. mRoPE, D = 128: 5.65 and 4.83 for 4 and
+    8 at T = 1024, 98.7, 87.6, 85.7 for 2, 4, 8 at 16384. float32 takes one at 16384 (D = 128 162.2, 164.5, 166.7; D =
+    256 100.0, 101.7, 102.8). On an H100, 32/8 heads, two gain 5.70 to 5.22 us at T = 1024 and 13.34 to 12.67 at 2048.
     """
     elements = spec.num_tokens * spec.num_q_heads * spec.head_dim
     if spec.dtype == "float32":

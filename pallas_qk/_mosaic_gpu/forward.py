@@ -103,7 +103,7 @@ class _Work(NamedTuple):
     """The kinds of rows that one thread treats together: they share an axis of heads."""
 
     normed: Rows
-    copied: dict[str, Rows]
+    copied: list[Rows]
 
 
 def _works(rows: dict[str, Rows], heads: str) -> list[_Work]:
@@ -113,7 +113,7 @@ def _works(rows: dict[str, Rows], heads: str) -> list[_Work]:
     heads, T = 16384: 146.96 us instead of 145.68).
     """
     normed, copied = sharing(stored(rows), heads)
-    return [_Work(kind, {} if number else copied) for number, kind in enumerate(normed.values())]
+    return [_Work(kind, [] if number else [*copied.values()]) for number, kind in enumerate(normed.values())]
 
 
 def configuration(inputs: Inputs, options: Options) -> MosaicForward:
@@ -181,7 +181,7 @@ def _forward_thread(
         size = config.heads_of(num_heads)
         # Each head of a group is the group's first row, of a kind that lies so many heads further on.
         normed = [work.normed.ahead(head) for head in range(size)]
-        copied = [[kind.ahead(head) for kind in work.copied.values()] for head in range(size)]
+        copied = [[kind.ahead(head) for kind in work.copied] for head in range(size)]
         num_groups = num_tokens * num_heads // size
         row = block * groups_per_program + thread // layout.threads
         if num_groups % groups_per_program:
@@ -214,35 +214,39 @@ def _forward_thread(
                 for place in kind.targets
             ]
 
-        targets, targets_of_copies = [targets_of(kind) for kind in normed], []
+        targets = [targets_of(kind) for kind in normed]
+        early = {}
         if options.scale_per_head is not None:  # scales are loaded with x
-            targets_of_copies = [[targets_of(kind) for kind in kinds] for kinds in copied]
+            early = {head: [targets_of(kind) for kind in kinds] for head, kinds in enumerate(copied)}
+        is_rotated = work.normed.rotation is not None
+        is_rotated_first = is_rotated and options.norm_order == "rotation_first"
         own = len(layout.bases)  # the vectors behind are partners that are only loaded
         xs: list[list[list[Value]]] = []
         copies: list[list[list[list[Int]]]] = []
 
         def load(head: int):
-            read = vectors if work.normed.rotation else vectors[:own]
+            read = vectors if is_rotated else vectors[:own]
             xs.append([widen(v.load(source(normed[head])), dtype) for v in read])
             copies.append([[v.load(source(kind)) for v in wide_vectors] for kind in copied[head]])
 
         def store_copies(head: int):
-            of_kinds = targets_of_copies[head] if targets_of_copies else map(targets_of, copied[head])
-            for words, places in zip(copies[head], of_kinds, strict=True):
-                for target in places:
+            of_kinds = early.get(head) or map(targets_of, copied[head])
+            for words, of_kind in zip(copies[head], of_kinds, strict=True):
+                for target in of_kind:
                     target.store(wide_vectors, words, dtype, cast_first=config.cast_first)
 
         ahead = min(size, config.heads_ahead)
         for head in range(ahead):
             load(head)
         angles = [table.load(table_rows, rotation.frequency, rotation.frequencies) for rotation in rotations]
-        weight = None if work.normed.weight is None else weight_of(inputs, work.normed)
+        weight = weight_of(inputs, work.normed)
+        weighted = vectors if is_rotated and not is_rotated_first else vectors[:own]
         weights: list[list[Int]] = []
 
         def load_weights(when_: str, after: Int | None = None):
             if config.weights == when_ and weight is not None:
                 start = weight if after is None else weight + after
-                weights.extend(v.load(start) for v, _ in zip(vectors, xs[0], strict=False))
+                weights.extend(v.load(start) for v in weighted)
 
         load_weights("first")
         for head in range(ahead):
@@ -270,8 +274,6 @@ def _forward_thread(
                 for index, lanes in rotation.apply(ys, cos, sin, rotation_fuses_y2(options, dtype)).items():
                     yield index, lanes, rotation.where
 
-        is_rotated = work.normed.rotation is not None
-        is_rotated_first = is_rotated and options.norm_order == "rotation_first"
         for head in range(size):
             if head + ahead < size:
                 load(head + ahead)
