@@ -204,8 +204,8 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
     "another head_dim": (
         {"head_dim": 32, "num_q_heads": None, "num_kv_heads": None},
         ValueError,
-        "q_weight must have shape (32,), got (64,). Its sizes: head_dim; where that is left out, the length of the first "
-        "weight.",
+        "q_weight must have shape (32,), got (64,). "
+        "Its sizes: head_dim; where that is left out, the length of the first weight.",
     ),
     "another rotary_dim": (
         {"rotary_dim": 16},
