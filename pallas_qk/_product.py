@@ -27,8 +27,8 @@ def product(call: Call, given: jax.Array, returned: jax.Array, attended: jax.Arr
 
     The op's q as the op was given it is read, and as the op returned it moves: see `Gate`.
     """
-    # An argument that isn't read must not be mapped: of a custom_jvp inside a jit, JAX takes such a result for unmapped
-    # and then the rule's, which is mapped, for it (0.10.2 to 0.12.0). XLA drops the select.
+    # Read, since JAX 0.10.2 to 0.12.0 fails where vmap maps an argument that a custom_jvp in a jit doesn't read: it
+    # takes the function's result for unmapped, and the rule's, which is mapped, in its place. XLA drops the select.
     given = jnp.where(False, returned, given)
 
     def gated(q: jax.Array, attended: jax.Array) -> jax.Array:
