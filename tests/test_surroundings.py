@@ -231,11 +231,13 @@ def test_a_worker_forked_from_a_process_that_runs_jax_is_told_to_be_spawned():
         CALL
         + """
 import os
+import signal
 import warnings
 
 q, _, gate = call(copy_gate="never")
 warnings.simplefilter("ignore")  # JAX's own, at the fork
 if (child := os.fork()) == 0:
+    signal.alarm(20)  # ends it where it hangs
     for function in (call, lambda: pallas_qk.apply_gate(q, gate)):
         try:
             function()
