@@ -28,12 +28,13 @@ def filled(function: Function, inputs: Inputs, sizes: Sizes, *, q_alone: bool) -
     for name, value in given.items():
         if value is not None:
             check_count(name, value)
-    of_q = 2 * head_dim if function.gated else head_dim
+    # Of a head of q, and in the other form, without gates or with them.
+    of_q, of_other = (2 * head_dim, head_dim) if function.gated else (head_dim, 2 * head_dim)
     if function.packed:
-        heads = _heads_of_packed(function, inputs.q, num_q_heads, num_kv_heads, of_q, head_dim)
+        heads = _heads_of_packed(function, inputs.q, num_q_heads, num_kv_heads, of_q, of_other, head_dim)
     else:
         origin = ", the length of the weights" if sizes[2] is None else ""
-        heads = _heads_of_axes(function, inputs, num_q_heads, num_kv_heads, of_q, head_dim, origin)
+        heads = _heads_of_axes(function, inputs, num_q_heads, num_kv_heads, of_q, of_other, head_dim, origin)
     return *heads, head_dim, rotary_dim
 
 
@@ -69,6 +70,7 @@ def _heads_of_packed(
     num_q_heads: int | None,
     num_kv_heads: int | None,
     of_q: int,
+    of_other: int,
     of_k: int,
 ) -> tuple[int, int]:
     """Of one number of heads the other one."""
@@ -95,8 +97,8 @@ def _heads_of_packed(
     q = f"num_q_heads * {of_q}" if num_q_heads is None else num_q_heads * of_q
     kv = f"num_kv_heads * {2 * of_k}" if num_kv_heads is None else 2 * num_kv_heads * of_k
     wanted = f"{q} + {kv}"
-    is_other = found(of_k if function.gated else 2 * of_k) is not None
-    raise wrong_last_axes(function.array, qkv, [(wanted,)], function.sizes(is_other=is_other))
+    remedy = function.sizes(is_other=found(of_other) is not None)
+    raise wrong_last_axes(function.array, qkv, [(wanted,)], remedy)
 
 
 def _heads_of_axes(
@@ -105,6 +107,7 @@ def _heads_of_axes(
     num_q_heads: int | None,
     num_kv_heads: int | None,
     of_q: int,
+    of_other: int,
     of_k: int,
     origin: str,
 ) -> tuple[int, int]:
@@ -137,8 +140,7 @@ def _heads_of_axes(
         if not count:
             remedy = "num_kv_heads, head_dim, as one axis or two"
             if x.name != "k":
-                other = x._replace(width=of_k if function.gated else 2 * of_k)
-                remedy = function.sizes(is_other=bool(other.count(by_axis)))
+                remedy = function.sizes(is_other=bool(x._replace(width=of_other).count(by_axis)))
             raise x.wrong(by_axis, f"{remedy}; head_dim = {of_k}{origin}")
     return counts[0], counts[1] if inputs.k is not None else 0
 

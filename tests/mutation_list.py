@@ -1502,8 +1502,8 @@ MUTATIONS = [
         ),
         (
             "mosaic: more rows than threads in a warp",
-            'min(32, 2 * rows_per_warp), weights="after_gate", k_first=k_first)',
-            '2 * rows_per_warp, weights="after_gate", k_first=k_first)',
+            "twice = min(32, 2 * rows_per_warp)",
+            "twice = 2 * rows_per_warp",
             tests_of("mosaic_gpu", "test_equals_the_definition[T65-H12.1-D8-R4-bfloat16]"),
         ),
         (

@@ -532,13 +532,17 @@ BATCHED = {"all": (0, 0, 0, None, None, None, 0)} | {
 }
 
 
+def three_calls(first, axes):
+    """The arrays of each of three calls, and of all in one, whose axes are these."""
+    each = [[x if axis is None else jnp.roll(x, i, 0) for x, axis in zip(first, axes, strict=True)] for i in range(3)]
+    return each, [x if axis is None else jnp.stack(xs) for x, axis, *xs in zip(first, axes, *each, strict=True)]
+
+
 @pytest.mark.parametrize("batched", BATCHED)
 def test_vmap(batched):
     """Of the block and of its gradients: each call by itself, as one call of the product's backward."""
     axes, function = BATCHED[batched], block(CASE)
-    first = arrays_of(CASE)
-    each = [[x if axis is None else jnp.roll(x, i, 0) for x, axis in zip(first, axes, strict=True)] for i in range(3)]
-    stacked = [x if axis is None else jnp.stack(xs) for x, axis, *xs in zip(first, axes, *each, strict=True)]
+    each, stacked = three_calls(arrays_of(CASE), axes)
     assert_same(
         jax.vmap(function, axes)(*stacked), jax.tree.map(lambda *xs: jnp.stack(xs), *(function(*x) for x in each))
     )
@@ -553,10 +557,9 @@ def test_vmap(batched):
 @pytest.mark.parametrize("batched", BATCHED)
 def test_derivatives_of_vmap(batched, nan_beside):
     """Also where nothing that the product takes is mapped."""
-    axes, function = BATCHED[batched], block(dataclasses.replace(CASE, dtype="float32"))
-    first = arrays_of(dataclasses.replace(CASE, dtype="float32"))
-    each = [[x if axis is None else jnp.roll(x, i, 0) for x, axis in zip(first, axes, strict=True)] for i in range(3)]
-    stacked = [x if axis is None else jnp.stack(xs) for x, axis, *xs in zip(first, axes, *each, strict=True)]
+    case = dataclasses.replace(CASE, dtype="float32")
+    axes, function = BATCHED[batched], block(case)
+    each, stacked = three_calls(arrays_of(case), axes)
 
     def of_product(*args):
         return jnp.sum(jnp.sin(function(*args)[-1]))

@@ -111,6 +111,7 @@ def mosaic_forward(
     """
     d, r, num_rows = spec.head_dim, spec.rotary_dim, spec.num_tokens * spec.num_q_heads
     rows_per_warp = min(32, max(1, 32 * 8 // next_power_of_2(d)))
+    twice = min(32, 2 * rows_per_warp)
     partners_apart = spec.rotation == "halves"
     layout = "halves" if partners_apart and has_halves(d, r) else "row"
     cast_first = not by_slot or num_rows < 16384
@@ -129,16 +130,16 @@ def mosaic_forward(
     if spec.rotation == "pairs" and 512 <= num_rows < 32768 and has_chunks_of_pairs(d, r, 2 * rows_per_warp):
         return MosaicForward("chunks", 2 * rows_per_warp, weights="after_gate", k_first=True)
     if chunks and 16384 <= num_rows < 32768 and q_copied and spec.norm_order == "rotation_first":
-        return MosaicForward("chunks", min(32, 2 * rows_per_warp), weights="first", k_first=True)
+        return MosaicForward("chunks", twice, weights="first", k_first=True)
     if chunks and num_rows >= 512 and d > 256 and not q_copied:
         return MosaicForward("chunks", rows_per_warp, weights="after_sum", k_first=True)
     if chunks and not q_copied and num_rows >= 262144:
         if is_fp8(spec.cache_dtype):
-            return MosaicForward("chunks", min(32, 2 * rows_per_warp), "after_gate", heads_per_thread=4)
+            return MosaicForward("chunks", twice, "after_gate", heads_per_thread=4)
         if layout == "halves" and d == 256 and spec.num_q_heads % 8 == 0 and spec.dtype != "float32":
             return MosaicForward(layout, rows_per_warp, "after_gate", False, cast_first, 8, heads_ahead=2)
     if chunks and num_rows >= 512 and (num_rows < 16384 or not q_copied):
-        return MosaicForward("chunks", min(32, 2 * rows_per_warp), weights="after_gate", k_first=k_first)
+        return MosaicForward("chunks", twice, weights="after_gate", k_first=k_first)
     after_sum = num_rows >= 65536 and r < d
     weights = "first" if num_rows < 64 else "after_sum" if after_sum else "after_gate"
     return MosaicForward(layout, rows_per_warp, weights=weights, k_first=k_first, cast_first=cast_first)

@@ -14,7 +14,7 @@ or 833.1 with the gate in place; at T = 4096 206.6 against 232.6 and 217.1. 32/2
 and 740.2 at T = 4096, 3011 against 3063 and 2944 at 16384, where the GPU is at its power limit. Few tiles leave SMs
 idle: 70.8 against 61.4 at T = 1024. Nothing but the epilogue waits for positions and table; when each tile did, it took
 802.4. Lost: an epilogue in pieces under the next tile's first products (895.2 where this took 791.3), and no cluster
-(811.9). Two products in flight, other lags, and 4 or 16 columns walked side by side changed 0.3 % at most at E = 4096.
+(811.9). Two products in flight, other lags, and 4 or 16 columns walked side by side changed some 0.3 % at E = 4096.
 Three warpgroups that multiply don't fit: ptxas has 160 registers for a thread that holds 128 sums.
 """
 
