@@ -123,6 +123,12 @@ def _cached(memory: float, gate: str = "copied", kv_dtype: str | None = None) ->
     return Operation(check, lambda case: cached_bytes(kv_cache.form_of(case, gate, kv_dtype)), memory)
 
 
+def _projection_cache(kv_dtype: str | None = None) -> Operation:
+    """Each call has caches of its own."""
+    check = functools.partial(projection.check_projection_cache, kv_dtype=kv_dtype)
+    return Operation(check, functools.partial(projection.projection_bytes, kv_dtype=kv_dtype), 7.0)
+
+
 # Inputs, two results and the copy's two buffers lie in memory at once; float32 gradients take twice as much.
 OPERATIONS = {
     "forward": Operation(check_forward, minimum_bytes, 2.5),
@@ -157,6 +163,8 @@ OPERATIONS = {
         5.0,
     ),
     "projection": Operation(projection.check_projection, projection.projection_bytes, 5.0),
+    "projection_cache": _projection_cache(),
+    "projection_cache_fp8": _projection_cache("float8_e4m3fn"),
     # Each call has caches of its own.
     "kv_cache": _cached(5.0),
     "kv_cache_gate_in_place": _cached(9.0, gate="in_place"),

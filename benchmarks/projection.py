@@ -1,7 +1,8 @@
-"""The suite `projection`: from hidden states to q, k, v and gate, by one kernel and by a product and the op.
+"""The suites `projection` and `projection_cache`: from hidden states to q, k, v and gate, or to q, gate and a KV cache.
 
 The width of the hidden states is that of Qwen3.5 with as many query heads. Times are of all kernels of a call: of the
-product by XLA alone, of the product and the op with its gate copied or left in place, and of the kernel for both.
+product by XLA alone, of the product and the op with its gate copied or left in place, and of the kernel for both. A
+cache is updated in place, as in the suite `kv_cache`.
 """
 
 import dataclasses
@@ -13,9 +14,12 @@ import jax
 import jax.numpy as jnp
 
 import pallas_qk
+from benchmarks import kv_cache
 from benchmarks.agreement import Agreement, Promise, relative_error
 from benchmarks.checked import Checks, check
 from benchmarks.providers import JAX_OPS, Builder, Call, Op, jitted
+from tests import cached
+from tests.cached import CachedCase
 from tests.cases import Case, Inputs, random_normal
 from tests.compare import compare_bits
 
@@ -33,10 +37,12 @@ def columns_of(case: Case) -> int:
     return 2 * (case.num_q_heads + case.num_kv_heads) * case.head_dim
 
 
-def projection_bytes(case: Case) -> int:
+def projection_bytes(case: Case, kv_dtype: str | None = None) -> int:
     """Of hidden states, weight and results. A product of this size takes longer than they do."""
     elements = case.num_tokens * (width_of(case) + columns_of(case)) + width_of(case) * columns_of(case)
-    return elements * jnp.dtype(case.dtype).itemsize
+    in_cache = case.num_tokens * 2 * case.num_kv_heads * case.head_dim
+    itemsize = jnp.dtype(case.dtype).itemsize
+    return elements * itemsize + in_cache * (jnp.dtype(kv_dtype or case.dtype).itemsize - itemsize)
 
 
 def arrays_of(case: Case, inputs: Inputs) -> tuple[jax.Array, ...]:
@@ -47,6 +53,12 @@ def arrays_of(case: Case, inputs: Inputs) -> tuple[jax.Array, ...]:
     assert inputs.q_weight is not None and inputs.k_weight is not None
     assert inputs.cos_sin_cache is not None and inputs.positions is not None
     return hidden, weight * scale, inputs.q_weight, inputs.k_weight, inputs.cos_sin_cache, inputs.positions
+
+
+def alone(hidden, weight, *others):
+    """The product."""
+    del others
+    return (jnp.dot(hidden, weight),)
 
 
 def then_op(name: str, case: Case) -> Op:
@@ -66,39 +78,101 @@ def in_one(name: str, case: Case) -> Op:
     return functools.partial(pallas_qk.fused_qkv_projection_rmsnorm_rope_gate, **arguments)
 
 
-def builds_of(case: Case, names: Mapping[str, Builder], arrays: tuple[jax.Array, ...]) -> dict[str, Callable[[], Call]]:
-    """The calls by the names of their rows."""
-    in_place = dataclasses.replace(case, gate="in_place")
-    functions = {PRODUCT: lambda hidden, weight, *others: (jnp.dot(hidden, weight),)}
+def with_gate(case: Any, gate: str) -> Any:
+    """A case, or one with a cache."""
+    if isinstance(case, CachedCase):
+        return dataclasses.replace(case, case=with_gate(case.case, gate))
+    return dataclasses.replace(case, gate=gate)
+
+
+def functions_of(case: Any, names: Mapping[str, Builder], then_op: Callable, in_one: Callable) -> dict[str, Op]:
+    """What is timed next to the product, by the names of its rows; with a gate that is copied and left in place."""
+    functions: dict[str, Op] = {}
     for name in names:
         if name in pallas_qk.IMPLEMENTATIONS:
             functions[f"{name}{THEN_OP}"] = then_op(name, case)
-            functions[f"{name}{THEN_OP}{IN_PLACE}"] = then_op(name, in_place)
+            functions[f"{name}{THEN_OP}{IN_PLACE}"] = then_op(name, with_gate(case, "in_place"))
     if "mosaic_gpu" in names:
         functions["mosaic_gpu"] = in_one("mosaic_gpu", case)
+    return functions
+
+
+def builds_of(case: Case, names: Mapping[str, Builder], arrays: tuple[jax.Array, ...]) -> dict[str, Callable[[], Call]]:
+    """The calls by the names of their rows."""
+    functions = {PRODUCT: alone} | functions_of(case, names, then_op, in_one)
     return {name: functools.partial(jitted, function, *arrays) for name, function in functions.items()}
 
 
 def check_projection(case: Case, inputs: Inputs, providers: Mapping[str, Builder]) -> Checks:
     """The calls that agree with the op in plain XLA of the product by XLA, but for roundings of the product."""
     arrays = arrays_of(case, inputs)
-    product = jax.jit(jnp.dot)(*arrays[:2])
+    (product,) = jax.jit(alone)(*arrays)
     want = jax.jit(JAX_OPS["xla"](dataclasses.replace(case, packed=True)))(product, *arrays[2:])
-    bound = 4 * float(jnp.finfo(case.dtype).eps)
 
     def compare(name: str, got) -> Agreement:
-        wanted = [product] if name == PRODUCT else want[: len(got)]
-        errors = [relative_error(x, y) for x, y in zip(got, wanted, strict=True)]
-        compared = [compare_bits(name, x, y) for x, y in zip(got, wanted, strict=True)]
-        return Agreement(
-            sum(x.elements for x in compared),
-            sum(x.differing for x in compared),
-            Promise(sum(x.elements for x in compared), bound, bound, "relative"),
-            max(errors),
-            max(errors),
-            max(errors) <= bound,
-            next((x.first for x in compared if x.first), ""),
-            against="the product and the op in XLA",
-        )
+        return near(name, got, [product] if name == PRODUCT else want[: len(got)])
 
     return check(case, builds_of(case, providers, arrays), compare)
+
+
+def near(name: str, got, wanted) -> Agreement:
+    """Equal but for a few roundings of each array to its dtype."""
+    bounds = [4 * float(jnp.finfo(x.dtype).eps) for x in wanted]
+    errors = [relative_error(x, y) for x, y in zip(got, wanted, strict=True)]
+    compared = [compare_bits(name, x, y) for x, y in zip(got, wanted, strict=True)]
+    return Agreement(
+        sum(x.elements for x in compared),
+        sum(x.differing for x in compared),
+        Promise(sum(x.elements for x in compared), max(bounds), max(bounds), "relative"),
+        max(errors),
+        max(errors),
+        all(error <= bound for error, bound in zip(errors, bounds, strict=True)),
+        next((x.first for x in compared if x.first), ""),
+        against="the product and the op in XLA",
+    )
+
+
+# With a cache, as in `kv_cache`: functions of the caches and then of the other arrays.
+
+
+def then_cached_op(name: str, form: CachedCase) -> Callable:
+    op = kv_cache.fused(name, form)
+    return lambda caches, hidden, weight, *others: op(caches, jnp.dot(hidden, weight), *others)
+
+
+def in_one_with_cache(name: str, form: CachedCase) -> Callable:
+    arguments: dict[str, Any] = {"eps": form.case.eps, "num_q_heads": form.case.num_q_heads, "implementation": name}
+    arguments["cache_axes"] = form.cache_axes
+    op: Callable[..., Any] = functools.partial(pallas_qk.fused_qkv_projection_rmsnorm_rope_gate_cache, **arguments)
+
+    def run(caches, *arrays):
+        *others, slots, scales = arrays
+        outputs = op(*others, caches, slots, **dict(zip(("k_scale", "v_scale"), scales, strict=False)))
+        return outputs.q, outputs.gate, outputs.kv_cache
+
+    return run
+
+
+def check_projection_cache(
+    case: Case, inputs: Inputs, providers: Mapping[str, Builder], *, kv_dtype: str | None = None
+) -> Checks:
+    """As `check_projection`, of calls that write k and v into a cache: all of it is compared."""
+    form = dataclasses.replace(kv_cache.form_of(case, kv_dtype=kv_dtype), finite=True)
+    arrays, before, slots = arrays_of(case, inputs), cached.caches(form), jnp.asarray(kv_cache.slots_of(form))
+
+    def in_place(function: Callable) -> kv_cache.InPlace:
+        scales = tuple(map(jnp.asarray, form.scales))
+        return kv_cache.InPlace(function, tuple(map(jnp.array, before)), *arrays, slots, scales)
+
+    functions = functions_of(form, providers, then_cached_op, in_one_with_cache)
+    builds: dict[str, Callable[[], Call]] = {PRODUCT: functools.partial(jitted, alone, *arrays)}
+    builds |= {name: functools.partial(in_place, function) for name, function in functions.items()}
+    (product,), want = builds[PRODUCT]()(), in_place(then_cached_op("xla", form))()
+
+    def compare(name: str, got) -> Agreement:
+        if name == PRODUCT:
+            return near(name, got, [product])
+        given = [(x, y) for x, y in zip(got, want, strict=True) if x is not None]
+        return near(name, [x for x, _ in given], [y for _, y in given])
+
+    return check(case, builds, compare)

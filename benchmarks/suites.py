@@ -56,6 +56,7 @@ SUITES = {
         ("gate_in_place", "block", "block_backward", "block_packed", "block_packed_backward"), (64, 1024, 16384)
     ),
     "projection": Suite(("projection",), (64, 256, 1024, 4096, 16384)),
+    "projection_cache": Suite(("projection_cache", "projection_cache_fp8"), (64, 256, 1024, 4096, 16384)),
     # The heads of Qwen3-4B and 8B; of 0.6B and 1.7B; of 32B.
     "qwen3": Suite(
         ("forward_no_gate", "backward_no_gate"),

@@ -11,7 +11,10 @@ from pallas_qk._api import (
 from pallas_qk._cache_api import CacheOutputs, fused_qkv_rmsnorm_rope_cache, fused_qkv_rmsnorm_rope_gate_cache
 from pallas_qk._gate import Gate, apply_gate
 from pallas_qk._implementations import IMPLEMENTATIONS
-from pallas_qk._projection_api import fused_qkv_projection_rmsnorm_rope_gate
+from pallas_qk._projection_api import (
+    fused_qkv_projection_rmsnorm_rope_gate,
+    fused_qkv_projection_rmsnorm_rope_gate_cache,
+)
 
 __version__ = "0.2.0"
 
@@ -26,6 +29,7 @@ __all__ = [
     "fused_qk_rmsnorm_rope",
     "fused_qk_rmsnorm_rope_gate",
     "fused_qkv_projection_rmsnorm_rope_gate",
+    "fused_qkv_projection_rmsnorm_rope_gate_cache",
     "fused_qkv_rmsnorm_rope",
     "fused_qkv_rmsnorm_rope_cache",
     "fused_qkv_rmsnorm_rope_gate",

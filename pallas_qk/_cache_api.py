@@ -1,6 +1,6 @@
 """The public functions that write k and v into a KV cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ from pallas_qk._array_checks import as_called
 from pallas_qk._call import call
 from pallas_qk._gate import Gate
 from pallas_qk._options import Implementation, MropeLayout, NormOrder, RotationName
-from pallas_qk._rows import Inputs
+from pallas_qk._rows import Inputs, Outputs
 
 
 class CacheOutputs(NamedTuple):
@@ -222,12 +222,31 @@ def _call(
     name: str, qkv: Any, arrays: tuple[Any, ...], cache: tuple[Any, ...], gate: str | None, *values: Any, v_norm: bool
 ) -> CacheOutputs:
     """`values` are the arguments of `call` that follow `gate`."""
-    kv_cache, slot_mapping, cache_axes, layer, k_scale, v_scale, return_kv = cache
+    function, (q, k, v) = as_called(name, qkv)
+
+    def run(inputs: Inputs, **cache: Any) -> Outputs:
+        return call(function, inputs, gate, *values, v_norm=v_norm, **cache)
+
+    return with_cache(run, Inputs(q, k, *arrays)._replace(v=v), *cache)
+
+
+def with_cache(
+    run: Callable[..., Outputs],
+    inputs: Inputs,
+    kv_cache: Any,
+    slot_mapping: Any,
+    cache_axes: str,
+    layer: Any,
+    k_scale: Any,
+    v_scale: Any,
+    return_kv: bool,
+) -> CacheOutputs:
+    """What `run(inputs, cache_axes=…, return_kv=…)` returns, under public names; its inputs have the cache too."""
     _cache_checks.check_slots_given(slot_mapping)
     cache_axes, return_kv = _cache_checks.check_cache_axes(cache_axes), _cache_checks.check_return_kv(return_kv)
-    function, (q, k, v) = as_called(name, qkv)
     k_cache, v_cache = _cache_checks.arrays_of(kv_cache, cache_axes)
-    inputs = Inputs._make((q, k, *arrays, v, k_cache, v_cache, slot_mapping, layer, k_scale, v_scale))
-    outputs = call(function, inputs, gate, *values, v_norm=v_norm, cache_axes=cache_axes, return_kv=return_kv)
-    written = outputs.k_cache if v_cache is None else (outputs.k_cache, outputs.v_cache)
-    return CacheOutputs(outputs.q, outputs.gate, written, outputs.k, outputs.v)
+    written = {"k_cache": k_cache, "v_cache": v_cache, "slots": slot_mapping}
+    inputs = inputs._replace(**written, layer=layer, k_scale=k_scale, v_scale=v_scale)
+    outputs = run(inputs, cache_axes=cache_axes, return_kv=return_kv)
+    caches = outputs.k_cache if v_cache is None else (outputs.k_cache, outputs.v_cache)
+    return CacheOutputs(outputs.q, outputs.gate, caches, outputs.k, outputs.v)

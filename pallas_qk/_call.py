@@ -16,7 +16,7 @@ from pallas_qk._array_checks import Function
 from pallas_qk._gate import of_call
 from pallas_qk._implementations import IMPLEMENTATIONS
 from pallas_qk._options import Options, Spec
-from pallas_qk._rows import CACHES, Call, Inputs, Outputs, head_dim_of
+from pallas_qk._rows import Call, Inputs, Outputs, head_dim_of, on_rows
 from pallas_qk._sizes import Sizes, filled
 
 
@@ -142,13 +142,7 @@ def _run(inputs: Inputs, *, name: str, call: Call, split: bool) -> Outputs:
     """
     from pallas_qk import _derivatives  # late: to define primitives it imports jax.extend, and so Pallas (17 ms)
 
-    lead = inputs.q.shape[: -2 if split else -1]
-    inputs = broadcast(inputs, lead, call.options)
-    if inputs.layer is not None:
-        inputs = inputs._replace(layer=inputs.layer.reshape(-1))
-    for scale in _SCALES:
-        if (x := getattr(inputs, scale)) is not None:  # a Python number that went through a jit may have another dtype
-            inputs = inputs._replace(**{scale: x.reshape(-1).astype(jnp.float32)})
+    inputs = in_full(inputs, inputs.q.shape[: -2 if split else -1], call.options)
     passing: dict[str, Any] = {}
     if inputs.v is not None and not call.options.separate_v:
         passing = {"v": lax.convert_element_type(inputs.v, inputs.v.dtype)}  # without a weak type
@@ -163,16 +157,15 @@ def _run(inputs: Inputs, *, name: str, call: Call, split: bool) -> Outputs:
         if not split:
             return outputs._replace(**passing)
         head_dim = head_dim_of(inputs, call.options)
-        in_heads = {
-            name: x.reshape(*x.shape[:-1], x.shape[-1] // head_dim, head_dim)
-            for name, x in outputs._asdict().items()
-            if x is not None and name not in CACHES
-        }
-        return outputs._replace(**in_heads | passing)
+        outputs = on_rows(lambda x: x.reshape(*x.shape[:-1], x.shape[-1] // head_dim, head_dim), outputs)
+        return outputs._replace(**passing)
 
 
-def broadcast(inputs: Inputs, lead: tuple[int, ...], options: Options) -> Inputs:
-    """With positions, or the rows of each token, of all leading axes, and integers that lie in whole bytes."""
+def in_full(inputs: Inputs, lead: tuple[int, ...], options: Options) -> Inputs:
+    """With positions, or the rows of each token, of all leading axes, and with integers that lie in whole bytes.
+
+    A layer and scales have one axis.
+    """
     for integers in _INTEGERS:
         x = getattr(inputs, integers)
         if x is not None and jnp.iinfo(x.dtype).bits < 8:
@@ -185,6 +178,11 @@ def broadcast(inputs: Inputs, lead: tuple[int, ...], options: Options) -> Inputs
     elif inputs.cos_sin_cache is not None:
         of_each = jnp.broadcast_to(inputs.cos_sin_cache, (*lead, options.rotary_dim))
         inputs = inputs._replace(cos_sin_cache=of_each)
+    if inputs.layer is not None:
+        inputs = inputs._replace(layer=inputs.layer.reshape(-1))
+    for scale in _SCALES:
+        if (x := getattr(inputs, scale)) is not None:  # a Python number that went through a jit may have another dtype
+            inputs = inputs._replace(**{scale: x.reshape(-1).astype(jnp.float32)})
     return inputs
 
 

@@ -6,7 +6,7 @@ heads, (*lead, heads*D), with any leading axes; positions are (1 or 3, *lead). T
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -147,6 +147,18 @@ def _batched(
     return outputs, [0] * len(outputs)
 
 
+def refuse_mapped_cache(options: Options, mapped: Mapping[str, bool | None]) -> None:
+    """What writes a cache has no rule for `jax.vmap`; `mapped` says of each operand whether it is mapped."""
+    if not options.cache_axes:
+        return
+    given = {"slots": "slot_mapping"} | dict.fromkeys(CACHES, "kv_cache")  # as the public functions call them
+    names = dict.fromkeys(given.get(name, name) for name, is_mapped in mapped.items() if is_mapped)
+    raise NotImplementedError(
+        f"what writes a KV cache must not be mapped by jax.vmap, got {', '.join(names)} mapped. Make the mapped axis "
+        "one of the tokens' leading axes, and add to the slots where each element's part of the cache starts."
+    )
+
+
 def _forward_batch(
     axis: Any,
     args: Sequence[jax.Array],
@@ -157,16 +169,8 @@ def _forward_batch(
     body: ClosedJaxpr,
 ) -> tuple[list[jax.Array], list[int]]:
     del body
-    if call.options.cache_axes:
-        (mapped,) = jax.tree.unflatten(tree, [dim is not None for dim in dims])
-        given = {"slots": "slot_mapping"} | dict.fromkeys(CACHES, "kv_cache")  # as the public functions call them
-        names = dict.fromkeys(given.get(name, name) for name, is_mapped in mapped._asdict().items() if is_mapped)
-        got = ", ".join(names)
-        raise NotImplementedError(
-            f"what writes a KV cache must not be mapped by jax.vmap, got {got} mapped. Make the mapped axis one of the "
-            "tokens' leading axes, and add to the slots where each element's part of the cache starts."
-        )
-
+    (mapped,) = jax.tree.unflatten(tree, [dim is not None for dim in dims])
+    refuse_mapped_cache(call.options, mapped._asdict())
     return _batched(forward, _names(args, call, tree), axis, args, dims, call, tree)
 
 

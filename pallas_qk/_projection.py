@@ -29,7 +29,8 @@ class _OfProduct(Function):
 
     @property
     def other(self) -> str:
-        return "fused_qkv_rmsnorm_rope takes a product whose q has no gates"
+        without_gates = self.name.replace("_projection", "").replace("_gate", "")
+        return f"{without_gates} takes a product whose q has no gates"
 
     @property
     def instead(self) -> str:
@@ -50,22 +51,35 @@ def call(
     norm_beta: float,
     mrope_layout: str,
     implementation: str | None,
+    *,
+    cache_axes: str = "",
+    return_kv: bool = True,
 ) -> Outputs:
-    """What the public function returns, by name. `inputs` has what the op reads besides the product."""
+    """What the public functions return, by name. `inputs` has what the op reads besides the product."""
     _mesh_checks.check_process()
     hidden, weight = _array_checks.unboxed(hidden), _array_checks.unboxed(weight)
     inputs = Inputs(*map(_array_checks.unboxed, inputs))
-    values = eps, sizes, mrope_section, norm_beta, mrope_layout
-    signature = _passed.signature_of(NAME, (hidden, weight), inputs, values, (implementation,))
+    function = _OfProduct(f"{NAME}_cache" if cache_axes else NAME, packed=True)
+    values, cache = (eps, sizes, mrope_section, norm_beta, mrope_layout), (cache_axes, return_kv)
+    signature = _passed.signature_of(function, (hidden, weight), inputs, values, (implementation, *cache))
     found: Call | None = _passed.found(signature)
-    call = found or _checked(hidden, weight, inputs, values, implementation)
-    outputs: Outputs = _run(hidden, weight, _call.with_arrays(inputs), call=call)
+    call = found or _checked(function, hidden, weight, inputs, values, implementation, *cache)
+    outputs: Outputs = _run(hidden, weight, _call.with_arrays(inputs), name=function.name, call=call)
     if found is None:
         _passed.keep(signature, call)
     return outputs
 
 
-def _checked(hidden: Any, weight: Any, inputs: Inputs, values: Values, implementation: str | None) -> Call:
+def _checked(
+    function: Function,
+    hidden: Any,
+    weight: Any,
+    inputs: Inputs,
+    values: Values,
+    implementation: str | None,
+    cache_axes: str,
+    return_kv: bool,
+) -> Call:
     _checks.check_implementation(implementation, _implementations.IMPLEMENTATIONS)
     for name, array in {"hidden": hidden, "weight": weight}.items():
         _array_checks.check_array(name, array)
@@ -85,10 +99,10 @@ def _checked(hidden: Any, weight: Any, inputs: Inputs, values: Values, implement
     rotation, round_norm, norm_order = "halves", True, "norm_first"
 
     def of_product(hidden: jax.Array, weight: jax.Array) -> None:
-        function, arrays = _OfProduct(NAME, packed=True), inputs._replace(q=jnp.dot(hidden, weight))
-        options = rotation, round_norm, norm_order, implementation
+        arrays, options = inputs._replace(q=jnp.dot(hidden, weight)), (rotation, round_norm, norm_order, implementation)
+        cache: dict[str, Any] = {"cache_axes": cache_axes, "return_kv": return_kv}
         try:
-            found.append(_call.checked(function, arrays, "copied", *values, *options)["call"])
+            found.append(_call.checked(function, arrays, "copied", *values, *options, **cache)["call"])
         except (NotImplementedError, TypeError, ValueError) as error:  # raised outside: here JAX adds to its text
             found.append(error.with_traceback(None))  # whose frames hold the traced product
 
@@ -104,7 +118,7 @@ def _checked(hidden: Any, weight: Any, inputs: Inputs, values: Values, implement
 def _check_kernel(call: Call, hidden: Any, weight: Any, inputs: Inputs) -> None:
     """Refuses what the kernel can't do, before any code is made."""
     reason: str | None = "it takes norms with weights, got None"
-    shapes = (x.shape for x in jax.tree.leaves((hidden, weight, inputs)))
+    shapes = (getattr(x, "shape", ()) for x in jax.tree.leaves((hidden, weight, inputs)))  # a layer may be a number
     still_open = next((size for shape in shapes for size in shape if not isinstance(size, int)), None)
     if still_open is not None:
         reason = f"it needs sizes that are known when tracing, got {still_open}"
@@ -119,11 +133,11 @@ def _check_kernel(call: Call, hidden: Any, weight: Any, inputs: Inputs) -> None:
         _mesh_checks.check_manual_axes(mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("call",))
-def _run(hidden: jax.Array, weight: jax.Array, inputs: Inputs, *, call: Call) -> Outputs:
+@functools.partial(jax.jit, static_argnames=("name", "call"))
+def _run(hidden: jax.Array, weight: jax.Array, inputs: Inputs, *, name: str, call: Call) -> Outputs:
     from pallas_qk import _projection_op  # late: as in `_call`
 
-    inputs = _call.broadcast(inputs, hidden.shape[:-1], call.options)
+    inputs = _call.in_full(inputs, hidden.shape[:-1], call.options)
     function = _projection_op.by_kernel if call.implementation == KERNEL else _projection_op.product_and_op
-    with jax.named_scope(NAME):
+    with jax.named_scope(name):
         return function(call, hidden, weight, inputs)

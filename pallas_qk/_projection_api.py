@@ -1,12 +1,14 @@
-"""The public function that takes hidden states and the weight of their projection."""
+"""The public functions that take hidden states and the weight of their projection."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
 from pallas_qk import _projection
+from pallas_qk._cache_api import CacheOutputs, with_cache
 from pallas_qk._options import Implementation, MropeLayout
-from pallas_qk._rows import Inputs
+from pallas_qk._rows import Inputs, Outputs
 
 
 def fused_qkv_projection_rmsnorm_rope_gate(
@@ -92,3 +94,79 @@ def fused_qkv_projection_rmsnorm_rope_gate(
         implementation,
     )
     return outputs.q, outputs.k, outputs.v, outputs.gate
+
+
+def fused_qkv_projection_rmsnorm_rope_gate_cache(
+    hidden: jax.Array,
+    weight: jax.Array,
+    q_weight: jax.Array | None,
+    k_weight: jax.Array | None,
+    cos_sin_cache: jax.Array | None,
+    positions: jax.Array | None,
+    kv_cache: tuple[jax.Array, jax.Array] | jax.Array,
+    slot_mapping: jax.Array,
+    eps: float,
+    num_q_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    rotary_dim: int | None = None,
+    mrope_section: Sequence[int] | None = None,
+    norm_beta: float = 0.0,
+    *,
+    cache_axes: str = "b s h d",
+    layer: int | jax.Array | None = None,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
+    return_kv: bool = False,
+    mrope_layout: MropeLayout = "interleaved",
+    implementation: Implementation | None = None,
+) -> CacheOutputs:
+    """`fused_qkv_rmsnorm_rope_gate_cache` of `hidden @ weight`, on request in one kernel.
+
+    On a Hopper GPU `implementation="mosaic_gpu"` does all of it in the epilogue of the product: k and v go from there
+    into the cache, codes of 8 bits too. It serves the prefill of many tokens. With few it is slower than product and
+    op, as `fused_qkv_projection_rmsnorm_rope_gate` is.
+
+    Args:
+      kv_cache, slot_mapping, cache_axes, layer, k_scale, v_scale, return_kv: those of
+        `fused_qkv_rmsnorm_rope_gate_cache`. The kernel takes every cache that function takes.
+
+    The other arguments are those of `fused_qkv_projection_rmsnorm_rope_gate`.
+
+    Returns:
+      A `CacheOutputs`, as `fused_qkv_rmsnorm_rope_gate_cache` returns it. The cache is updated in place where that
+      function would do so.
+
+    Raises:
+      ValueError, TypeError, RuntimeError: as `fused_qkv_rmsnorm_rope_gate_cache`, also for the new arguments.
+      NotImplementedError: as there, and as `fused_qkv_projection_rmsnorm_rope_gate`.
+
+    Numerics:
+      The product is that of `fused_qkv_projection_rmsnorm_rope_gate`, and the rest that of
+      `fused_qkv_rmsnorm_rope_gate_cache`.
+
+    Sharding:
+      None and "xla" are sharded like the product and the op. Over several devices the kernel runs inside
+      `jax.shard_map`, on each device's cache.
+
+    Example:
+      >>> import functools, jax, jax.numpy as jnp
+      >>> import pallas_qk
+      >>> hidden, weight, ones = jnp.ones((5, 64)), jnp.ones((64, (16 * 2 + 2 * 2) * 256)), jnp.ones(256)
+      >>> cache = jnp.zeros((8, 16, 2, 256)), jnp.zeros((8, 16, 2, 256))  # 8 blocks of 16 places
+      >>> @functools.partial(jax.jit, donate_argnames="cache")
+      ... def prefill(hidden, cache, positions, slots):
+      ...     return pallas_qk.fused_qkv_projection_rmsnorm_rope_gate_cache(
+      ...         hidden, weight, ones, ones, jnp.ones((1024, 64)), positions, cache, slots, 1e-6, num_q_heads=16)
+      >>> outputs = prefill(hidden, cache, jnp.arange(5), jnp.array([32, 33, 34, -1, 35]))
+      >>> outputs.q.shape, outputs.gate.shape, outputs.kv_cache[0].shape, outputs.k
+      ((5, 4096), (5, 4096), (8, 16, 2, 256), None)
+    """
+
+    def run(inputs: Inputs, **cache: Any) -> Outputs:
+        sizes = num_q_heads, num_kv_heads, head_dim, rotary_dim
+        values = eps, sizes, mrope_section, norm_beta, mrope_layout, implementation
+        return _projection.call(hidden, weight, inputs, *values, **cache)
+
+    inputs = Inputs(None, None, q_weight, k_weight, cos_sin_cache, positions)
+    return with_cache(run, inputs, kv_cache, slot_mapping, cache_axes, layer, k_scale, v_scale, return_kv)

@@ -18,7 +18,7 @@ from jax.tree_util import PyTreeDef
 from pallas_qk import _derivatives, _implementations, _op
 from pallas_qk._batching import batch, register_batching
 from pallas_qk._primitive import lower_untyped, primitive
-from pallas_qk._rows import Call, Inputs, Outputs, as_outputs, axes, flat_output_types
+from pallas_qk._rows import Call, Inputs, Outputs, as_outputs, axes, flat_output_types, on_rows
 from pallas_qk._target import as_on_a_gpu
 
 
@@ -81,9 +81,11 @@ def _on_cuda(ctx: mlir.LoweringRuleContext, *leaves: Any, call: Call, tree: PyTr
             inputs = inputs._replace(cos_sin_cache=rows.reshape(num_tokens, rows.shape[-1]))
         else:
             inputs = inputs._replace(positions=inputs.positions.reshape(len(inputs.positions), num_tokens))
+        if inputs.slots is not None:
+            inputs = inputs._replace(slots=inputs.slots.reshape(num_tokens))
         project = _implementations.module("mosaic_gpu").project
         outputs = project(hidden.reshape(num_tokens, hidden.shape[-1]), weight, inputs, options=call.options)
-        return [x.reshape(*lead, x.shape[-1]) for x in jax.tree.leaves(outputs)]
+        return jax.tree.leaves(on_rows(lambda x: x.reshape(*lead, x.shape[-1]), outputs))
 
     with as_on_a_gpu():
         return lower_untyped(ctx, on_one_device, *leaves)
@@ -99,6 +101,9 @@ def _batch(
     axis: Any, args: Sequence[jax.Array], dims: Sequence[int | None], *, call: Call, tree: PyTreeDef
 ) -> tuple[list[jax.Array], list[int]]:
     *_, inputs = jax.tree.unflatten(tree, args)
+    of_hidden, of_weight, of_inputs = jax.tree.unflatten(tree, [dim is not None for dim in dims])
+    mapped = {"hidden": of_hidden, "weight": of_weight} | of_inputs._asdict()
+    _op.refuse_mapped_cache(call.options, mapped)
     names = jax.tree.leaves(("... width", "width packed", *axes(call.options, inputs)))
     outputs = batch(functools.partial(projection_p.bind, call=call, tree=tree), names, axis, args, dims)
     return outputs, [0] * len(outputs)

@@ -272,6 +272,12 @@ def with_caches(inputs: Inputs, outputs: Outputs) -> tuple[Inputs, Outputs]:
     return inputs._replace(**dict.fromkeys(CACHES)), outputs._replace(**caches)
 
 
+def on_rows(function: Callable[[Any], Any], outputs: Outputs) -> Outputs:
+    """The outputs, with what `function` makes of it in the place of each array but a cache."""
+    rows = {name: x for name, x in outputs._asdict().items() if x is not None and name not in CACHES}
+    return outputs._replace(**{name: function(x) for name, x in rows.items()})
+
+
 def empty(outputs: Outputs) -> Outputs:
     """The results of no tokens: arrays without elements in the place of types, and caches as they are."""
     made: Outputs = jax.tree.map(
@@ -310,17 +316,22 @@ def weights_in(arrays: Gradients) -> dict[str, Any]:
 
 
 def flat_output_types(inputs: Inputs, options: Options) -> Outputs:
-    """The types of every kind of rows, those too that no kernel writes, of arrays flat in heads."""
+    """The types of all results, of rows too that no kernel writes, in arrays flat in heads; a cache's is its own."""
     head_dim, kinds = head_dim_of(inputs, options), kinds_of(options)
     num_heads: dict[str, Any] = dict(zip(("q", "k"), options.packed or (None, None), strict=True))
     for array, source in sources_of(kinds).items():
         if source.heads is not None:
             num_heads[source.heads] = getattr(inputs, array).shape[-1] // (len(source.kinds) * head_dim)
-    lead, dtype = inputs.q.shape[:-1], inputs.q.dtype
-    rows = as_outputs(
-        options, [jax.ShapeDtypeStruct((*lead, num_heads[kind.heads] * head_dim), dtype) for kind in kinds.values()]
-    )
-    return with_handed_on(rows, inputs, options)
+    lead = inputs.q.shape[:-1]
+
+    def type_of(array: str, kind: Rows) -> jax.ShapeDtypeStruct:
+        if array in CACHES:
+            cache = getattr(inputs, array)
+            return jax.ShapeDtypeStruct(cache.shape, cache.dtype)
+        return jax.ShapeDtypeStruct((*lead, num_heads[kind.heads] * head_dim), inputs.q.dtype)
+
+    types = [type_of(array, written[0]) for array, written in kinds_in_outputs(options).items()]
+    return with_handed_on(as_outputs(options, types), inputs, options)
 
 
 def as_outputs(options: Options, leaves: Sequence[Any]) -> Outputs:

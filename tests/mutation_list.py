@@ -451,8 +451,8 @@ MUTATIONS = [
         ),
         (
             "cache: the k given is returned as v",
-            "written, outputs.k, outputs.v)",
-            "written, outputs.k, outputs.k)",
+            "caches, outputs.k, outputs.v)",
+            "caches, outputs.k, outputs.k)",
             tests_of("cache", "test_the_public_functions"),
         ),
     ),
@@ -1226,20 +1226,20 @@ MUTATIONS = [
         "pallas_qk/_mosaic_gpu/launch.py",
         (
             "mosaic: the last program left out",
-            '"grid": (num_programs,),',
-            '"grid": (num_programs - 1,),',
+            "grid=(num_programs,),",
+            "grid=(num_programs - 1,),",
             RECIPE,
         ),
         (
             "mosaic: a name for a single warpgroup, which costs a barrier",
-            'None if num_warpgroups == 1 else num_warpgroups,\n        "thread_name": None if num_warpgroups == 1 else',
-            'num_warpgroups,\n        "thread_name":',
+            "None if num_warpgroups == 1 else num_warpgroups,\n        thread_name=None if num_warpgroups == 1 else",
+            "num_warpgroups,\n        thread_name=",
             tests_of("mosaic_gpu", "test_what_is_emitted"),
         ),
         (
             "mosaic: a kernel without its name",
-            '"kernel_name": name,',
-            '"kernel_name": None,',
+            'grid["kernel_name"] = name',
+            'grid["kernel_name"] = None',
             tests_of("mosaic_gpu", "test_what_is_emitted"),
         ),
     ),
@@ -1250,6 +1250,12 @@ MUTATIONS = [
             "        norm_beta,\n        mrope_layout,",
             "        0.0,\n        mrope_layout,",
             tests_of("projection", "test_it_is_the_product_and_the_op"),
+        ),
+        (
+            "projection with a cache: mrope_section left out",
+            "values = eps, sizes, mrope_section, norm_beta",
+            "values = eps, sizes, None, norm_beta",
+            tests_of("projection_cache", "test_options_reach_the_op"),
         ),
     ),
     *_in(
@@ -1282,6 +1288,12 @@ MUTATIONS = [
             tests_of("projection", "test_several_devices_need_shard_map"),
         ),
         (
+            "projection: a cache mapped by vmap",
+            "    _op.refuse_mapped_cache(call.options, mapped)\n",
+            "",
+            tests_of("projection_cache", "test_it_is_not_mapped"),
+        ),
+        (
             "projection: gradients of what doesn't move",
             "if not isinstance(tangent, SymbolicZero)",
             "if tangent.dtype != jax.dtypes.float0",
@@ -1289,7 +1301,47 @@ MUTATIONS = [
         ),
     ),
     *_in(
+        "pallas_qk/_mosaic_gpu/epilogue.py",
+        (
+            "projection: tokens past the last written into the cache",
+            "exists=slot.exists & is_token",
+            "exists=slot.exists",
+            tests_of("projection_cache", "test_rows_go_where_their_slots_say"),
+        ),
+        (
+            "projection: a slot past the last token's read",
+            "token < num_tokens, token.minimum(num_tokens - 1)",
+            "token < num_tokens, token",
+            tests_of("projection_cache", "test_rows_go_where_their_slots_say"),
+        ),
+        (
+            "projection: every head into the place of the first",
+            "token * num_heads + head",
+            "token * num_heads",
+            tests_of("projection_cache", "test_rows_go_where_their_slots_say"),
+        ),
+        (
+            "projection: blocks of a quad exchanged",
+            "return select(is_upper, [received, kept], [kept, received])",
+            "return select(is_upper, [kept, received], [received, kept])",
+            tests_of("projection_cache", "test_rows_go_where_their_slots_say"),
+        ),
+    ),
+    *_in(
         "pallas_qk/_mosaic_gpu/projection.py",
+        (
+            "projection: k and v never into the cache",
+            "if place.slots is not None:\n                            write",
+            "if False:\n                            write",
+            tests_of("projection_cache", "test_bits_of_the_kernel_are_those_of_the_cached_op"),
+            "no interpreter multiplies by wgmma",
+        ),
+        (
+            "projection: rows of the padding returned",
+            "return on_rows(lambda x: x[:num_tokens], results) if padding else results",
+            "return results",
+            tests_of("projection_cache", "test_a_program_for_cuda_is_one_kernel_that_updates_the_cache"),
+        ),
         (
             "projection: heads of q and gates not by turns",
             "lax.bitwise_xor(head, lax.bitwise_and(turn, 1))",

@@ -90,7 +90,11 @@ PROJECTIONS = (
     (Case(300, 4, 2), 192),
     (Case(37, 3, 1, dtype="float16", norm_beta=1.0), 256),
 )
-TOOLS_FOR_PROJECTIONS = ("memcheck", "racecheck")  # initcheck had not ended after 78 s (H200); synccheck is untried
+PROJECTIONS_WITH_CACHE = (
+    (CachedCase(Case(37, 4, 2), kv_dtype="float8_e4m3fn"), 64),
+    (CachedCase(Case(300, 3, 1), num_blocks=20, block_size=16, cache_axes="b h s (c d)"), 192),
+)
+TOOLS_FOR_PROJECTIONS = ("memcheck", "racecheck", "synccheck")  # initcheck had not ended after 78 s (H200)
 
 
 class Report(NamedTuple):
@@ -162,6 +166,11 @@ def run_kernels(tool: str) -> None:
 
         return run
 
+    def narrowed(case: Case, width: int):
+        """The arrays of a projection from hidden states of this width."""
+        hidden, weight, *others = projection.arrays_of(case, make_inputs(case))
+        return hidden[:, :width], weight[:width], *others
+
     for case in CASES:
         arrays = forms.arguments(case, make_inputs(case))
         floats = sum(jnp.issubdtype(x.dtype, jnp.floating) for x in arrays)
@@ -175,10 +184,14 @@ def run_kernels(tool: str) -> None:
         for name in GPU_IMPLEMENTATIONS:
             op = jax.jit(functools.partial(cached.op(call, name), **layer), donate_argnums=5)  # the cache, in place
             jax.block_until_ready(op(*cached.arguments(call)))
-    for case, width in PROJECTIONS if tool in TOOLS_FOR_PROJECTIONS else ():
-        hidden, weight, *others = projection.arrays_of(case, make_inputs(case))
-        operands = hidden[:, :width], weight[:width], *others
-        jax.block_until_ready(projection.in_one("mosaic_gpu", case)(*operands))
+    if tool in TOOLS_FOR_PROJECTIONS:
+        for case, width in PROJECTIONS:
+            jax.block_until_ready(projection.in_one("mosaic_gpu", case)(*narrowed(case, width)))
+        for form, width in PROJECTIONS_WITH_CACHE:
+            caches = tuple(map(jnp.asarray, cached.caches(form)))
+            arrays = *narrowed(form.case, width), jnp.asarray(cached.slots_of(form)), form.scales
+            op = jax.jit(projection.in_one_with_cache("mosaic_gpu", form), donate_argnums=0)
+            jax.block_until_ready(op(caches if len(caches) == 2 else caches[0], *arrays))
     print(DONE)
 
 

@@ -31,6 +31,34 @@ def test_what_is_timed_on_a_cpu(capsys):
         assert f"{name} skipped: implementation='mosaic_gpu' must run on an NVIDIA GPU" in printed
 
 
+@pytest.mark.parametrize("op", ["projection_cache", "projection_cache_fp8"])
+def test_what_is_timed_with_a_cache(op, capsys):
+    with jax.default_device(jax.devices("cpu")[0]):
+        calls, kept = OPERATIONS[op].check(SMALL, make_inputs(SMALL), dict.fromkeys(("xla", "mosaic_gpu", "oracle")))
+    assert kept and list(calls) == NAMES
+    q, caches = 6 * 2 * 256, 2 * 16 * 256  # one page of 16 places
+    elements = [call.checked["elements"] for call in calls.values()]
+    assert elements == [2 * q + 2 * 6 * 256, 2 * q + caches, q + caches]
+    assert "mosaic_gpu skipped: implementation='mosaic_gpu' must run on an NVIDIA GPU" in capsys.readouterr().out
+
+
+def test_a_wrong_cache_gets_no_row(monkeypatch, capsys):
+    right = projection.then_cached_op
+
+    def wrong(name, form):
+        def run(caches, *arrays):
+            q, gate, (k, v) = right(name, form)(caches, *arrays)
+            return q, gate, (k, v.at[0, 5].add(jnp.asarray(1, v.dtype)))
+
+        return run if form.case.gate == "in_place" else right(name, form)
+
+    monkeypatch.setattr(projection, "then_cached_op", wrong)
+    with jax.default_device(jax.devices("cpu")[0]):
+        calls, kept = OPERATIONS["projection_cache"].check(SMALL, make_inputs(SMALL), {"xla": None})
+    assert not kept and list(calls) == ["xla_product", "xla_then_op"]
+    assert "xla_then_op_in_place " in (printed := capsys.readouterr().out) and "BROKEN" in printed
+
+
 def test_a_wrong_result_gets_no_row(monkeypatch, capsys):
     right = projection.then_op
 
@@ -48,8 +76,11 @@ def test_a_wrong_result_gets_no_row(monkeypatch, capsys):
 
 
 def test_the_suite_has_the_widths_that_models_have():
-    suite = SUITES["projection"]
-    assert suite.ops == ("projection",) and set(suite.ops) <= set(OPERATIONS)
-    widths = [projection.width_of(Case(1, *heads)) for heads in suite.heads]
-    assert widths == [2048, 4096]
-    assert OPERATIONS["projection"].minimum_bytes(Case(10, 16, 2)) == 2 * (10 * 2048 + 10 * 9216 + 2048 * 9216)
+    for name in ("projection", "projection_cache"):
+        suite = SUITES[name]
+        assert set(suite.ops) <= set(OPERATIONS)
+        assert [projection.width_of(Case(1, *heads)) for heads in suite.heads] == [2048, 4096]
+    elements, in_cache = 10 * 2048 + 10 * 9216 + 2048 * 9216, 10 * 2 * 2 * 256
+    for op, num_bytes in {"projection": 2, "projection_cache": 2, "projection_cache_fp8": 1}.items():
+        expected = 2 * (elements - in_cache) + num_bytes * in_cache
+        assert OPERATIONS[op].minimum_bytes(Case(10, 16, 2)) == expected

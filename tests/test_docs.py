@@ -44,7 +44,7 @@ def run_guide(page: str, num_blocks: int) -> None:
 GUIDES = {
     "kv_cache.md": 13,
     "numerics.md": 1,
-    "options.md": 9,
+    "options.md": 10,
     "porting.md": 20,
     "sharding.md": 4,
     "training.md": 5,
@@ -249,6 +249,7 @@ FUNCTIONS = (
     "fused_qkv_rmsnorm_rope_gate",
     "fused_qkv_rmsnorm_rope",
     "fused_qkv_projection_rmsnorm_rope_gate",
+    "fused_qkv_projection_rmsnorm_rope_gate_cache",
     "fused_qkv_rmsnorm_rope_gate_cache",
     "fused_qkv_rmsnorm_rope_cache",
     "default_implementation",

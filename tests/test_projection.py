@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_qk
 from pallas_qk import _call, _passed, _projection_op
-from pallas_qk._mosaic_gpu import projection
+from pallas_qk._mosaic_gpu import epilogue, projection
 from pallas_qk._mosaic_gpu.launch import launch
 from pallas_qk._mosaic_gpu.thread import Table
 from pallas_qk._options import Options, Spec, Target
@@ -143,9 +143,9 @@ def test_leading_axes():
 def test_an_equal_call_is_not_checked_again(monkeypatch):
     names, original = [], _call.checked
 
-    def counted(function, *args):
+    def counted(function, *args, **more):
         names.append(function.name)
-        return original(function, *args)
+        return original(function, *args, **more)
 
     monkeypatch.setattr(_call, "checked", counted)
     monkeypatch.setattr(_passed, "_kept", {})
@@ -429,7 +429,7 @@ EPILOGUES = {
 }
 
 
-def epilogue(product, weight, table, positions, *, case: Case):
+def epilogue_of(product, weight, table, positions, *, case: Case):
     """Rows of one head, normalised and rotated by threads that hold them as the kernel's do: its code in a launch."""
     num_tokens, dtype, max_position = case.num_tokens, jnp.dtype(case.dtype), len(table)
     options = forms.options(case)
@@ -437,11 +437,11 @@ def epilogue(product, weight, table, positions, *, case: Case):
     def thread(program, inputs, out):
         product, weight, table, positions = inputs
         first, table = program * 64, Table(table, positions, max_position, num_tokens, options)
-        angles = projection.words_of_angles(table, first)
-        columns = [(projection.quad() * 2).resized(64) + 8 * j for j in range(32)]
-        rows = [first + projection.row_of_thread(row) for row in range(2)]
+        angles = epilogue.words_of_angles(table, first)
+        columns = [(epilogue.quad() * 2).resized(64) + 8 * j for j in range(32)]
+        rows = [first + epilogue.row_of_thread(row) for row in range(2)]
         words = [[(product.row(row, 256) + column).load(2) for row in rows] for column in columns]
-        words = projection.normed(words, *angles, weight, table, first, dtype)
+        words = epilogue.normed(words, *angles, weight, table, first, dtype)
         for column, of_rows in zip(columns, words, strict=True):
             for row, of_row in zip(rows, of_rows, strict=True):
                 (out.row(row, 256) + column).store(of_row)
@@ -461,7 +461,7 @@ def test_the_epilogue_has_the_bits_of_the_op(changes):
     rows = product[:70].astype(case.dtype)
     q_gate = jnp.concatenate([rows, rows], axis=1)
     inputs = dataclasses.replace(inputs, q_gate=q_gate, k=rows, positions=jnp.asarray(positions))
-    of_rows = functools.partial(epilogue, case=case)
+    of_rows = functools.partial(epilogue_of, case=case)
     # Both by the interpreter: a GPU's approximations are its own.
     by_op = kernel("forward", BY_KERNEL, forms.options(case), is_empty=False, num_sms=HOPPER_SMS)
     outputs = by_op(forms.split_heads(case, forms.inputs_of(case, inputs)))

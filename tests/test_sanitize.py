@@ -47,11 +47,15 @@ def test_every_call_is_run(monkeypatch, capsys):
     monkeypatch.setattr(cached, "op", lambda call, name: run.append((call, name)) or op(call, name))
     in_one = []
     monkeypatch.setattr(projection, "in_one", lambda name, case: lambda *arrays: in_one.append((case, arrays[0].shape)))
+    with_cache, op_with_cache = [], projection.in_one_with_cache
+    run_with_cache = lambda name, form: with_cache.append((form, name)) or op_with_cache("xla", form)  # noqa: E731
+    monkeypatch.setattr(projection, "in_one_with_cache", run_with_cache)
     sanitize.run_kernels("initcheck")
-    assert in_one == []
+    assert in_one == with_cache == []
     sanitize.run_kernels("memcheck")
     assert run == [(call, "xla") for call in calls] * 2
     assert in_one == [(case, (case.num_tokens, width)) for case, width in sanitize.PROJECTIONS]
+    assert with_cache == [(form, "mosaic_gpu") for form, _ in sanitize.PROJECTIONS_WITH_CACHE]
     assert capsys.readouterr().out == "every kernel ran\n" * 2
 
 

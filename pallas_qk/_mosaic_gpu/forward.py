@@ -35,11 +35,11 @@ from pallas_qk._mosaic_gpu.emit import (
 )
 from pallas_qk._mosaic_gpu.launch import launch
 from pallas_qk._mosaic_gpu.thread import (
+    Destination,
     Layout,
     RowsIn,
     Slot,
     Table,
-    Target,
     Vector,
     copied_vectors,
     effective_weights,
@@ -206,18 +206,18 @@ def _forward_thread(
         places = next((p.slots for kind in (*normed, *copied[0]) for p in kind.targets if p.slots), None)
         slot = None if places is None else Slot.of(row // num_heads, inputs.slots, inputs.layer, places)
 
-        def targets_of(kind: Rows) -> list[Target]:
+        def destinations_of(kind: Rows) -> list[Destination]:
             return [
-                Target.of(
+                Destination.of(
                     getattr(outputs, place.array), place, num_heads, row, slot, inputs, cast_first=config.cast_first
                 )
                 for place in kind.targets
             ]
 
-        targets = [targets_of(kind) for kind in normed]
+        destinations = [destinations_of(kind) for kind in normed]
         early = {}
         if options.scale_per_head is not None:  # scales are loaded with x
-            early = {head: [targets_of(kind) for kind in kinds] for head, kinds in enumerate(copied)}
+            early = {head: [destinations_of(kind) for kind in kinds] for head, kinds in enumerate(copied)}
         is_rotated = work.normed.rotation is not None
         is_rotated_first = is_rotated and options.norm_order == "rotation_first"
         own = len(layout.bases)  # the vectors behind are partners that are only loaded
@@ -230,10 +230,10 @@ def _forward_thread(
             copies.append([[v.load(source(kind)) for v in wide_vectors] for kind in copied[head]])
 
         def store_copies(head: int):
-            of_kinds = early.get(head) or map(targets_of, copied[head])
+            of_kinds = early.get(head) or map(destinations_of, copied[head])
             for words, of_kind in zip(copies[head], of_kinds, strict=True):
-                for target in of_kind:
-                    target.store(wide_vectors, words, dtype, cast_first=config.cast_first)
+                for destination in of_kind:
+                    destination.store(wide_vectors, words, dtype, cast_first=config.cast_first)
 
         ahead = min(size, config.heads_ahead)
         for head in range(ahead):
@@ -302,8 +302,8 @@ def _forward_thread(
             if is_rotated and not is_rotated_first:
                 for index, lanes, where in rotated(ys):
                     words[index] = select(where, narrow(lanes, dtype), words[index])
-            for target in targets[head]:
-                target.store(vectors[:own], words[:own], dtype, cast_first=config.cast_first)
+            for destination in destinations[head]:
+                destination.store(vectors[:own], words[:own], dtype, cast_first=config.cast_first)
             if head + ahead < size:
                 store_copies(head + ahead)
 

@@ -28,6 +28,45 @@ def launch(
     `inputs` are arrays. `outputs` are types, and arrays that are updated in place. Both are in any containers, and a
     thread sees a `Pointer` in the place of each.
     """
+
+    def kernel(inputs, outputs):
+        refs, tree = jax.tree.flatten((inputs, outputs))
+        dtypes = [ref.dtype for ref in refs]
+
+        def body(launch_context, program, *refs):
+            del launch_context
+            pointers = [Pointer.to(ref, dtype) for ref, dtype in zip(refs, dtypes, strict=True)]
+            thread(Int(program.registers.item()), *jax.tree.unflatten(tree, pointers))
+
+        arg_types = (plgpu.Layout.WG_SPLAT(()), *(plgpu.RefType() for _ in refs))
+        plgpu.inline_mgpu(arg_types=arg_types)(body)(lax.axis_index(_GRID_AXIS), *refs)
+
+    return run_kernel(
+        name,
+        kernel,
+        inputs,
+        outputs,
+        plgpu.LoweringSemantics.Lane,
+        grid=(num_programs,),
+        grid_names=(_GRID_AXIS,),
+        # A name for a single warpgroup would cost a second barrier at the start of each program.
+        num_threads=None if num_warpgroups == 1 else num_warpgroups,
+        thread_name=None if num_warpgroups == 1 else _WARPGROUP_AXIS,
+    )
+
+
+def run_kernel(
+    name: str,
+    kernel: Callable[[Any, Any], None],
+    inputs,
+    outputs,
+    semantics: plgpu.LoweringSemantics,
+    **grid: Any,
+):
+    """Runs `kernel(inputs, outputs)`, which sees a Ref in the place of each array and type, on a grid of programs.
+
+    `inputs` and `outputs` are those of `launch`, and `grid` is what `plgpu.Mesh` takes.
+    """
     arrays, inputs_tree = jax.tree.flatten(inputs)
     leaves, outputs_tree = jax.tree.flatten(outputs)
     # A Ref is the spelling of an array updated in place that all supported versions of JAX lower to an alias.
@@ -39,35 +78,16 @@ def launch(
         sorts = iter(of_updated), iter(of_types)
         return jax.tree.unflatten(outputs_tree, [next(sorts[isinstance(x, jax.ShapeDtypeStruct)]) for x in leaves])
 
-    def kernel(*refs):
-        dtypes = [ref.dtype for ref in refs]
+    def body(*refs):
+        first, second = len(arrays), len(arrays) + len(updated)
+        kernel(jax.tree.unflatten(inputs_tree, refs[:first]), in_order(refs[first:second], refs[second:]))
 
-        def body(launch_context, program, *refs):
-            del launch_context
-            pointers = [Pointer.to(ref, dtype) for ref, dtype in zip(refs, dtypes, strict=True)]
-            first, second = len(arrays), len(arrays) + len(updated)
-            thread(
-                Int(program.registers.item()),
-                jax.tree.unflatten(inputs_tree, pointers[:first]),
-                in_order(pointers[first:second], pointers[second:]),
-            )
-
-        arg_types = (plgpu.Layout.WG_SPLAT(()), *(plgpu.RefType() for _ in refs))
-        plgpu.inline_mgpu(arg_types=arg_types)(body)(lax.axis_index(_GRID_AXIS), *refs)
-
-    grid: dict[str, Any] = {
-        "grid": (num_programs,),
-        "grid_names": (_GRID_AXIS,),
-        # A name for a single warpgroup would cost a second barrier at the start of each program.
-        "num_threads": None if num_warpgroups == 1 else num_warpgroups,
-        "thread_name": None if num_warpgroups == 1 else _WARPGROUP_AXIS,
-        "kernel_name": name,
-    }
-    params = plgpu.CompilerParams(unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+    grid["kernel_name"] = name
+    params = plgpu.CompilerParams(unsafe_no_auto_barriers=True, lowering_semantics=semantics)
     if updated:  # plgpu.kernel takes no Ref under jit before JAX 0.11.1; JAX 0.10 loses the name on this way
         types = [jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=ManualAxisType()) for x in types]
-        launched = pl.kernel(kernel, out_type=tuple(types), mesh=plgpu.Mesh(**grid), compiler_params=params, name=name)
+        launched = pl.kernel(body, out_type=tuple(types), mesh=plgpu.Mesh(**grid), compiler_params=params, name=name)
     else:
-        launched = plgpu.kernel(kernel, out_type=tuple(types), compiler_params=params, **grid)
+        launched = plgpu.kernel(body, out_type=tuple(types), compiler_params=params, **grid)
     results = launched(*arrays, *updated)
     return in_order([jax.freeze(ref) for ref in updated], results)

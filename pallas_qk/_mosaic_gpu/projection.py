@@ -7,15 +7,18 @@ head of q, gate, k or v, that is D columns of the weight, and 128 tokens for eac
 three warpgroups. One loads steps of 64 columns of the hidden states and 64 rows of the weight by TMA into a ring of
 four stages; each program of a cluster loads half of the weight's for both. The other two multiply 64 tokens each. After
 its last step such a warpgroup holds whole rows in registers. It rounds them as a product is rounded, normalises and
-rotates them, and stores them by TMA through shared memory while the ring fills again.
+rotates them, and stores them by TMA through shared memory while the ring fills again. Into a KV cache its threads store
+rows of k and v themselves.
 
 H200, bf16, 16/2 heads, E = 2048, T = 16384: 777.5 us, where the product by cuBLAS takes 749.7 and product and op 893.7,
 or 833.1 with the gate in place; at T = 4096 206.6 against 232.6 and 217.1. 32/2 heads, E = 4096: 735.7 against 770.7
 and 740.2 at T = 4096, 3011 against 3063 and 2944 at 16384, where the GPU is at its power limit. Few tiles leave SMs
-idle: 70.8 against 61.4 at T = 1024. Nothing but the epilogue waits for positions and table; when each tile did, it took
-802.4. Lost: an epilogue in pieces under the next tile's first products (895.2 where this took 791.3), and no cluster
-(811.9). Two products in flight, other lags, and 4 or 16 columns walked side by side changed some 0.3 % at E = 4096.
-Three warpgroups that multiply don't fit: ptxas has 160 registers for a thread that holds 128 sums.
+idle: 70.8 against 61.4 at T = 1024. With a cache it takes 0.5 % more, and 1 % with one of 8 bits.
+
+Nothing but the epilogue waits for positions and table; when each tile did, it took 802.4. Lost: an epilogue in pieces
+under the next tile's first products (895.2 where this took 791.3), and no cluster (811.9). Two products in flight,
+other lags, and 4 or 16 columns walked side by side changed some 0.3 % at E = 4096. Three warpgroups that multiply don't
+fit: ptxas has 160 registers for a thread that holds 128 sums.
 """
 
 import functools
@@ -33,39 +36,31 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from pallas_qk._mosaic_gpu.emit import (
-    WARPGROUP,
-    Int,
-    Pointer,
-    Value,
-    bits_of,
-    constant,
-    narrow,
-    thread_index,
-    widen,
+from pallas_qk._mosaic_gpu.emit import WARPGROUP, Int, Pointer, Value, bits_of, thread_index
+from pallas_qk._mosaic_gpu.epilogue import (
+    HEAD_DIM,
+    ROTARY_DIM,
+    ROWS_OF_THREAD,
+    Words,
+    normed,
+    rounded,
+    words_of_angles,
+    write_by_slot,
 )
-from pallas_qk._mosaic_gpu.thread import (
-    Layout,
-    Table,
-    Vector,
-    effective_weights,
-    inv_rms,
-    rotate,
-    sum_of_squares,
-)
-from pallas_qk._options import Options, Spec, Target, rotation_fuses_y2
-from pallas_qk._rows import WEIGHTS, Inputs, Outputs
+from pallas_qk._mosaic_gpu.launch import run_kernel
+from pallas_qk._mosaic_gpu.thread import Table
+from pallas_qk._options import Options, Spec, Target
+from pallas_qk._rows import CACHES, WEIGHTS, Inputs, Outputs, Place, Rows, empty, on_rows, rows_of, with_caches
 from pallas_qk._target import cuda_target
 
 PROJECTION_NAME = "pallas_qk_mosaic_gpu_projection_forward"
 
-HEAD_DIM, ROTARY_DIM = 256, 64  # D and R: a tile is a head wide
 STEP = 64  # columns of the hidden states, and rows of the weight
 _STAGES = 4  # of the ring: 192 of an SM's 227 KB
 _CLUSTER = 2  # programs that share a tile of the weight
 _ROWS, _MULTIPLIERS = 64, 2  # tokens of a warpgroup that multiplies, and how many of these a program has
 _TOKENS = _ROWS * _MULTIPLIERS  # of a program
-_CHUNK, _SLOTS = 64, 2  # columns that a warpgroup stores at once, and its slots for them
+_CHUNK, _BUFFERS = 64, 2  # columns that a warpgroup stores at once, and its buffers for them
 _SWIZZLED = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)  # what wgmma reads: rows of 128 bytes
 _WALKED = 8  # columns of tiles that are walked side by side, so that L2 holds what they read
 _LAG = 2  # steps that the second of these warpgroups begins late, so that one stores while the other multiplies
@@ -77,11 +72,6 @@ _REGISTERS = 40, 232
 _PROGRAM, _IN_CLUSTER, _WARPGROUP = "pallas_qk_program", "pallas_qk_cluster", "pallas_qk_warpgroup"
 
 FLOAT32 = jnp.dtype(jnp.float32)
-Words = list[list[list[Int]]]
-
-# How the four threads of a row hold it, as wgmma leaves its sums.
-_QUADS = Layout(threads=4, lanes=2, bases=tuple(range(0, HEAD_DIM, 8)), bits=(1, 2), partners=True)
-_ROWS_OF_THREAD = 2
 
 
 def unsupported_projection(spec: Spec, width: int, target: Target) -> str | None:
@@ -105,6 +95,7 @@ class _Sizes(NamedTuple):
     num_q_heads: int
     num_kv_heads: int
     max_position: int
+    cache_shape: tuple[int, ...] | None
 
     @property
     def row_blocks(self) -> int:
@@ -116,48 +107,52 @@ class _Sizes(NamedTuple):
         """Tiles along the columns of the weight: q and gate by turns, then k, then v."""
         return 2 * (self.num_q_heads + self.num_kv_heads)
 
+    def rows(self, options: Options) -> dict[str, Rows]:
+        return rows_of(options, self.num_q_heads, self.num_kv_heads, HEAD_DIM, self.cache_shape)
+
 
 def project(hidden: jax.Array, weight: jax.Array, inputs: Inputs, *, options: Options) -> Outputs:
     """The op on hidden (T, E) @ weight (E, N), whose columns are packed; `inputs` has what else the op reads.
 
-    Results are flat in heads.
+    Results are flat in heads. A cache is updated in place.
     """
     num_q_heads, num_kv_heads = options.packed or (0, 0)
     num_tokens, width = hidden.shape
-    sizes = _Sizes(num_tokens, width, num_q_heads, num_kv_heads, inputs.cos_sin_cache.shape[0])
+    cache_shape = None if inputs.k_cache is None else inputs.k_cache.shape
+    sizes = _Sizes(num_tokens, width, num_q_heads, num_kv_heads, inputs.cos_sin_cache.shape[0], cache_shape)
     # TMA knows rows by tiles of eight. XLA fuses the padding into what computes the hidden states; cutting it off the
     # results takes a copy of them.
     padding = -num_tokens % 8
     if padding:
         hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
-    types = [
-        jax.ShapeDtypeStruct((num_tokens + padding, heads * HEAD_DIM), hidden.dtype)
-        for heads in (num_q_heads, num_kv_heads, num_kv_heads, num_q_heads)
-    ]
+    num_heads = {"q": num_q_heads, "k": num_kv_heads}
+    types = Outputs()
+    for kind in sizes.rows(options).values():
+        columns = num_heads[kind.heads] * HEAD_DIM
+        row_type = jax.ShapeDtypeStruct((num_tokens + padding, columns), hidden.dtype)
+        types = types._replace(**{place.array: row_type for place in kind.targets if place.slots is None})
+    inputs, written = with_caches(inputs, types)
     if not num_tokens:
-        return Outputs(*(jnp.zeros(x.shape, x.dtype) for x in types))
+        return empty(written)
     if inputs.q_weight.dtype != inputs.k_weight.dtype:  # a thread loads either
         both = (inputs.q_weight, inputs.k_weight)
         inputs = inputs._replace(**dict(zip(WEIGHTS, (x.astype(jnp.float32) for x in both), strict=True)))
-    read = [x for x in inputs if x is not None]
     num_programs = max(2, cuda_target().num_sms // (2 * _CLUSTER) * 2)  # clusters; even, see `_tile`
-    launched = plgpu.kernel(
-        functools.partial(_program, sizes=sizes, options=options, num_programs=num_programs),
-        out_type=tuple(types),
-        grid=(num_programs,),
-        grid_names=(_PROGRAM,),
-        cluster=(_CLUSTER,),
-        cluster_names=(_IN_CLUSTER,),
-        num_threads=_MULTIPLIERS + 1,
-        thread_name=_WARPGROUP,
-        kernel_name=PROJECTION_NAME,
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
-    )
     with jax.enable_x64(False):  # the grid and loops count in 32 bits, whatever the positions have
-        results = launched(hidden, weight, *read)
-    return Outputs(*(x[:num_tokens] if padding else x for x in results))
+        results = run_kernel(
+            PROJECTION_NAME,
+            functools.partial(_program, sizes=sizes, options=options, num_programs=num_programs),
+            (hidden, weight, inputs),
+            written,
+            plgpu.LoweringSemantics.Warpgroup,
+            grid=(num_programs,),
+            grid_names=(_PROGRAM,),
+            cluster=(_CLUSTER,),
+            cluster_names=(_IN_CLUSTER,),
+            num_threads=_MULTIPLIERS + 1,
+            thread_name=_WARPGROUP,
+        )
+    return on_rows(lambda x: x[:num_tokens], results) if padding else results
 
 
 def _tile(number: Any, turn: Any, row_blocks: int, heads: int) -> tuple[Any, Any]:
@@ -171,10 +166,10 @@ def _tile(number: Any, turn: Any, row_blocks: int, heads: int) -> tuple[Any, Any
     return row_block, lax.bitwise_xor(head, lax.bitwise_and(turn, 1))
 
 
-def _program(hidden, weight, q_weight, k_weight, table, *refs, sizes: _Sizes, options: Options, num_programs: int):
+def _program(arrays, outputs: Outputs, *, sizes: _Sizes, options: Options, num_programs: int):
     """Three warpgroups of one program: the last loads, the others multiply."""
-    *positions, q, k, v, gate = refs
-    dtype, steps = hidden.dtype, sizes.width // STEP
+    hidden, weight, inputs = arrays
+    dtype, steps, kinds = hidden.dtype, sizes.width // STEP, sizes.rows(options)
     lag = min(_LAG, steps - 1)
 
     @functools.partial(
@@ -182,12 +177,12 @@ def _program(hidden, weight, q_weight, k_weight, table, *refs, sizes: _Sizes, op
         collective_axes=_WARPGROUP,
         hidden_smem=plgpu.SMEM((_STAGES, _TOKENS, STEP), dtype, transforms=_SWIZZLED),
         weight_smem=plgpu.SMEM((_STAGES, STEP, HEAD_DIM), dtype, transforms=_SWIZZLED),
-        slots_smem=plgpu.SMEM((_MULTIPLIERS * _SLOTS, _ROWS, _CHUNK), dtype, transforms=_SWIZZLED),
+        buffers_smem=plgpu.SMEM((_MULTIPLIERS * _BUFFERS, _ROWS, _CHUNK), dtype, transforms=_SWIZZLED),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
         free=plgpu.ClusterBarrier(collective_axes=(_IN_CLUSTER,), num_arrivals=_MULTIPLIERS, num_barriers=_STAGES),
         lagging=plgpu.Barrier(num_arrivals=1),
     )
-    def scope(hidden_smem, weight_smem, slots_smem, full, free, lagging):
+    def scope(hidden_smem, weight_smem, buffers_smem, full, free, lagging):
         warpgroup, in_cluster = lax.axis_index(_WARPGROUP), lax.axis_index(_IN_CLUSTER)
         program = lax.axis_index(_PROGRAM)
         num_tiles = sizes.row_blocks * sizes.heads
@@ -246,8 +241,7 @@ def _program(hidden, weight, q_weight, k_weight, table, *refs, sizes: _Sizes, op
                 is_normed = lax.select(is_of_q, lax.rem(head, 2) == 0, behind_q < sizes.num_kv_heads)
 
                 # Loaded before the product, and read after it.
-                position_dtypes = [ref.dtype for ref in positions]
-                cos, sin = _angles(sizes, options, table.dtype, position_dtypes)(token, table, *positions)
+                cos, sin = _angles(sizes, options, inputs)(token)
 
                 def products(sums):
                     @_repeat(steps)
@@ -269,29 +263,41 @@ def _program(hidden, weight, q_weight, k_weight, table, *refs, sizes: _Sizes, op
 
                 product = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((_ROWS, HEAD_DIM), jnp.float32))
 
-                def store(rows, of_q, of_kv):
-                    """Into one of two arrays, a chunk of columns at a time."""
+                def store(rows, of_q: Rows, of_kv: Rows):
+                    """Rows of one of two kinds: by TMA a chunk of columns at a time, and into a cache by slots."""
                     own = lax.select(is_of_q, lax.div(head, 2), lax.rem(behind_q, sizes.num_kv_heads))
-                    for chunk in range(HEAD_DIM // _CHUNK):
-                        slot = slots_smem.at[warpgroup * _SLOTS + chunk % _SLOTS]
-                        plgpu.wait_smem_to_gmem(_SLOTS - 1, wait_read_only=True)
-                        _put(chunk * _CHUNK, dtype)(rows, slot)
-                        plgpu.commit_smem()
-                        here = pl.ds(token, _ROWS), pl.ds(own * HEAD_DIM + chunk * _CHUNK, _CHUNK)
-                        lax.cond(
-                            is_of_q,
-                            functools.partial(plgpu.copy_smem_to_gmem, slot, of_q.at[*here]),
-                            functools.partial(plgpu.copy_smem_to_gmem, slot, of_kv.at[*here]),
-                        )
+                    places = (*of_q.targets, *of_kv.targets)
+                    arrays = [getattr(outputs, place.array) for place in places if place.slots is None]
+
+                    def by_tma():
+                        for chunk in range(HEAD_DIM // _CHUNK):
+                            buffer = buffers_smem.at[warpgroup * _BUFFERS + chunk % _BUFFERS]
+                            plgpu.wait_smem_to_gmem(_BUFFERS - 1, wait_read_only=True)
+                            _put(chunk * _CHUNK, dtype)(rows, buffer)
+                            plgpu.commit_smem()
+                            here = pl.ds(token, _ROWS), pl.ds(own * HEAD_DIM + chunk * _CHUNK, _CHUNK)
+                            copies = [functools.partial(plgpu.copy_smem_to_gmem, buffer, x.at[*here]) for x in arrays]
+                            if len(copies) == 1:
+                                copies[0]()
+                            else:
+                                lax.cond(is_of_q, *copies)
+
+                    if len(arrays) == 1:  # k and v lie in a cache alone
+                        pl.when(is_of_q)(by_tma)
+                    else:
+                        by_tma()
+                    for place in places:
+                        if place.slots is not None:
+                            write = _write_by_slot(sizes, inputs, outputs, place, dtype)
+                            pl.when(jnp.logical_not(is_of_q))(functools.partial(write, rows, token, own))
 
                 def store_normed():
-                    rows_of = _normed_rows(sizes, options, dtype, table.dtype, position_dtypes, q_weight.dtype)
                     of_which = is_of_q.astype(jnp.int32)
-                    rows = rows_of(product, cos, sin, of_which, q_weight, k_weight, token, table, *positions)
-                    store(rows, q, k)
+                    rows = _normed_rows(sizes, options, inputs, dtype)(product, cos, sin, of_which, token)
+                    store(rows, kinds["q"], kinds["k"])
 
                 def store_copied():
-                    store(_copied_rows(dtype)(product), gate, v)
+                    store(_copied_rows(dtype)(product), kinds["gate"], kinds["v"])
 
                 lax.cond(is_normed, store_normed, store_copied)
 
@@ -313,147 +319,78 @@ def _repeat(times) -> Callable[[Callable[[Any], None]], None]:
     return run
 
 
-# What a thread does with the 64 rows of its warpgroup. Words are [j][h]: of elements 8j + 2 * quad and the next, in row
-# h of the thread's two. So partners of the rotation are the thread's own, and of the sum of squares two bits of the
-# column lie in other threads.
-
-
-def quad() -> Int:
-    """The thread's number among the four of its rows."""
-    return thread_index() & 3
-
-
-def row_of_thread(row: int) -> Int:
-    """The first or the second of the thread's rows, among the 64."""
-    thread = thread_index() & WARPGROUP - 1
-    return (thread >> 5) * 16 + ((thread & 31) >> 2) + 8 * row
-
-
-def positions_of_rows(table: Table, first_token: Int) -> list[list[Int]]:
-    """The positions of the thread's rows, from a token on; past the last token those of the last."""
-    tokens = ((first_token + row_of_thread(row)).minimum(table.num_tokens - 1) for row in range(_ROWS_OF_THREAD))
-    return [table.positions_of(token) for token in tokens]
-
-
-def words_of_angles(table: Table, first_token: Int) -> tuple[Words, Words]:
-    """cos and sin of the rows from a token on, in the dtype of the table, which loses nothing.
-
-    Of a single axis as they are loaded, which nothing waits for before `normed` reads them.
-    """
-    blocks, dtype = range(ROTARY_DIM // 2 // 8), table.cache.dtype
-    loaded = []
-    for positions in positions_of_rows(table, first_token):
-        starts = [table.row(position) + (quad() * 2).resized(64) for position in positions]
-        loaded.append((positions, [table.load(starts, constant(8 * j), 2) for j in blocks]))
-    if table.options.num_axes == 1:
-        cos, sin = ([[words[j][0][i] for _, words in loaded] for j in blocks] for i in range(2))
-        return cos, sin
-    angles = [[table.angles(positions, words[j], quad() * 2 + 8 * j) for positions, words in loaded] for j in blocks]
-    cos, sin = ([[narrow(of_row[i], dtype) for of_row in of_block] for of_block in angles] for i in range(2))
-    return cos, sin
-
-
-def normed(
-    product: Words,
-    cos: Words,
-    sin: Words,
-    weight: Pointer,
-    table: Table,
-    first_token: Int,
-    dtype: jnp.dtype,
-) -> Words:
-    """Rows of the float32 product: rounded, normalised, rounded, rotated and rounded again, as the op's kernel does."""
-    half, options, table_dtype = ROTARY_DIM // 2 // 8, table.options, table.cache.dtype  # half of the rotated blocks
-    has_loaded = options.num_axes == 1  # cos as they are loaded
-    positions = positions_of_rows(table, first_token) if has_loaded else []
-    start = weight + (quad() * 2).resized(64)
-    weights = [(start + base).load(2) for base in _QUADS.bases]
-    xs = [[widen(_rounded(words, dtype), dtype) for words in of_block] for of_block in product]
-    vectors = [Vector(quad() * 2, base, 2) for base in _QUADS.bases]
-    inverses = []
-    for row in range(_ROWS_OF_THREAD):
-        total = sum_of_squares([x[row] for x in xs], vectors, _QUADS, quad(), HEAD_DIM)
-        inverses.append(inv_rms(total, HEAD_DIM, options.eps))
-
-    @functools.cache
-    def weights_of(block: int) -> list[Value]:
-        return effective_weights(weights[block], weight.dtype, options.norm_beta)
-
-    def of_block(block: int) -> list[list[Int]]:
-        ws = weights_of(block)
-        return [
-            narrow([arith.mulf(arith.mulf(lane, r), w) for lane, w in zip(lanes, ws, strict=True)], dtype)
-            for lanes, r in zip(xs[block], inverses, strict=True)
-        ]
-
-    words = [of_block(block) for block in range(2 * half)]
-    for block in range(half):
-        for row in range(_ROWS_OF_THREAD):
-            first, second = (widen(words[block + offset][row], dtype) for offset in (0, half))
-            of_cos, of_sin = cos[block][row], sin[block][row]
-            if has_loaded:
-                of_cos = table.spoiled(of_cos, positions[row][0])
-            cosine, sine = (widen(of_angle, table_dtype) for of_angle in (of_cos, of_sin))
-            rotated = rotate(first, second, cosine, sine, rotation_fuses_y2(options, dtype))
-            words[block][row], words[block + half][row] = (narrow(lanes, dtype) for lanes in rotated)
-    return words + [of_block(block) for block in range(2 * half, len(xs))]
-
-
-def _rounded(words: list[Int], dtype: jnp.dtype) -> list[Int]:
-    """Two float32 lanes in 16 bits each."""
-    return narrow([word.as_float() for word in words], dtype)
-
-
-# The same as functions of the kernel's arrays.
+# What threads do in the epilogue, as functions of the kernel's arrays.
 
 
 def _array(columns: int, dtype: jnp.dtype) -> plgpu.ShapeDtypeStruct:
     return plgpu.ShapeDtypeStruct((_ROWS, columns), dtype, layout=plgpu.Layout.WGMMA)
 
 
-def _table(sizes: _Sizes, options: Options, table_ref, dtype: jnp.dtype, refs, dtypes) -> Table:
-    """The table and, where there are any, the positions, of which `refs` has one."""
-    pointers = [Pointer.to(*of_ref) for of_ref in zip(refs, dtypes, strict=True)]
-    position = next(iter(pointers), None)
-    return Table(Pointer.to(table_ref, dtype), position, sizes.max_position, sizes.num_tokens, options)
+def _in_threads(inputs: Inputs, *layouts, return_type=None) -> Callable:
+    """Makes of `body(inputs, *arrays)` a function of the arrays. It runs in every thread, with a Pointer in the place
+    of each of the inputs.
+    """
+    dtypes, ref_types = jax.tree.map(lambda ref: ref.dtype, inputs), jax.tree.map(lambda _: plgpu.RefType(), inputs)
+
+    def decorator(body: Callable) -> Callable:
+        def with_pointers(context, refs, *arrays):
+            del context
+            return body(jax.tree.map(Pointer.to, refs, dtypes), *arrays)
+
+        inlined = plgpu.inline_mgpu(arg_types=(ref_types, *layouts), return_type=return_type)(with_pointers)
+        return functools.partial(inlined, inputs)
+
+    return decorator
 
 
-def _angles(sizes: _Sizes, options: Options, dtype: jnp.dtype, position_dtypes: list[jnp.dtype]) -> Callable:
-    """cos and sin (64, R/2), from the first token, the table and, where there are any, positions."""
+_WGMMA, _SPLAT = plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT(())
 
-    def body(context, first_token, table_ref, *refs):
-        del context
-        table = _table(sizes, options, table_ref, dtype, refs, position_dtypes)
-        cos, sin = words_of_angles(table, Int(first_token.registers.item()))
+
+def _number(splat) -> Int:
+    return Int(splat.registers.item())
+
+
+def _table(sizes: _Sizes, options: Options, pointers: Inputs) -> Table:
+    return Table(pointers.cos_sin_cache, pointers.positions, sizes.max_position, sizes.num_tokens, options)
+
+
+def _angles(sizes: _Sizes, options: Options, inputs: Inputs) -> Callable:
+    """cos and sin (64, R/2), from the first token."""
+    dtype = inputs.cos_sin_cache.dtype
+    angles = _array(ROTARY_DIM // 2, dtype)
+
+    @_in_threads(inputs, _SPLAT, return_type=(angles, angles))
+    def body(pointers, first_token):
+        cos, sin = words_of_angles(_table(sizes, options, pointers), _number(first_token))
         return _as_array(cos, dtype), _as_array(sin, dtype)
 
-    refs = [plgpu.RefType() for _ in (0, *position_dtypes)]
-    angles = _array(ROTARY_DIM // 2, dtype)
-    return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT(()), *refs), return_type=(angles, angles))(body)
+    return body
 
 
-def _normed_rows(
-    sizes: _Sizes,
-    options: Options,
-    dtype: jnp.dtype,
-    table_dtype: jnp.dtype,
-    position_dtypes: list[jnp.dtype],
-    weight_dtype: jnp.dtype,
-) -> Callable:
+def _normed_rows(sizes: _Sizes, options: Options, inputs: Inputs, dtype: jnp.dtype) -> Callable:
     """Rows (64, D) of q or of k."""
+    table_dtype = inputs.cos_sin_cache.dtype
 
-    def body(context, product, cos, sin, is_q, q_weight, k_weight, first_token, table_ref, *refs):
-        del context
-        both = [Pointer.to(weight, weight_dtype).address for weight in (q_weight, k_weight)]
-        weight = Pointer(arith.select(Int(is_q.registers.item()).equals(1).value, *both), weight_dtype)
-        table = _table(sizes, options, table_ref, table_dtype, refs, position_dtypes)
+    @_in_threads(inputs, _WGMMA, _WGMMA, _WGMMA, _SPLAT, _SPLAT, return_type=_array(HEAD_DIM, dtype))
+    def body(pointers, product, cos, sin, is_q, first_token):
+        both = [weight.address for weight in (pointers.q_weight, pointers.k_weight)]
+        weight = Pointer(arith.select(_number(is_q).equals(1).value, *both), pointers.q_weight.dtype)
         words = _words_of(product, FLOAT32), _words_of(cos, table_dtype), _words_of(sin, table_dtype)
-        return _as_array(normed(*words, weight, table, Int(first_token.registers.item()), dtype), dtype)
+        return _as_array(normed(*words, weight, _table(sizes, options, pointers), _number(first_token), dtype), dtype)
 
-    wgmma, splat, ref = plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT(()), plgpu.RefType()
-    refs = [ref for _ in (0, *position_dtypes)]
-    arg_types = wgmma, wgmma, wgmma, splat, ref, ref, splat, *refs
-    return plgpu.inline_mgpu(arg_types=arg_types, return_type=_array(HEAD_DIM, dtype))(body)
+    return body
+
+
+def _write_by_slot(sizes: _Sizes, inputs: Inputs, outputs: Outputs, place: Place, dtype: jnp.dtype) -> Callable:
+    """Writes rows (64, D) of a head of k or of v into the cache, from the first token and the head's number."""
+    caches = {name: getattr(outputs, name) for name in CACHES}
+
+    @_in_threads(inputs._replace(**caches), _WGMMA, _SPLAT, _SPLAT)
+    def body(pointers, rows, first_token, head):
+        numbers = _number(first_token), _number(head)
+        write_by_slot(_words_of(rows, dtype), *numbers, sizes.num_tokens, sizes.num_kv_heads, place, pointers, dtype)
+
+    return body
 
 
 def _copied_rows(dtype: jnp.dtype) -> Callable:
@@ -461,22 +398,22 @@ def _copied_rows(dtype: jnp.dtype) -> Callable:
 
     def body(context, product):
         del context
-        return _as_array([[_rounded(words, dtype) for words in block] for block in _words_of(product, FLOAT32)], dtype)
+        return _as_array([[rounded(words, dtype) for words in block] for block in _words_of(product, FLOAT32)], dtype)
 
     return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=_array(HEAD_DIM, dtype))(body)
 
 
 def _put(first: int, dtype: jnp.dtype) -> Callable:
-    """Writes the columns from `first` on into a slot, each row 128 bytes in the order of a swizzle."""
+    """Writes the columns from `first` on into a buffer, each row 128 bytes in the order of a swizzle."""
 
-    def body(context, rows, slot_ref):
+    def body(context, rows, buffer_ref):
         del context
         blocks = _words_of(rows, dtype)[first // 8 : (first + _CHUNK) // 8]
-        slot = Int(llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu.memref_ptr(slot_ref)))
+        buffer = Int(llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu.memref_ptr(buffer_ref)))
         thread = thread_index() & WARPGROUP - 1
         lane = thread & 31
         row = (thread >> 5) * 16 + (lane & 15)
-        start = slot + row * (2 * _CHUNK) + (((lane >> 4) ^ (lane & 7)) * 16)
+        start = buffer + row * (2 * _CHUNK) + (((lane >> 4) ^ (lane & 7)) * 16)
         for number in range(0, len(blocks), 2):
             ((low_top,), (low_bottom,)), ((high_top,), (high_bottom,)) = blocks[number : number + 2]
             words = [low_top, low_bottom, high_top, high_bottom]
@@ -499,7 +436,7 @@ def _words_of(array, dtype: jnp.dtype) -> Words:
         words = [[bits_of(_lane(register, i)) for i in range(2)] for register in registers]
     else:
         words = [[Int(llvm.bitcast(i32, register))] for register in registers]
-    return [words[first : first + _ROWS_OF_THREAD] for first in range(0, len(words), _ROWS_OF_THREAD)]
+    return [words[first : first + ROWS_OF_THREAD] for first in range(0, len(words), ROWS_OF_THREAD)]
 
 
 def _as_array(blocks: Words, dtype: jnp.dtype):

@@ -160,7 +160,7 @@ class Slot(NamedTuple):
         return offset if self.layer is None else offset + self.layer.resized(64) * places.layer
 
 
-class Target(NamedTuple):
+class Destination(NamedTuple):
     """Where a row is written."""
 
     start: Pointer
@@ -178,7 +178,7 @@ class Target(NamedTuple):
         inputs: Inputs,
         *,
         cast_first: bool,
-    ) -> "Target":
+    ) -> "Destination":
         if place.slots is None:
             return cls(RowsIn(array, place, num_heads).row(row))
         assert slot is not None
