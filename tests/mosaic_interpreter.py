@@ -28,7 +28,7 @@ WARP = 32
 
 
 def execute(function, *args, programs: slice = slice(None), num_sms: int = HOPPER_SMS, partly: bool = False):
-    """The results of `function(*args)`, which must be Mosaic GPU kernels in a row, with reshapes between them.
+    """The results of `function(*args)`, which must be Mosaic GPU kernels in a row, with reshapes and barriers between.
 
     Arguments and results are arrays, in any containers.
     `programs` of the first kernel's grid may be picked; the others leave their part of its results zero.
@@ -104,14 +104,14 @@ def emitted(function, *args, num_sms: int = HOPPER_SMS) -> Program:
 
     def source(value: ir.Value) -> tuple[_Argument | _Output, tuple[int, ...]]:
         shape = tuple(ir.RankedTensorType(value.type).shape)
-        while not isinstance(value.owner, ir.Block) and value.owner.name in _RESHAPES:
-            (value,) = value.owner.operands
+        while not isinstance(value.owner, ir.Block) and value.owner.name in _MOVES_NOTHING:
+            value = value.owner.operands[ir.OpResult(value).result_number]
         if isinstance(value.owner, ir.Block):
             return _Argument(ir.BlockArgument(value).arg_number), shape
         return _Output(calls.index(value.owner), ir.OpResult(value).result_number), shape
 
     for call in (op.operation for op in operations):
-        if call.name in _RESHAPES:
+        if call.name in _MOVES_NOTHING:
             continue
         assert call.name == "stablehlo.custom_call", call
         assert call.attributes["call_target_name"].value.startswith("mosaic_gpu"), call
@@ -130,7 +130,7 @@ def _aliases(call: ir.Operation) -> dict[int, int]:
     return {(*alias.output_tuple_indices, 0)[0]: alias.operand_index for alias in aliases}
 
 
-_RESHAPES = ("stablehlo.reshape", "stablehlo.broadcast_in_dim")
+_MOVES_NOTHING = ("stablehlo.reshape", "stablehlo.broadcast_in_dim", "stablehlo.optimization_barrier")
 
 
 def _shape_dtype(kind: ir.Type) -> jax.ShapeDtypeStruct:

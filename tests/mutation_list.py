@@ -1242,6 +1242,18 @@ MUTATIONS = [
             'grid["kernel_name"] = None',
             tests_of("mosaic_gpu", "test_what_is_emitted"),
         ),
+        (
+            "mosaic: a slice in front of what is updated in place",
+            "jax.new_ref(lax.optimization_barrier(x))",
+            "jax.new_ref(x)",
+            tests_of("slices", "test_what_is_updated_in_place_lies_between_barriers"),
+        ),
+        (
+            "mosaic: an update behind what is updated in place",
+            "lax.optimization_barrier(jax.freeze(ref))",
+            "jax.freeze(ref)",
+            tests_of("slices", "test_what_is_updated_in_place_lies_between_barriers"),
+        ),
     ),
     *_in(
         "pallas_qk/_projection_api.py",

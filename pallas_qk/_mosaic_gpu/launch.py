@@ -69,8 +69,11 @@ def run_kernel(
     """
     arrays, inputs_tree = jax.tree.flatten(inputs)
     leaves, outputs_tree = jax.tree.flatten(outputs)
-    # A Ref is the spelling of an array updated in place that all supported versions of JAX lower to an alias.
-    updated = [jax.new_ref(x) for x in leaves if not isinstance(x, jax.ShapeDtypeStruct)]
+    # A Ref is the spelling of an array updated in place that all supported versions of JAX lower to an alias. It lies
+    # between barriers, which keep slices away: XLA since JAX 0.11 fuses a kernel with a slice in front of it and an
+    # update behind it, and loses the alias. Then the kernel writes into what was cut, and its result is what memory
+    # held (H200, JAX 0.11.2).
+    updated = [jax.new_ref(lax.optimization_barrier(x)) for x in leaves if not isinstance(x, jax.ShapeDtypeStruct)]
     types = [x for x in leaves if isinstance(x, jax.ShapeDtypeStruct)]
 
     def in_order(of_updated: Sequence, of_types: Sequence) -> Any:
@@ -90,4 +93,4 @@ def run_kernel(
     else:
         launched = plgpu.kernel(body, out_type=tuple(types), compiler_params=params, **grid)
     results = launched(*arrays, *updated)
-    return in_order([jax.freeze(ref) for ref in updated], results)
+    return in_order([lax.optimization_barrier(jax.freeze(ref)) for ref in updated], results)

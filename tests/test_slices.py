@@ -1,0 +1,203 @@
+"""Kernels that update an array in place, where the array is a slice of another one or goes into one.
+
+XLA since JAX 0.11 fuses a GPU kernel with a slice in front of it and an update behind it, and loses that operand and
+result are one array: kernels without barriers fail here on a GPU, all forms but one. Without a GPU plain XLA runs them,
+and the barriers are looked for in programs for CUDA.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from tests import cached, test_gate, test_projection_cache
+from tests.cached import CachedCase
+from tests.cases import Case
+from tests.compare import assert_same
+from tests.lowering import lowered_text
+from tests.run import has_gpu
+
+LAYERS = 3
+CASE = Case(24, 4, 2, max_position=64, packed=True)
+FORM = CachedCase(CASE, num_blocks=4, block_size=16)
+HERE = ("mosaic_gpu", "triton") if has_gpu() else ("xla",)
+
+
+def by_op(implementation):
+    """What each layer does with (x, caches), and x of all layers: the op on packed projections."""
+    qkv, *others, _, slots = cached.arguments(FORM)
+
+    def step(x, caches):
+        outputs = cached.op(FORM, implementation)(x, *others, caches, slots)
+        return outputs.q, outputs.kv_cache
+
+    return step, jnp.stack([jnp.roll(qkv, layer, 0) for layer in range(LAYERS)])
+
+
+def by_projection(implementation):
+    """The op on hidden states, which must be the kernel to be of interest here."""
+    hidden, *others, _, slots = test_projection_cache.arguments(FORM)
+
+    def step(x, caches):
+        outputs = test_projection_cache.op(FORM, implementation)(x, *others, caches, slots)
+        return outputs.q, outputs.kv_cache
+
+    return step, jnp.stack([jnp.roll(hidden, layer, 0) for layer in range(LAYERS)])
+
+
+def caches_of_layers():
+    of_each = [[jnp.asarray(x) for x in cached.caches(FORM, seed=layer)] for layer in range(LAYERS)]
+    return tuple(map(jnp.stack, zip(*of_each, strict=True)))
+
+
+def at(caches, layer):
+    return jax.tree.map(lambda x: x[layer], caches)
+
+
+def one_by_one(step, xs, caches):
+    """What each form gives: layers in programs of their own."""
+    each = [jax.jit(step)(xs[layer], at(caches, layer)) for layer in range(LAYERS)]
+    return jax.tree.map(lambda *x: jnp.stack(x), *each)
+
+
+def scanned(step, xs, caches):
+    return lax.scan(lambda _, x: (None, step(*x)), None, (xs, caches))[1]
+
+
+def unrolled(step, xs, caches):
+    each = [step(xs[layer], at(caches, layer)) for layer in range(LAYERS)]
+    return jax.tree.map(lambda *x: jnp.stack(x), *each)
+
+
+def set_back(step, xs, caches):
+    qs = []
+    for layer in range(LAYERS):
+        q, written = step(xs[layer], at(caches, layer))
+        caches = jax.tree.map(lambda x, new, layer=layer: x.at[layer].set(new), caches, written)
+        qs.append(q)
+    return jnp.stack(qs), caches
+
+
+def set_back_in_a_loop(step, xs, caches):
+    def body(caches, layer):
+        q, written = step(xs[layer], at(caches, layer))
+        return jax.tree.map(lambda x, new: x.at[layer].set(new), caches, written), q
+
+    caches, qs = lax.scan(body, caches, jnp.arange(LAYERS))
+    return qs, caches
+
+
+def from_one_array(step, xs, caches):
+    both = jnp.stack(caches, axis=1)
+    return lax.scan(lambda _, x: (None, step(x[0], (x[1][0], x[1][1]))), None, (xs, both))[1]
+
+
+FORMS = (scanned, unrolled, set_back, set_back_in_a_loop, from_one_array)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+@pytest.mark.parametrize("implementation", HERE)
+@pytest.mark.parametrize("donated", [False, True])
+def test_caches_of_layers(form, implementation, donated):
+    assert_right(form, *by_op(implementation), donated)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_caches_of_layers_by_the_projection(form):
+    assert_right(form, *by_projection("mosaic_gpu"), donated=True)
+
+
+def assert_right(form, step, xs, donated):
+    caches = caches_of_layers()
+    before = jax.tree.map(np.array, caches)
+    want = one_by_one(step, xs, caches)
+    program = jax.jit(functools.partial(form, step), donate_argnums=1 if donated else ())
+    assert_same(program(xs, jax.tree.map(jnp.array, caches) if donated else caches), want)
+    assert_same(caches, before)
+
+
+# --- a gate that is handed on -------------------------------------------------------------------------------------
+# The op's backward adds q's gradient to the array with the gate's, in place.
+
+GATED = Case(24, 4, 2, max_position=64, gate="handed_on")
+
+
+def loss(attended, q_gate, others, implementation):
+    outputs = test_gate.block(GATED, implementation)(attended, q_gate, *others)
+    return sum(jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in outputs)
+
+
+def stacked_gradients(of_layer, attended, q_gates):
+    return lax.scan(lambda _, q_gate: (None, jax.grad(of_layer)(q_gate, attended)), None, q_gates)[1]
+
+
+def gradient_of_a_scan(of_layer, attended, q_gates):
+    def total(q_gates):
+        return lax.scan(lambda sum_, q_gate: (sum_ + of_layer(q_gate, attended), None), 0.0, q_gates)[0]
+
+    return jax.grad(total)(q_gates)
+
+
+def gradient_of_slices(of_layer, attended, q_gates):
+    return jax.grad(lambda q_gates: sum(of_layer(q_gates[layer], attended) for layer in range(LAYERS)))(q_gates)
+
+
+@pytest.mark.parametrize("form", [stacked_gradients, gradient_of_a_scan, gradient_of_slices])
+@pytest.mark.parametrize("implementation", HERE)
+def test_gradients_of_gates(form, implementation):
+    attended, q_gate, *others = test_gate.arrays_of(GATED)
+    q_gates = jnp.stack([jnp.roll(q_gate, layer, 0) for layer in range(LAYERS)])
+
+    def of_layer(q_gate, attended):
+        return loss(attended, q_gate, others, implementation)
+
+    want = jnp.stack([jax.jit(jax.grad(of_layer))(x, attended) for x in q_gates])
+    assert_same(jax.jit(functools.partial(form, of_layer))(attended, q_gates), want)
+
+
+# --- barriers -----------------------------------------------------------------------------------------------------
+
+
+def updated_in_place(text: str) -> tuple[list[str], list[str]]:
+    """The operands and results that the kernel of a lowered program has in place, as its text calls them."""
+    ((result, count, operands, attributes),) = re.findall(
+        r"(%\w+)(:\d+)? = stablehlo.custom_call @\S+?\(([^)]*)\) (\{.*output_operand_alias.*)", text
+    )
+    aliases = re.findall(r"output_operand_alias<output_tuple_indices = \[(\d*)\], operand_index = (\d+)", attributes)
+    results = [f"{result}#{place}" if count else result for place, _ in aliases]
+    return [operands.split(", ")[int(index)] for _, index in aliases], results
+
+
+def write(x, caches):
+    return by_op("mosaic_gpu")[0](x, caches)
+
+
+def project_and_write(x, caches):
+    return by_projection("mosaic_gpu")[0](x, caches)
+
+
+def differentiate(attended, q_gate):
+    _, _, *others = test_gate.arrays_of(GATED)
+    return jax.grad(lambda x: loss(attended, x, others, "mosaic_gpu"))(q_gate)
+
+
+@pytest.mark.parametrize("function", [write, project_and_write, differentiate], ids=lambda x: x.__name__)
+def test_what_is_updated_in_place_lies_between_barriers(function):
+    if function is differentiate:
+        args = tuple(test_gate.arrays_of(GATED)[:2])
+    else:
+        (_, xs), caches = by_op(None) if function is write else by_projection(None), caches_of_layers()
+        args = xs[0], at(caches, 0)
+    operands, results = updated_in_place(lowered_text(function, *args))
+    assert len(operands) == len(results) == (1 if function is differentiate else 2)
+    text = lowered_text(function, *args)
+    for operand in operands:
+        assert re.search(rf"{operand} = stablehlo.optimization_barrier ", text), operand
+    for result in results:
+        assert re.search(rf"stablehlo.optimization_barrier {result}( |$)", text, re.MULTILINE), result
