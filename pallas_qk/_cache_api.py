@@ -241,7 +241,7 @@ def with_cache(
     v_scale: Any,
     return_kv: bool,
 ) -> CacheOutputs:
-    """What `run(inputs, cache_axes=…, return_kv=…)` returns, under public names; its inputs have the cache too."""
+    """What `run(inputs, cache_axes=…, return_kv=…)` returns for inputs with the cache, under public names."""
     _cache_checks.check_slots_given(slot_mapping)
     cache_axes, return_kv = _cache_checks.check_cache_axes(cache_axes), _cache_checks.check_return_kv(return_kv)
     k_cache, v_cache = _cache_checks.arrays_of(kv_cache, cache_axes)

@@ -76,7 +76,7 @@ def _forward_jvp(
     del body
     (inputs,), (moving,) = jax.tree.unflatten(tree, primals), _moving(tree, tangents)
     if call.options.cache_axes:
-        moved = ", ".join(name for name, tangent in moving._asdict().items() if tangent is not None)
+        moved = _op.public_names(name for name, tangent in moving._asdict().items() if tangent is not None)
         raise NotImplementedError(
             f"what writes a KV cache must not be differentiated, got tangents of {moved}. Call the function without a "
             "cache and write its k and v with .at[].set, or stop them with jax.lax.stop_gradient."

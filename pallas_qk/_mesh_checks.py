@@ -95,8 +95,9 @@ def check_cache(options: Options, num_kv_heads: int, num_shards: Sequence[Sequen
                 )
             if options.packed is not None:
                 raise ValueError(
-                    f"kv_cache must be whole on each device beside packed qkv, got heads over {shards} devices. "
-                    "Pass q, k and v as three arrays, or call inside jax.shard_map with each device's heads packed."
+                    f"kv_cache must be whole on each device where q, k and v are packed, got heads over {shards} "
+                    "devices. Call inside jax.shard_map with each device's heads packed, or pass q, k and v as three "
+                    "arrays to the function that takes them."
                 )
             check_whole_heads("kv_cache", num_kv_heads, shards)
     if len({tuple(of_cache) for of_cache in num_shards}) > 1:

@@ -6,7 +6,7 @@ heads, (*lead, heads*D), with any leading axes; positions are (1 or 3, *lead). T
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -147,14 +147,19 @@ def _batched(
     return outputs, [0] * len(outputs)
 
 
+def public_names(names: Iterable[str]) -> str:
+    """What the functions that write a cache call inputs of these names."""
+    given = dict.fromkeys(("q", "k", "v"), "qkv") | dict.fromkeys(CACHES, "kv_cache") | {"slots": "slot_mapping"}
+    return ", ".join(dict.fromkeys(given.get(name, name) for name in names))
+
+
 def refuse_mapped_cache(options: Options, mapped: Mapping[str, bool | None]) -> None:
     """What writes a cache has no rule for `jax.vmap`; `mapped` says of each operand whether it is mapped."""
     if not options.cache_axes:
         return
-    given = {"slots": "slot_mapping"} | dict.fromkeys(CACHES, "kv_cache")  # as the public functions call them
-    names = dict.fromkeys(given.get(name, name) for name, is_mapped in mapped.items() if is_mapped)
+    names = public_names(name for name, is_mapped in mapped.items() if is_mapped)
     raise NotImplementedError(
-        f"what writes a KV cache must not be mapped by jax.vmap, got {', '.join(names)} mapped. Make the mapped axis "
+        f"what writes a KV cache must not be mapped by jax.vmap, got {names} mapped. Make the mapped axis "
         "one of the tokens' leading axes, and add to the slots where each element's part of the cache starts."
     )
 

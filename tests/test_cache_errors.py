@@ -270,8 +270,8 @@ def scalar(q, k, v):
     "transform", [jax.grad, jax.jacfwd, lambda f: jax.jit(jax.grad(f))], ids=["grad", "jacfwd", "jit"]
 )
 def test_derivatives_are_refused(transform):
-    message = "what writes a KV cache must not be differentiated, got tangents of q. Call the function without a cache "
-    message += "and write its k and v with .at[].set, or stop them with jax.lax.stop_gradient."
+    message = "what writes a KV cache must not be differentiated, got tangents of qkv. Call the function without a "
+    message += "cache and write its k and v with .at[].set, or stop them with jax.lax.stop_gradient."
     qkv = cached.arguments(CASE)[0]
     assert_refused(NotImplementedError, message, lambda: transform(scalar)(*qkv))
 

@@ -137,8 +137,9 @@ def test_a_cache_cut_otherwise_is_refused(axis, of_cache, tokens, mode):
 @pytest.mark.parametrize("mode", OF_BOTH_KINDS)
 def test_heads_beside_packed_qkv_are_refused(mode):
     case = CachedCase(Case(8, 8, 4, head_dim=64, rotary_dim=16, max_position=40, dtype="float32", packed=True))
-    message = "kv_cache must be whole on each device beside packed qkv, got heads over 4 devices. "
-    message += "Pass q, k and v as three arrays, or call inside jax.shard_map with each device's heads packed."
+    message = "kv_cache must be whole on each device where q, k and v are packed, got heads over 4 devices. "
+    message += "Call inside jax.shard_map with each device's heads packed, or pass q, k and v as three arrays to the "
+    message += "function that takes them."
     assert_refused(case, mode, specs_of(case, WHOLE, WHOLE, OF_CACHE), message)
 
 

@@ -20,9 +20,9 @@ from pallas_qk._mosaic_gpu import epilogue
 from pallas_qk._mosaic_gpu.emit import constant
 from pallas_qk._mosaic_gpu.launch import launch
 from pallas_qk._rows import Inputs, rows_for, spec_of
-from tests import cached, test_projection
+from tests import cached, forms, test_projection
 from tests.cached import AXES, CachedCase
-from tests.cases import Case
+from tests.cases import Case, make_inputs
 from tests.compare import assert_same
 from tests.devices import mesh, put
 from tests.fp8 import NAMES as FP8
@@ -225,17 +225,32 @@ def test_a_bad_call(exception, message, changes):
 @pytest.mark.parametrize("implementation", ["xla", BY_KERNEL])
 def test_it_has_no_derivatives(implementation):
     hidden, *others = arguments(FORM)
-    message = "what writes a KV cache must not be differentiated, got tangents of q. Call the function without a cache "
+    message = (
+        "what writes a KV cache must not be differentiated, got tangents of qkv. Call the function without a cache "
+    )
     with pytest.raises(NotImplementedError, match=re.escape(message)):
         jax.eval_shape(lambda x: jax.jvp(lambda h: op(FORM, implementation)(h, *others).q, (x,), (x,)), hidden)
 
 
-def test_it_is_not_mapped():
+@pytest.mark.parametrize("implementation, name", [("xla", "qkv"), (BY_KERNEL, "hidden")])
+def test_it_is_not_mapped(implementation, name):
     hidden, weight, *others = arguments(FORM)
-    mapped = jax.vmap(lambda h, w: op(FORM, BY_KERNEL)(h, w, *others), (0, None))
-    message = "what writes a KV cache must not be mapped by jax.vmap, got hidden mapped. Make the mapped axis one of "
+    mapped = jax.vmap(lambda h, w: op(FORM, implementation)(h, w, *others), (0, None))
+    message = f"what writes a KV cache must not be mapped by jax.vmap, got {name} mapped. Make the mapped axis one of "
     with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
         jax.eval_shape(mapped, jnp.stack([hidden] * 2), weight)
+
+
+def test_heads_over_devices_are_refused():
+    *arrays, kv_cache, slots = arguments(FORM)
+    spread = tuple(put(mesh(model=2), kv_cache, [(None, None, "model")] * 2))
+    message = (
+        "kv_cache must be whole on each device where q, k and v are packed, got heads over 2 devices. "
+        "Call inside jax.shard_map with each device's heads packed, or pass q, k and v as three arrays to the function "
+        "that takes them."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        op(FORM)(*arrays, spread, slots)
 
 
 def test_several_devices_need_shard_map():
@@ -278,6 +293,18 @@ def test_a_program_for_cuda_is_one_kernel_that_updates_the_cache(form):
 def test_every_layout_of_a_cache_lowers(axes, dtype):
     form = dataclasses.replace(FORM, cache_axes=axes, kv_dtype=dtype)
     assert len(kernel_calls(lowered_text(op(form, BY_KERNEL), *arguments(form)))) == 1
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="there Pallas itself keeps tracers")
+def test_tracing_keeps_no_tracers():
+    """Of this function, the one without a cache, and the op's gradient."""
+    arrays = arguments(FORM)
+    with jax.checking_leaks():
+        lowered_text(op(FORM, BY_KERNEL), *arrays)
+        lowered_text(test_projection.op(implementation=BY_KERNEL), *test_projection.arguments())
+        lowered_text(
+            jax.grad(lambda *x: jnp.sum(forms.op(CASE, BY_KERNEL)(*x)[0])), *forms.arguments(CASE, make_inputs(CASE))
+        )
 
 
 def test_no_tokens_leave_the_cache():

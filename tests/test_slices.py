@@ -1,10 +1,11 @@
 """Kernels that update an array in place, where the array is a slice of another one or goes into one.
 
-XLA since JAX 0.11 fuses a GPU kernel with a slice in front of it and an update behind it, and loses that operand and
-result are one array: kernels without barriers fail here on a GPU, all forms but one. Without a GPU plain XLA runs them,
+XLA of JAX 0.11.2 fuses a GPU kernel with a slice in front of it and an update behind it, and loses that operand and
+result are one array: without barriers most of these forms are wrong on a GPU. Where there is none plain XLA runs them,
 and the barriers are looked for in programs for CUDA.
 """
 
+import dataclasses
 import functools
 import re
 
@@ -14,9 +15,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from tests import cached, test_gate, test_projection_cache
+from tests import cached, forms, test_gate, test_projection_cache
 from tests.cached import CachedCase
-from tests.cases import Case
+from tests.cases import Case, make_inputs
 from tests.compare import assert_same
 from tests.lowering import lowered_text
 from tests.run import has_gpu
@@ -106,6 +107,14 @@ def test_caches_of_layers(form, implementation, donated):
     assert_right(form, *by_op(implementation), donated)
 
 
+@pytest.mark.parametrize("implementation", HERE)
+def test_one_array_for_k_and_for_v(implementation):
+    """An eager call may be given it: each result is an array of its own."""
+    step, xs = by_op(implementation)
+    cache, _ = at(caches_of_layers(), 0)
+    assert_same(step(xs[0], (cache, cache)), step(xs[0], (cache, jnp.array(cache))))
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
@@ -120,6 +129,33 @@ def assert_right(form, step, xs, donated):
     program = jax.jit(functools.partial(form, step), donate_argnums=1 if donated else ())
     assert_same(program(xs, jax.tree.map(jnp.array, caches) if donated else caches), want)
     assert_same(caches, before)
+
+
+# --- tokens ---------------------------------------------------------------------------------------------------------
+# A fused slice may begin anywhere, at addresses that are multiples of a row's bytes and no more.
+
+CUT = 3, 67
+CUT_FORMS = {
+    "16/2": Case(CUT[1], 4, 2, max_position=64),
+    "packed": Case(CUT[1], 4, 2, max_position=64, packed=True),
+    "rows of 80": Case(CUT[1], 3, 1, head_dim=80, rotary_dim=40, max_position=64),
+    "rows of 65": Case(CUT[1], 3, 1, head_dim=65, rotary_dim=2, max_position=64, dtype="float16"),
+    "a row of the table for each": Case(CUT[1], 4, 2, rotary_dim=6, max_position=64, gathered=True),
+    "positions of a byte": Case(CUT[1], 4, 2, max_position=64, positions_dtype="uint8"),
+}
+
+
+@pytest.mark.parametrize("case", CUT_FORMS.values(), ids=CUT_FORMS)
+@pytest.mark.parametrize("implementation", HERE)
+def test_tokens_cut_out_of_more(case, implementation):
+    arrays = forms.arguments(case, make_inputs(case))
+    op = forms.op(dataclasses.replace(case, num_tokens=CUT[1] - CUT[0]), implementation)
+
+    def cut(x):
+        return x[CUT[0] :] if x.shape[0] == case.num_tokens else x
+
+    got = jax.jit(lambda *arrays: op(*map(cut, arrays)))(*arrays)
+    assert_same(got, jax.jit(op)(*jax.device_put([np.array(cut(x)) for x in arrays])))
 
 
 # --- a gate that is handed on -------------------------------------------------------------------------------------

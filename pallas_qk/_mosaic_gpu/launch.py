@@ -69,20 +69,22 @@ def run_kernel(
     """
     arrays, inputs_tree = jax.tree.flatten(inputs)
     leaves, outputs_tree = jax.tree.flatten(outputs)
-    # A Ref is the spelling of an array updated in place that all supported versions of JAX lower to an alias. It lies
-    # between barriers, which keep slices away: XLA since JAX 0.11 fuses a kernel with a slice in front of it and an
-    # update behind it, and loses the alias. Then the kernel writes into what was cut, and its result is what memory
-    # held (H200, JAX 0.11.2).
+    # An array is updated in place as a Ref, which all supported versions of JAX lower to an alias. Barriers in front of
+    # it and behind it keep slices away. Without them XLA of JAX 0.11.2 fuses the kernel with a slice in front of it, or
+    # with an update of a larger array behind it, and loses the alias. Then the kernel writes into the array that was
+    # sliced, and nothing writes its result (H200).
     updated = [jax.new_ref(lax.optimization_barrier(x)) for x in leaves if not isinstance(x, jax.ShapeDtypeStruct)]
     types = [x for x in leaves if isinstance(x, jax.ShapeDtypeStruct)]
+    # The functions below hold no array: JAX keeps them longer than a trace may last.
+    is_type = [isinstance(x, jax.ShapeDtypeStruct) for x in leaves]
+    first, second = len(arrays), len(arrays) + len(updated)
 
     def in_order(of_updated: Sequence, of_types: Sequence) -> Any:
         """The outputs, from those of each sort."""
         sorts = iter(of_updated), iter(of_types)
-        return jax.tree.unflatten(outputs_tree, [next(sorts[isinstance(x, jax.ShapeDtypeStruct)]) for x in leaves])
+        return jax.tree.unflatten(outputs_tree, [next(sorts[which]) for which in is_type])
 
     def body(*refs):
-        first, second = len(arrays), len(arrays) + len(updated)
         kernel(jax.tree.unflatten(inputs_tree, refs[:first]), in_order(refs[first:second], refs[second:]))
 
     grid["kernel_name"] = name

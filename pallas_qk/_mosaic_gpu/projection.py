@@ -13,7 +13,8 @@ rows of k and v themselves.
 H200, bf16, 16/2 heads, E = 2048, T = 16384: 777.5 us, where the product by cuBLAS takes 749.7 and product and op 893.7,
 or 833.1 with the gate in place; at T = 4096 206.6 against 232.6 and 217.1. 32/2 heads, E = 4096: 735.7 against 770.7
 and 740.2 at T = 4096, 3011 against 3063 and 2944 at 16384, where the GPU is at its power limit. Few tiles leave SMs
-idle: 70.8 against 61.4 at T = 1024. With a cache it takes 0.5 % more, and 1 % with one of 8 bits.
+idle: 70.8 against 61.4 at T = 1024. With a cache 787.3, and 788.6 with one of 8 bits, in runs where it
+took 784.0 and 782.5 without.
 
 Nothing but the epilogue waits for positions and table; when each tile did, it took 802.4. Lost: an epilogue in pieces
 under the next tile's first products (895.2 where this took 791.3), and no cluster (811.9). Two products in flight,
@@ -327,8 +328,9 @@ def _array(columns: int, dtype: jnp.dtype) -> plgpu.ShapeDtypeStruct:
 
 
 def _in_threads(inputs: Inputs, *layouts, return_type=None) -> Callable:
-    """Makes of `body(inputs, *arrays)` a function of the arrays. It runs in every thread, with a Pointer in the place
-    of each of the inputs.
+    """Turns `body(inputs, *arrays)` into a function of the arrays alone.
+
+    The body runs in every thread, with a Pointer in the place of each of the inputs.
     """
     dtypes, ref_types = jax.tree.map(lambda ref: ref.dtype, inputs), jax.tree.map(lambda _: plgpu.RefType(), inputs)
 
@@ -382,7 +384,7 @@ def _normed_rows(sizes: _Sizes, options: Options, inputs: Inputs, dtype: jnp.dty
 
 
 def _write_by_slot(sizes: _Sizes, inputs: Inputs, outputs: Outputs, place: Place, dtype: jnp.dtype) -> Callable:
-    """Writes rows (64, D) of a head of k or of v into the cache, from the first token and the head's number."""
+    """Writes rows (64, D) of k or of v into the cache. It takes them, their first token, and the number of the head."""
     caches = {name: getattr(outputs, name) for name in CACHES}
 
     @_in_threads(inputs._replace(**caches), _WGMMA, _SPLAT, _SPLAT)
