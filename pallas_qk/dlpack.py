@@ -19,8 +19,9 @@ _INTEGERS = ("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "in
 #: The names of the dtypes that can be exchanged.
 DTYPES = (*_INTEGERS, "float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 
-# Where XLA needs an array to start, in bytes: its CPU client refuses other views, its GPU executables other arguments.
-_ALIGNMENT = {"cpu": 64, "cuda": 16}
+# Where an array must start, in bytes: XLA's CPU client refuses other views, and Mosaic GPU other arguments of a kernel.
+# GPU executables without such a kernel need multiples of 16.
+_ALIGNMENT = {"cpu": 64, "cuda": 256}
 
 # Order of work on a GPU (jax 0.10.2 to 0.12.0.1, torch 2.11 to 2.13), without blocking the host:
 # - from_torch: JAX hands one of its streams to Tensor.__dlpack__. torch records an event on its current stream and has

@@ -1246,13 +1246,25 @@ MUTATIONS = [
             "mosaic: a slice in front of what is updated in place",
             "jax.new_ref(lax.optimization_barrier(x))",
             "jax.new_ref(x)",
-            tests_of("slices", "test_what_is_updated_in_place_lies_between_barriers"),
+            tests_of("slices", "test_kernels_lie_between_barriers"),
+        ),
+        (
+            "mosaic: a slice in front of what is read",
+            "arrays = [lax.optimization_barrier(x) for x in arrays]",
+            "arrays = [x for x in arrays]",
+            tests_of("slices", "test_kernels_lie_between_barriers"),
+        ),
+        (
+            "mosaic: an update behind a result",
+            "[lax.optimization_barrier(x) for x in results]",
+            "[x for x in results]",
+            tests_of("slices", "test_kernels_lie_between_barriers"),
         ),
         (
             "mosaic: an update behind what is updated in place",
             "lax.optimization_barrier(jax.freeze(ref))",
             "jax.freeze(ref)",
-            tests_of("slices", "test_what_is_updated_in_place_lies_between_barriers"),
+            tests_of("slices", "test_kernels_lie_between_barriers"),
         ),
     ),
     *_in(

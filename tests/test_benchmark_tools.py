@@ -334,7 +334,9 @@ def test_bytes_of_blocks():
         "kv_cache_gate_in_place": (2 * 4 + 4 * 2) * row + table_row,
         "kv_cache_fp8": (4 * 4 + 3 * 2) * row + table_row,
         "kv_cache_fp8_gate_in_place": (2 * 4 + 3 * 2) * row + table_row,
-        "projection": 512 * 768 * 2 + (8 + 2 * 4 + 2 * 2) * row,  # the weight, hidden states 512 wide, q, gate, k and v
+        # The weight, hidden states 512 wide, q, gate, k and v.
+        **dict.fromkeys(("projection", "projection_cache"), 512 * 768 * 2 + (8 + 2 * 4 + 2 * 2) * row),
+        "projection_cache_fp8": 512 * 768 * 2 + (8 + 2 * 4 + 2) * row,
     }
     # With its gate copied the op moves two more rows of each query head.
     assert minimum_bytes(case) - found["gate_in_place"] == 2 * 4 * row

@@ -891,10 +891,13 @@ def test_pinned_and_misaligned_memory_of_a_gpu(gpu):
         from_torch(pinned)
     array = from_torch(pinned, copy=True)
     assert array.sum() == 64 * 63 / 2 and array.devices().pop().platform == "cpu"
-    shifted = torch.arange(64.0, device="cuda")[1:]
-    with pytest.raises(ValueError, match=r"must start at a multiple of 16 bytes, got an address 4 past one"):
-        from_torch(shifted)
-    assert from_torch(shifted, copy=True).sum() == 64 * 63 / 2
+    for first in (1, 4, 32):
+        shifted = torch.arange(128.0, device="cuda")[first:]
+        message = f"must start at a multiple of 256 bytes, got an address {4 * first} past one"
+        with pytest.raises(ValueError, match=message):
+            from_torch(shifted)
+        assert from_torch(shifted, copy=True).sum() == shifted.sum()
+    assert shares_memory(from_torch(shifted[32:]), shifted[32:])
 
 
 @pytest.mark.gpu

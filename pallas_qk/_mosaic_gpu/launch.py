@@ -69,10 +69,12 @@ def run_kernel(
     """
     arrays, inputs_tree = jax.tree.flatten(inputs)
     leaves, outputs_tree = jax.tree.flatten(outputs)
-    # An array is updated in place as a Ref, which all supported versions of JAX lower to an alias. Barriers in front of
-    # it and behind it keep slices away. Without them XLA of JAX 0.11.2 fuses the kernel with a slice in front of it, or
-    # with an update of a larger array behind it, and loses the alias. Then the kernel writes into the array that was
-    # sliced, and nothing writes its result (H200).
+    # Each array is behind a barrier, and each result in front of one, which keep slices away. XLA of JAX 0.11.2 fuses a
+    # kernel with a slice in front of it, and with an update of a larger array behind it. Then an array may begin where
+    # Mosaic GPU refuses it when it runs, at no multiple of 256 bytes. And an array that is updated in place isn't any
+    # more: the kernel writes into what was sliced, and nothing writes its result (H200).
+    arrays = [lax.optimization_barrier(x) for x in arrays]
+    # An array is updated in place as a Ref, which all supported versions of JAX lower to an alias.
     updated = [jax.new_ref(lax.optimization_barrier(x)) for x in leaves if not isinstance(x, jax.ShapeDtypeStruct)]
     types = [x for x in leaves if isinstance(x, jax.ShapeDtypeStruct)]
     # The functions below hold no array: JAX keeps them longer than a trace may last.
@@ -95,4 +97,7 @@ def run_kernel(
     else:
         launched = plgpu.kernel(body, out_type=tuple(types), compiler_params=params, **grid)
     results = launched(*arrays, *updated)
-    return in_order([lax.optimization_barrier(jax.freeze(ref)) for ref in updated], results)
+    return in_order(
+        [lax.optimization_barrier(jax.freeze(ref)) for ref in updated],
+        [lax.optimization_barrier(x) for x in results],
+    )
