@@ -124,8 +124,9 @@ def fused_qkv_projection_rmsnorm_rope_gate_cache(
     """`fused_qkv_rmsnorm_rope_gate_cache` of `hidden @ weight`, on request in one kernel.
 
     On a Hopper GPU `implementation="mosaic_gpu"` does all of it in the epilogue of the product: k and v go from there
-    into the cache, codes of 8 bits too. It serves the prefill of many tokens. With few it is slower than product and
-    op, as `fused_qkv_projection_rmsnorm_rope_gate` is.
+    into the cache, codes of 8 bits too. It serves the prefill of many tokens. From 4096 tokens on and with 16/2 heads
+    it takes 0.88 to 0.89 of the time of product and op on an H200, or 0.94 to 0.96 where the op leaves the gate in
+    place. With few tokens it is slower, as `fused_qkv_projection_rmsnorm_rope_gate` is.
 
     Args:
       kv_cache, slot_mapping, cache_axes, layer, k_scale, v_scale, return_kv: those of

@@ -896,7 +896,7 @@ def test_pinned_and_misaligned_memory_of_a_gpu(gpu):
         message = f"must start at a multiple of 256 bytes, got an address {4 * first} past one"
         with pytest.raises(ValueError, match=message):
             from_torch(shifted)
-        assert from_torch(shifted, copy=True).sum() == shifted.sum()
+        assert from_torch(shifted, copy=True).sum() == shifted.sum().item()
     assert shares_memory(from_torch(shifted[32:]), shifted[32:])
 
 

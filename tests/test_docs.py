@@ -110,7 +110,7 @@ def test_times_of_the_op_are_those_of_the_record(page, heading, run, op, columns
 
 
 def test_times_of_blocks_are_those_of_the_record():
-    rows = rows_of_run("20261124T133006Z")
+    rows = rows_of_run("20261129T235411Z")
     names = ("xla_plain", "mosaic_gpu", "mosaic_gpu_in_place")
     for heads, direction, *cells in rows_of_table(NUMBERS, "| heads | direction"):
         suffix = "" if direction == "forward" else "_backward"
@@ -124,7 +124,7 @@ KINDS_OF_CACHES = ("kv_cache", "kv_cache_gate_in_place", "kv_cache_fp8", "kv_cac
 
 
 def test_times_of_caches_are_those_of_the_record():
-    rows = rows_of_run("20261129T115653Z")
+    rows = rows_of_run("20261129T235531Z")
     columns = [("kv_cache", name) for name in ("oracle", "mosaic_gpu_then_set")]
     columns += [(kind, "mosaic_gpu") for kind in KINDS_OF_CACHES[:3]]
     for tokens, *cells in rows_of_table(NUMBERS, "| tokens | Triton kernel, then"):
@@ -161,7 +161,7 @@ def test_times_of_wider_heads_are_those_of_the_record():
 
 
 def test_times_of_gates_handed_on_are_those_of_the_record():
-    rows = rows_of_run("20261129T165414Z")
+    rows = rows_of_run("20261129T235411Z")
     for tokens, direction, *cells in rows_of_table(NUMBERS, "| tokens | direction | `copy_gate=False`"):
         op = "block" if direction == "forward" else "block_backward"
         in_place, never = (rows[op, f"mosaic_gpu_{form}", "16/2", tokens] for form in ("in_place", "never"))
@@ -175,11 +175,18 @@ def test_times_of_the_projection_are_those_of_the_record():
         assert_rounded(cells, [rows["projection", name, heads, tokens]["p50_us"] for name in names])
 
 
+def test_times_of_the_projection_with_a_cache_are_those_of_the_record():
+    rows = rows_of_run("20261129T235149Z")
+    names = ("mosaic_gpu_then_op", "mosaic_gpu_then_op_in_place", "mosaic_gpu")
+    for heads, tokens, *cells in rows_of_table(DOCS / "options.md", "| heads | tokens | product and cached op"):
+        found = [rows[op, name, heads, tokens] for op in ("projection_cache", "projection_cache_fp8") for name in names]
+        assert_rounded(cells, [row["p50_us"] for row in found])
+
+
 def test_what_8_bits_cost_and_save_is_in_the_record():
-    runs = {False: rows_of_run("20261129T115653Z"), True: rows_of_run("20261129T155819Z")}
+    rows = rows_of_run("20261129T235531Z")
 
     def times(tokens: int) -> list[float]:
-        rows = runs[tokens > 256]
         return [rows[kind, "mosaic_gpu", "16/2", str(tokens)]["p50_us"] for kind in KINDS_OF_CACHES]
 
     said = "costs (.+) to (.+) us more .+ up to 256 tokens. From 16,384 tokens on it saves (.+) % .+ or (.+) % with"
