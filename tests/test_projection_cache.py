@@ -110,19 +110,23 @@ def on_a_traced_layer(form: CachedCase, implementation: str | None):
 # --- product and op -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("implementation", [None, "xla"])
-def test_it_is_the_product_and_the_cached_op(form, implementation):
+def test_it_is_the_product_and_the_cached_op(form):
     arrays = arguments(form)
     if form.layer_is_inside:
-        assert_same_outputs(op(form, implementation)(*arrays), jax.jit(two_steps(form, implementation))(*arrays))
-    traced = jax.jit(on_a_traced_layer(form, implementation))(*arrays)
+        assert_same_outputs(op(form)(*arrays), jax.jit(two_steps(form))(*arrays))
+    traced = jax.jit(on_a_traced_layer(form, None))(*arrays)
     *rows, _, _ = arrays
-    want = jax.jit(test_projection.two_steps(form.case, implementation))(*rows)
+    want = jax.jit(test_projection.two_steps(form.case))(*rows)
     data = cached.data_of(form)._replace(v=np.asarray(want[2]))
     after = cached.write(form, want[1].reshape(CASE.num_tokens, CASE.num_kv_heads, -1), data)
     assert_same(jax.tree.leaves(traced.kv_cache), after)
     assert_same([traced.q, traced.gate], [want[0], want[3]])
     assert (traced.k is None) == (not form.return_kv)
+
+
+def test_plain_xla_by_name():
+    arrays = arguments(FORM)
+    assert_same_outputs(op(FORM, "xla")(*arrays), jax.jit(two_steps(FORM, "xla"))(*arrays))
 
 
 def test_options_reach_the_op():
