@@ -69,10 +69,10 @@ def run_kernel(
     """
     arrays, inputs_tree = jax.tree.flatten(inputs)
     leaves, outputs_tree = jax.tree.flatten(outputs)
-    # Each array is behind a barrier, and each result in front of one, which keep slices away. XLA of JAX 0.11.2 fuses a
-    # kernel with a slice in front of it, and with an update of a larger array behind it. Then an array may begin where
-    # Mosaic GPU refuses it when it runs, at no multiple of 256 bytes. And an array that is updated in place isn't any
-    # more: the kernel writes into what was sliced, and nothing writes its result (H200).
+    # Barriers around all that a kernel reads and writes keep slices out of it. XLA of JAX 0.11.2 fuses a kernel with a
+    # slice in front of it, and with an update of a larger array behind it. A slice may start at no multiple of 256
+    # bytes, and Mosaic GPU refuses such an array when the kernel runs. What is updated in place loses its alias: the
+    # kernel writes into the array that was sliced, and nothing writes the result (H200).
     arrays = [lax.optimization_barrier(x) for x in arrays]
     # An array is updated in place as a Ref, which all supported versions of JAX lower to an alias.
     updated = [jax.new_ref(lax.optimization_barrier(x)) for x in leaves if not isinstance(x, jax.ShapeDtypeStruct)]

@@ -13,8 +13,8 @@ rows of k and v themselves.
 H200, bf16, 16/2 heads, E = 2048, T = 16384: 777.5 us, where the product by cuBLAS takes 749.7 and product and op 893.7,
 or 833.1 with the gate in place; at T = 4096 206.6 against 232.6 and 217.1. 32/2 heads, E = 4096: 735.7 against 770.7
 and 740.2 at T = 4096, 3011 against 3063 and 2944 at 16384, where the GPU is at its power limit. Few tiles leave SMs
-idle: 70.8 against 61.4 at T = 1024. With a cache 787.3, and 788.6 with one of 8 bits, in runs where it
-took 784.0 and 782.5 without.
+idle: 70.8 against 61.4 at T = 1024. With a cache it took 787.3, and 788.6 with one of 8 bits, in runs in which it took
+784.0 and 782.5 without.
 
 Nothing but the epilogue waits for positions and table; when each tile did, it took 802.4. Lost: an epilogue in pieces
 under the next tile's first products (895.2 where this took 791.3), and no cluster (811.9). Two products in flight,
