@@ -63,6 +63,12 @@ class InPlace:
         return Outputs(q, gate=gate, k_cache=k_cache, v_cache=v_cache)
 
 
+def in_place(function: Callable, form: CachedCase, arrays, before, slots) -> InPlace:
+    """A call with caches of its own, which hold what was there before."""
+    scales = tuple(map(jnp.asarray, form.scales))
+    return InPlace(function, tuple(map(jnp.array, before)), *arrays, jnp.asarray(slots), scales)
+
+
 def alone(name: str, form: CachedCase) -> Op:
     """The op without caches. A gate left in place is no result: its slice would be made."""
     op = JAX_OPS[name](form.case)
@@ -113,9 +119,8 @@ def fused(name: str, form: CachedCase) -> Callable:
 def builds_of(form: CachedCase, names: Mapping[str, Builder], arrays, before, slots) -> dict[str, Callable[[], Call]]:
     """The calls by the names of their rows."""
 
-    def in_place(function: Callable) -> InPlace:
-        scales = tuple(map(jnp.asarray, form.scales))
-        return InPlace(function, tuple(map(jnp.array, before)), *arrays, jnp.asarray(slots), scales)
+    def build(function: Callable) -> Callable[[], Call]:
+        return functools.partial(in_place, function, form, arrays, before, slots)
 
     builds: dict[str, Callable[[], Call]] = {}
     for name, builder in names.items():
@@ -123,9 +128,9 @@ def builds_of(form: CachedCase, names: Mapping[str, Builder], arrays, before, sl
             builds[name] = functools.partial(oracle_of, form, arrays, before, slots, builder.write)
         if name in JAX_OPS:
             builds[f"{name}{ALONE}"] = functools.partial(jitted, alone(name, form), *arrays)
-            builds[f"{name}{THEN_SET}"] = functools.partial(in_place, then_set(name, form))
+            builds[f"{name}{THEN_SET}"] = build(then_set(name, form))
         if name in pallas_qk.IMPLEMENTATIONS:
-            builds[name] = functools.partial(in_place, fused(name, form))
+            builds[name] = build(fused(name, form))
     return builds
 
 

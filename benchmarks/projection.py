@@ -78,28 +78,24 @@ def in_one(name: str, case: Case) -> Op:
     return functools.partial(pallas_qk.fused_qkv_projection_rmsnorm_rope_gate, **arguments)
 
 
-def with_gate(case: Any, gate: str) -> Any:
-    """A case, or one with a cache."""
-    if isinstance(case, CachedCase):
-        return dataclasses.replace(case, case=with_gate(case.case, gate))
-    return dataclasses.replace(case, gate=gate)
-
-
-def functions_of(case: Any, names: Mapping[str, Builder], then_op: Callable, in_one: Callable) -> dict[str, Op]:
-    """What is timed next to the product, by the names of its rows; with a gate that is copied and left in place."""
+def functions_of(
+    copied: Any, in_place: Any, names: Mapping[str, Builder], then_op: Callable, in_one: Callable
+) -> dict[str, Op]:
+    """What is timed next to the product, by the names of its rows; of a case in two forms of its gate."""
     functions: dict[str, Op] = {}
     for name in names:
         if name in pallas_qk.IMPLEMENTATIONS:
-            functions[f"{name}{THEN_OP}"] = then_op(name, case)
-            functions[f"{name}{THEN_OP}{IN_PLACE}"] = then_op(name, with_gate(case, "in_place"))
+            functions[f"{name}{THEN_OP}"] = then_op(name, copied)
+            functions[f"{name}{THEN_OP}{IN_PLACE}"] = then_op(name, in_place)
     if "mosaic_gpu" in names:
-        functions["mosaic_gpu"] = in_one("mosaic_gpu", case)
+        functions["mosaic_gpu"] = in_one("mosaic_gpu", copied)
     return functions
 
 
 def builds_of(case: Case, names: Mapping[str, Builder], arrays: tuple[jax.Array, ...]) -> dict[str, Callable[[], Call]]:
     """The calls by the names of their rows."""
-    functions = {PRODUCT: alone} | functions_of(case, names, then_op, in_one)
+    in_place = dataclasses.replace(case, gate="in_place")
+    functions = {PRODUCT: alone} | functions_of(case, in_place, names, then_op, in_one)
     return {name: functools.partial(jitted, function, *arrays) for name, function in functions.items()}
 
 
@@ -141,8 +137,8 @@ def then_cached_op(name: str, form: CachedCase) -> Callable:
 
 
 def in_one_with_cache(name: str, form: CachedCase) -> Callable:
-    arguments: dict[str, Any] = {"eps": form.case.eps, "num_q_heads": form.case.num_q_heads, "implementation": name}
-    arguments["cache_axes"] = form.cache_axes
+    arguments: dict[str, Any] = {"eps": form.case.eps, "num_q_heads": form.case.num_q_heads}
+    arguments |= {"cache_axes": form.cache_axes, "implementation": name}
     op: Callable[..., Any] = functools.partial(pallas_qk.fused_qkv_projection_rmsnorm_rope_gate_cache, **arguments)
 
     def run(caches, *arrays):
@@ -157,17 +153,18 @@ def check_projection_cache(
     case: Case, inputs: Inputs, providers: Mapping[str, Builder], *, kv_dtype: str | None = None
 ) -> Checks:
     """As `check_projection`, of calls that write k and v into a cache: all of it is compared."""
-    form = dataclasses.replace(kv_cache.form_of(case, kv_dtype=kv_dtype), finite=True)
-    arrays, before, slots = arrays_of(case, inputs), cached.caches(form), jnp.asarray(kv_cache.slots_of(form))
+    form, in_place = (
+        dataclasses.replace(kv_cache.form_of(case, gate, kv_dtype), finite=True) for gate in ("copied", "in_place")
+    )
+    arrays, before, slots = arrays_of(case, inputs), cached.caches(form), kv_cache.slots_of(form)
 
-    def in_place(function: Callable) -> kv_cache.InPlace:
-        scales = tuple(map(jnp.asarray, form.scales))
-        return kv_cache.InPlace(function, tuple(map(jnp.array, before)), *arrays, slots, scales)
+    def build(function: Callable) -> Callable[[], Call]:
+        return functools.partial(kv_cache.in_place, function, form, arrays, before, slots)
 
-    functions = functions_of(form, providers, then_cached_op, in_one_with_cache)
+    functions = functions_of(form, in_place, providers, then_cached_op, in_one_with_cache)
     builds: dict[str, Callable[[], Call]] = {PRODUCT: functools.partial(jitted, alone, *arrays)}
-    builds |= {name: functools.partial(in_place, function) for name, function in functions.items()}
-    (product,), want = builds[PRODUCT]()(), in_place(then_cached_op("xla", form))()
+    builds |= {name: build(function) for name, function in functions.items()}
+    (product,), want = builds[PRODUCT]()(), build(then_cached_op("xla", form))()()
 
     def compare(name: str, got) -> Agreement:
         if name == PRODUCT:

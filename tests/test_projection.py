@@ -433,6 +433,17 @@ EPILOGUES = {
 }
 
 
+def places_of(array, first):
+    """Where a thread's words [j][h] of rows of 256 lie in an array, from row `first` on."""
+    columns = [(epilogue.quad() * 2).resized(64) + 8 * j for j in range(32)]
+    rows = [array.row(first + epilogue.row_of_thread(row), 256) for row in range(2)]
+    return [[row + column for row in rows] for column in columns]
+
+
+def words_of(array, first):
+    return [[place.load(2) for place in of_rows] for of_rows in places_of(array, first)]
+
+
 def epilogue_of(product, weight, table, positions, *, case: Case):
     """Rows of one head, normalised and rotated by threads that hold them as the kernel's do: its code in a launch."""
     num_tokens, dtype, max_position = case.num_tokens, jnp.dtype(case.dtype), len(table)
@@ -442,13 +453,10 @@ def epilogue_of(product, weight, table, positions, *, case: Case):
         product, weight, table, positions = inputs
         first, table = program * 64, Table(table, positions, max_position, num_tokens, options)
         angles = epilogue.words_of_angles(table, first)
-        columns = [(epilogue.quad() * 2).resized(64) + 8 * j for j in range(32)]
-        rows = [first + epilogue.row_of_thread(row) for row in range(2)]
-        words = [[(product.row(row, 256) + column).load(2) for row in rows] for column in columns]
-        words = epilogue.normed(words, *angles, weight, table, first, dtype)
-        for column, of_rows in zip(columns, words, strict=True):
-            for row, of_row in zip(rows, of_rows, strict=True):
-                (out.row(row, 256) + column).store(of_row)
+        words = epilogue.normed(words_of(product, first), *angles, weight, table, first, dtype)
+        for places, of_rows in zip(places_of(out, first), words, strict=True):
+            for place, of_row in zip(places, of_rows, strict=True):
+                place.store(of_row)
 
     out = jax.ShapeDtypeStruct(product.shape, dtype)
     arrays = product, weight, table, positions

@@ -342,10 +342,7 @@ def in_cache(rows, caches, others: Inputs, *, form: CachedCase, kind: str):
     def thread(program, inputs, outputs):
         rows, others = inputs
         first, head = program * 64, constant(case.num_kv_heads - 1)
-        columns = [(epilogue.quad() * 2).resized(64) + 8 * j for j in range(32)]
-        own = [first + epilogue.row_of_thread(row) for row in range(2)]
-        words = [[(rows.row(row, 256) + column).load(2) for row in own] for column in columns]
-        arrays = others._replace(**outputs)
+        words, arrays = test_projection.words_of(rows, first), others._replace(**outputs)
         epilogue.write_by_slot(words, first, head, case.num_tokens, case.num_kv_heads, place, arrays, dtype)
 
     return launch("by_slot", thread, (rows, others), caches, num_programs=len(rows) // 64, num_warpgroups=1)

@@ -28,26 +28,18 @@ FORM = CachedCase(CASE, num_blocks=4, block_size=16)
 HERE = ("mosaic_gpu", "triton") if has_gpu() else ("xla",)
 
 
-def by_op(implementation):
-    """What each layer does with (x, caches), and x of all layers: the op on packed projections."""
-    qkv, *others, _, slots = cached.arguments(FORM)
+def layers_of(calls, implementation):
+    """What each layer does with (x, caches), and x of all layers, from a file that has `arguments` and `op` of a form.
+
+    By `cached` x is a packed projection, by `test_projection_cache` hidden states.
+    """
+    x, *others, _, slots = calls.arguments(FORM)
 
     def step(x, caches):
-        outputs = cached.op(FORM, implementation)(x, *others, caches, slots)
+        outputs = calls.op(FORM, implementation)(x, *others, caches, slots)
         return outputs.q, outputs.kv_cache
 
-    return step, jnp.stack([jnp.roll(qkv, layer, 0) for layer in range(LAYERS)])
-
-
-def by_projection(implementation):
-    """The op on hidden states, which must be the kernel to be of interest here."""
-    hidden, *others, _, slots = test_projection_cache.arguments(FORM)
-
-    def step(x, caches):
-        outputs = test_projection_cache.op(FORM, implementation)(x, *others, caches, slots)
-        return outputs.q, outputs.kv_cache
-
-    return step, jnp.stack([jnp.roll(hidden, layer, 0) for layer in range(LAYERS)])
+    return step, jnp.stack([jnp.roll(x, layer, 0) for layer in range(LAYERS)])
 
 
 def caches_of_layers():
@@ -104,13 +96,13 @@ FORMS = (scanned, unrolled, set_back, set_back_in_a_loop, from_one_array)
 @pytest.mark.parametrize("implementation", HERE)
 @pytest.mark.parametrize("donated", [False, True])
 def test_caches_of_layers(form, implementation, donated):
-    assert_right(form, *by_op(implementation), donated)
+    assert_right(form, *layers_of(cached, implementation), donated)
 
 
 @pytest.mark.parametrize("implementation", HERE)
 def test_one_array_for_k_and_for_v(implementation):
     """An eager call may be given it: each result is an array of its own."""
-    step, xs = by_op(implementation)
+    step, xs = layers_of(cached, implementation)
     cache, _ = at(caches_of_layers(), 0)
     assert_same(step(xs[0], (cache, cache)), step(xs[0], (cache, jnp.array(cache))))
 
@@ -119,7 +111,7 @@ def test_one_array_for_k_and_for_v(implementation):
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_caches_of_layers_by_the_projection(form):
-    assert_right(form, *by_projection("mosaic_gpu"), donated=True)
+    assert_right(form, *layers_of(test_projection_cache, "mosaic_gpu"), donated=True)
 
 
 def assert_right(form, step, xs, donated):
@@ -228,11 +220,11 @@ def operands_and_results(text: str) -> tuple[list[str], list[str]]:
 
 
 def write(x, caches):
-    return by_op("mosaic_gpu")[0](x, caches)
+    return layers_of(cached, "mosaic_gpu")[0](x, caches)
 
 
 def project_and_write(x, caches):
-    return by_projection("mosaic_gpu")[0](x, caches)
+    return layers_of(test_projection_cache, "mosaic_gpu")[0](x, caches)
 
 
 def differentiate(attended, q_gate):
@@ -245,7 +237,7 @@ def test_kernels_lie_between_barriers(function):
     if function is differentiate:
         args = tuple(test_gate.arrays_of(GATED)[:2])
     else:
-        (_, xs), caches = by_op(None) if function is write else by_projection(None), caches_of_layers()
+        (_, xs), caches = layers_of(cached if function is write else test_projection_cache, None), caches_of_layers()
         args = xs[0], at(caches, 0)
     text = lowered_text(function, *args)
     operands, results = operands_and_results(text)

@@ -1,5 +1,6 @@
 """Runs a function in every thread of a grid, as a Pallas kernel on the Mosaic GPU backend."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,16 +31,11 @@ def launch(
     """
 
     def kernel(inputs, outputs):
-        refs, tree = jax.tree.flatten((inputs, outputs))
-        dtypes = [ref.dtype for ref in refs]
+        @in_threads((inputs, outputs), SPLAT)
+        def body(pointers, program):
+            thread(number(program), *pointers)
 
-        def body(launch_context, program, *refs):
-            del launch_context
-            pointers = [Pointer.to(ref, dtype) for ref, dtype in zip(refs, dtypes, strict=True)]
-            thread(Int(program.registers.item()), *jax.tree.unflatten(tree, pointers))
-
-        arg_types = (plgpu.Layout.WG_SPLAT(()), *(plgpu.RefType() for _ in refs))
-        plgpu.inline_mgpu(arg_types=arg_types)(body)(lax.axis_index(_GRID_AXIS), *refs)
+        body(lax.axis_index(_GRID_AXIS))
 
     return run_kernel(
         name,
@@ -53,6 +49,32 @@ def launch(
         num_threads=None if num_warpgroups == 1 else num_warpgroups,
         thread_name=None if num_warpgroups == 1 else _WARPGROUP_AXIS,
     )
+
+
+SPLAT = plgpu.Layout.WG_SPLAT(())  # of a scalar, which every thread holds
+
+
+def number(splat: Any) -> Int:
+    """The integer that is a scalar of the kernel."""
+    return Int(splat.registers.item())
+
+
+def in_threads(refs: Any, *layouts: Any, return_type: Any = None) -> Callable:
+    """Turns `body(pointers, *arrays)` into a function of the arrays alone.
+
+    The body runs in every thread, with a Pointer in the place of each of the refs, in any containers.
+    """
+    dtypes, ref_types = jax.tree.map(lambda ref: ref.dtype, refs), jax.tree.map(lambda _: plgpu.RefType(), refs)
+
+    def decorator(body: Callable) -> Callable:
+        def with_pointers(context, refs, *arrays):
+            del context
+            return body(jax.tree.map(Pointer.to, refs, dtypes), *arrays)
+
+        inlined = plgpu.inline_mgpu(arg_types=(ref_types, *layouts), return_type=return_type)(with_pointers)
+        return functools.partial(inlined, refs)
+
+    return decorator
 
 
 def run_kernel(

@@ -48,10 +48,22 @@ from pallas_qk._mosaic_gpu.epilogue import (
     words_of_angles,
     write_by_slot,
 )
-from pallas_qk._mosaic_gpu.launch import run_kernel
+from pallas_qk._mosaic_gpu.launch import SPLAT, in_threads, number, run_kernel
 from pallas_qk._mosaic_gpu.thread import Table
 from pallas_qk._options import Options, Spec, Target
-from pallas_qk._rows import CACHES, WEIGHTS, Inputs, Outputs, Place, Rows, empty, on_rows, rows_of, with_caches
+from pallas_qk._rows import (
+    CACHES,
+    WEIGHTS,
+    Inputs,
+    Outputs,
+    Place,
+    Rows,
+    empty,
+    flat_output_types,
+    on_rows,
+    rows_of,
+    with_caches,
+)
 from pallas_qk._target import cuda_target
 
 PROJECTION_NAME = "pallas_qk_mosaic_gpu_projection_forward"
@@ -126,13 +138,8 @@ def project(hidden: jax.Array, weight: jax.Array, inputs: Inputs, *, options: Op
     padding = -num_tokens % 8
     if padding:
         hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
-    num_heads = {"q": num_q_heads, "k": num_kv_heads}
-    types = Outputs()
-    for kind in sizes.rows(options).values():
-        columns = num_heads[kind.heads] * HEAD_DIM
-        row_type = jax.ShapeDtypeStruct((num_tokens + padding, columns), hidden.dtype)
-        types = types._replace(**{place.array: row_type for place in kind.targets if place.slots is None})
-    inputs, written = with_caches(inputs, types)
+    product = jax.ShapeDtypeStruct((num_tokens + padding, weight.shape[1]), hidden.dtype)
+    inputs, written = with_caches(inputs, flat_output_types(inputs._replace(q=product), options))
     if not num_tokens:
         return empty(written)
     if inputs.q_weight.dtype != inputs.k_weight.dtype:  # a thread loads either
@@ -327,29 +334,7 @@ def _array(columns: int, dtype: jnp.dtype) -> plgpu.ShapeDtypeStruct:
     return plgpu.ShapeDtypeStruct((_ROWS, columns), dtype, layout=plgpu.Layout.WGMMA)
 
 
-def _in_threads(inputs: Inputs, *layouts, return_type=None) -> Callable:
-    """Turns `body(inputs, *arrays)` into a function of the arrays alone.
-
-    The body runs in every thread, with a Pointer in the place of each of the inputs.
-    """
-    dtypes, ref_types = jax.tree.map(lambda ref: ref.dtype, inputs), jax.tree.map(lambda _: plgpu.RefType(), inputs)
-
-    def decorator(body: Callable) -> Callable:
-        def with_pointers(context, refs, *arrays):
-            del context
-            return body(jax.tree.map(Pointer.to, refs, dtypes), *arrays)
-
-        inlined = plgpu.inline_mgpu(arg_types=(ref_types, *layouts), return_type=return_type)(with_pointers)
-        return functools.partial(inlined, inputs)
-
-    return decorator
-
-
-_WGMMA, _SPLAT = plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT(())
-
-
-def _number(splat) -> Int:
-    return Int(splat.registers.item())
+_WGMMA = plgpu.Layout.WGMMA
 
 
 def _table(sizes: _Sizes, options: Options, pointers: Inputs) -> Table:
@@ -361,9 +346,9 @@ def _angles(sizes: _Sizes, options: Options, inputs: Inputs) -> Callable:
     dtype = inputs.cos_sin_cache.dtype
     angles = _array(ROTARY_DIM // 2, dtype)
 
-    @_in_threads(inputs, _SPLAT, return_type=(angles, angles))
+    @in_threads(inputs, SPLAT, return_type=(angles, angles))
     def body(pointers, first_token):
-        cos, sin = words_of_angles(_table(sizes, options, pointers), _number(first_token))
+        cos, sin = words_of_angles(_table(sizes, options, pointers), number(first_token))
         return _as_array(cos, dtype), _as_array(sin, dtype)
 
     return body
@@ -373,12 +358,12 @@ def _normed_rows(sizes: _Sizes, options: Options, inputs: Inputs, dtype: jnp.dty
     """Rows (64, D) of q or of k."""
     table_dtype = inputs.cos_sin_cache.dtype
 
-    @_in_threads(inputs, _WGMMA, _WGMMA, _WGMMA, _SPLAT, _SPLAT, return_type=_array(HEAD_DIM, dtype))
+    @in_threads(inputs, _WGMMA, _WGMMA, _WGMMA, SPLAT, SPLAT, return_type=_array(HEAD_DIM, dtype))
     def body(pointers, product, cos, sin, is_q, first_token):
         both = [weight.address for weight in (pointers.q_weight, pointers.k_weight)]
-        weight = Pointer(arith.select(_number(is_q).equals(1).value, *both), pointers.q_weight.dtype)
+        weight = Pointer(arith.select(number(is_q).equals(1).value, *both), pointers.q_weight.dtype)
         words = _words_of(product, FLOAT32), _words_of(cos, table_dtype), _words_of(sin, table_dtype)
-        return _as_array(normed(*words, weight, _table(sizes, options, pointers), _number(first_token), dtype), dtype)
+        return _as_array(normed(*words, weight, _table(sizes, options, pointers), number(first_token), dtype), dtype)
 
     return body
 
@@ -387,9 +372,9 @@ def _write_by_slot(sizes: _Sizes, inputs: Inputs, outputs: Outputs, place: Place
     """Writes rows (64, D) of k or of v into the cache. It takes them, their first token, and the number of the head."""
     caches = {name: getattr(outputs, name) for name in CACHES}
 
-    @_in_threads(inputs._replace(**caches), _WGMMA, _SPLAT, _SPLAT)
+    @in_threads(inputs._replace(**caches), _WGMMA, SPLAT, SPLAT)
     def body(pointers, rows, first_token, head):
-        numbers = _number(first_token), _number(head)
+        numbers = number(first_token), number(head)
         write_by_slot(_words_of(rows, dtype), *numbers, sizes.num_tokens, sizes.num_kv_heads, place, pointers, dtype)
 
     return body
@@ -416,12 +401,12 @@ def _put(first: int, dtype: jnp.dtype) -> Callable:
         lane = thread & 31
         row = (thread >> 5) * 16 + (lane & 15)
         start = buffer + row * (2 * _CHUNK) + (((lane >> 4) ^ (lane & 7)) * 16)
-        for number in range(0, len(blocks), 2):
-            ((low_top,), (low_bottom,)), ((high_top,), (high_bottom,)) = blocks[number : number + 2]
+        for block in range(0, len(blocks), 2):
+            ((low_top,), (low_bottom,)), ((high_top,), (high_bottom,)) = blocks[block : block + 2]
             words = [low_top, low_bottom, high_top, high_bottom]
             llvm.inline_asm(
                 ir.Type.parse("!llvm.void"),
-                [(start ^ (16 * number)).value, *(word.value for word in words)],
+                [(start ^ (16 * block)).value, *(word.value for word in words)],
                 "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};",
                 "r,r,r,r,r,~{memory}",
                 has_side_effects=True,
