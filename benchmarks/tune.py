@@ -251,7 +251,7 @@ def report(results: Sequence[Result], gpu: str, versions: Mapping[str, str]) -> 
         kept = [field.name for field in dataclasses.fields(x.rule) if field.name not in swept_fields(x.rule)]
         text = f"{x.implementation}, {x.direction}, T = {x.case.num_tokens}: {x.tried} configurations timed"
         if kept:
-            text += f", {' and '.join(kept)} as the rule has them"
+            text += f", as the rule has them: {', '.join(kept)}"
         text += "".join(f"; {count} not built: {reason}" for reason, count in x.left_out.items())
         lines.append(f"- {text}. Rule: `{x.rule}`")
     return "\n".join(lines)

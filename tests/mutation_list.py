@@ -1614,8 +1614,8 @@ MUTATIONS = [
         ),
         (
             "mosaic: several heads a thread with the gate in place of few tokens",
-            "if chunks and not q_copied and num_rows >= 262144:",
-            "if chunks and not q_copied:",
+            "by_eights and not q_copied and num_rows >= 262144:",
+            "by_eights and not q_copied:",
             tests_of("choice", "test_a_gate_in_place_has_several_heads_a_thread_where_memory_binds"),
         ),
         (
@@ -1629,6 +1629,18 @@ MUTATIONS = [
             "else k_copied and num_rows >= 32768",
             "else False",
             tests_of("choice", "test_where_k_rows_come_first"),
+        ),
+        (
+            "mosaic: eight heads a thread in any number of programs",
+            "for count in groups) <= _ONE_WAVE:",
+            "for count in groups) > 0:",
+            tests_of("choice", "test_several_heads_a_thread"),
+        ),
+        (
+            "mosaic: heads apart in few turns",
+            "apart = heads > 1 and num_rows * d >= 2**24",
+            "apart = heads > 1",
+            tests_of("choice", "test_rule_of_the_mosaic_gpu_kernel"),
         ),
         (
             "mosaic: several heads a thread with float32",
@@ -1707,8 +1719,8 @@ MUTATIONS = [
         ),
         (
             "mosaic: rows past the last",
-            "row = row.minimum(num_groups - 1)",
-            "row = row.minimum(num_groups)",
+            "group = group.minimum(num_groups - 1)",
+            "group = group.minimum(num_groups)",
             tests_of("mosaic_gpu", "test_a_token_alone_gives_the_bits_it_gives_in_a_batch"),
         ),
         (
@@ -1725,9 +1737,21 @@ MUTATIONS = [
         ),
         (
             "mosaic: groups of heads that lie one row apart",
-            "row = row * size",
-            "row = row",
+            "else group * size",
+            "else group",
             tests_of("heads_per_thread", f"{EVERY_FORM}[{TWO_HEADS}]"),
+        ),
+        (
+            "mosaic: heads that lie apart, from the token's first group on",
+            "group + token * (num_heads - groups_of_token)",
+            "token * num_heads",
+            tests_of("heads_per_thread", f"{EVERY_FORM}[{TWO_HEADS}]"),
+        ),
+        (
+            "mosaic: heads apart lie side by side",
+            "apart = groups_of_token if config.heads_apart else 1",
+            "apart = 1",
+            tests_of("heads_per_thread", "test_how_far_apart_the_heads_of_a_thread_lie"),
         ),
         (
             "mosaic: as many programs as for one head",
@@ -1737,7 +1761,7 @@ MUTATIONS = [
         ),
         (
             "mosaic: groups counted as rows",
-            "num_groups = num_tokens * num_heads // size",
+            "num_groups = num_tokens * groups_of_token",
             "num_groups = num_tokens * num_heads",
             tests_of("heads_per_thread", f"{EVERY_FORM}[{TWO_HEADS}]"),
         ),
@@ -1791,6 +1815,12 @@ MUTATIONS = [
             "arith.mulf(r, f32(-1 / head_dim))",
             "arith.mulf(r, f32(1 / head_dim))",
             GRADIENTS_OF_MOSAIC,
+        ),
+        (
+            "mosaic backward: weights made once, which the first step waits for",
+            "[[in_each_turn(word) for word in words] for words in of_vectors]",
+            "of_vectors",
+            tests_of("mosaic_gpu_vjp", "test_weights_are_made_of_their_words_in_each_step"),
         ),
         (
             "mosaic backward: a partner with its own sign",

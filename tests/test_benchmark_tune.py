@@ -227,11 +227,11 @@ def test_the_report_is_a_table_with_gpu_and_versions_in_front():
         "`TritonBackward(layout='halves', rows_per_step=1, q_programs=2000, k_programs=250)` |",
         "| forward, bfloat16 | 1/1 | 64, 32 | 4 | mosaic_gpu | 2.00 | 2.00 | 2.00 | 0.0 % | 1.6 % | the rule's |",
         "",
-        "- triton, backward, T = 16384: 6 configurations timed, layout and rows_per_step as the rule has them; "
+        "- triton, backward, T = 16384: 6 configurations timed, as the rule has them: layout, rows_per_step; "
         "20 not built: halves need powers of two; 1 not built: XlaRuntimeError: no. "
         "Rule: `TritonBackward(layout='halves', rows_per_step=1, q_programs=2800, k_programs=350)`",
-        "- mosaic_gpu, forward, T = 4: 72 configurations timed, cast_first and heads_ahead as the rule has them. "
-        f"Rule: `{RULE}`",
+        "- mosaic_gpu, forward, T = 4: 72 configurations timed, as the rule has them: cast_first, heads_ahead, "
+        f"heads_apart. Rule: `{RULE}`",
     ]
 
 

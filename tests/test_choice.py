@@ -325,7 +325,7 @@ def test_layouts_of_pairs(num_tokens, head_dim, rotary_dim):
 @pytest.mark.parametrize(
     "num_tokens, q_copied, cache_dtype, heads",
     [
-        (16384, False, "float8_e4m3fn", (4, 1)),
+        (16384, False, "float8_e4m3fn", (8, 2)),
         (16383, False, "float8_e5m2", (1, 1)),
         (16384, True, "float8_e4m3fn", (1, 1)),
         (16384, False, "bfloat16", (8, 2)),
@@ -364,14 +364,24 @@ def test_the_triton_kernel_takes_chunks_where_no_gate_is_copied():
         ((31, 32, 8, 128, 128), False, MosaicForward("halves", 2, "first", k_first=True)),
         ((32, 32, 8, 128, 128), False, MosaicForward("halves", 2, "first", k_first=True, heads_per_thread=2)),
         ((128, 32, 8, 128, 128), True, MosaicForward("chunks", 4, "after_gate", k_first=True)),
-        ((65536, 32, 8, 128, 128), False, MosaicForward("halves", 2, "first", k_first=True, heads_per_thread=4)),
+        ((4095, 32, 8, 128, 128), False, MosaicForward("halves", 2, "first", k_first=True, heads_per_thread=4)),
+        (
+            (4096, 32, 8, 128, 128),
+            False,
+            MosaicForward("halves", 2, "first", True, heads_per_thread=4, heads_apart=True),
+        ),
         ((1023, 32, 8, 128, 64), False, MosaicForward("chunks", 4, "after_gate", k_first=True)),
         ((1024, 32, 8, 128, 64), False, MosaicForward("halves", 2, "first", k_first=True, heads_per_thread=8)),
         ((2048, 32, 8, 128, 64), False, MosaicForward("halves", 2, "first", heads_per_thread=4)),
-        ((8192, 8, 1, 256, 256), False, MosaicForward("halves", 1, "first", k_first=True, heads_per_thread=4)),
+        ((4096, 32, 8, 128, 64), False, MosaicForward("halves", 2, "first", heads_per_thread=4, heads_apart=True)),
+        (
+            (8192, 8, 1, 256, 256),
+            False,
+            MosaicForward("halves", 1, "first", True, heads_per_thread=4, heads_apart=True),
+        ),
         ((1023, 16, 2, 512, 512), False, MosaicForward("halves", 1, "first", k_first=True)),
         ((1024, 16, 2, 512, 512), False, MosaicForward("halves", 1, "first", k_first=True, heads_per_thread=4)),
-        ((8192, 16, 2, 512, 512), False, MosaicForward("halves", 1, "first", heads_per_thread=8)),
+        ((8192, 16, 2, 512, 512), False, MosaicForward("halves", 1, "first", heads_per_thread=8, heads_apart=True)),
         ((1024, 16, 2, 512, 128), False, MosaicForward("chunks", 1, "after_sum", k_first=True)),
         ((1024, 9, 3, 128, 128), False, MosaicForward("chunks", 4, "after_gate", k_first=True)),
         ((1024, 32, 8, 64, 64), False, MosaicForward("chunks", 8, "after_gate", k_first=True)),
@@ -393,14 +403,16 @@ def test_few_rows_by_slot_are_loaded_before_the_slot_counts(num_tokens, q_copied
 
 
 def test_several_heads_a_thread():
-    """By the elements of q: too many leave too few threads."""
+    """By the elements of q, and eight in a single wave of programs: too many leave too few threads."""
 
     def heads(*sizes, dtype="bfloat16", **how):
         config = mosaic_forward(Spec(*sizes, dtype), q_copied=False, **how)
         return config.heads_per_thread
 
-    tokens = (31, 32, 511, 512, 1023, 1024, 2047, 2048)
+    tokens = (31, 32, 511, 512, 1023, 1024, 1900, 1901)
     assert [heads(n, 32, 8, 128, 128) for n in tokens] == [1, 2, 2, 4, 4, 8, 8, 4]
+    assert [heads(n, 64, 8, 128, 128) for n in (511, 512, 1056, 1057)] == [4, 8, 8, 4]
+    assert [heads(n, 16, 2, 256, 256) for n in (1024, 1584, 1585)] == [8, 8, 4]
     assert [heads(n, 32, 8, 128, 128, num_axes=3) for n in (127, 128, 1023, 1024, 16384)] == [1, 4, 4, 8, 8]
     assert [heads(n, 8, 4, 256, 256) for n in (63, 64, 1023, 1024, 2048, 4096)] == [1, 2, 2, 4, 8, 4]
     assert [heads(n, 16, 2, 512, 512) for n in (1023, 1024, 8191, 8192)] == [1, 4, 4, 8]

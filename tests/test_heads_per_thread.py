@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,10 +70,14 @@ def configs(case: Case):
 
 
 def assert_equal_bits(
-    inputs: _rows.Inputs, options: Options, config: MosaicForward, want, heads=((2, 1), (4, 1), (4, 3))
+    inputs: _rows.Inputs,
+    options: Options,
+    config: MosaicForward,
+    want,
+    heads=((2, 1, True), (2, 2, False), (4, 1, False), (4, 3, True)),
 ) -> None:
-    for number, ahead in heads:
-        several = dataclasses.replace(config, heads_per_thread=number, heads_ahead=ahead)
+    for number, ahead, apart in heads:
+        several = dataclasses.replace(config, heads_per_thread=number, heads_ahead=ahead, heads_apart=apart)
         assert_same(kernel("forward", "mosaic_gpu", options, False, config=several)(inputs), want)
 
 
@@ -89,7 +94,7 @@ def test_rows_of_a_cache_have_the_bits_of_one_head(case):
     inputs = cached.inputs_of(case)
     want = kernel("forward", "mosaic_gpu", case.options, False)(inputs)
     for config in configs(case.case):
-        assert_equal_bits(inputs, case.options, config, want, heads=((2, 1), (2, 2)))
+        assert_equal_bits(inputs, case.options, config, want, heads=((2, 1, True), (2, 2, False)))
 
 
 def test_positions_outside_reach_every_head():
@@ -103,9 +108,9 @@ def test_positions_outside_reach_every_head():
 
 
 @functools.cache
-def code(case: Case | CachedCase, heads_per_thread: int, weights: str = "first", heads_ahead: int = 1) -> str:
+def code(case: Case | CachedCase, heads_per_thread: int, weights: str = "first", **of_heads: Any) -> str:
     """Of the kernel."""
-    config = MosaicForward("halves", 2, weights, heads_per_thread=heads_per_thread, heads_ahead=heads_ahead)
+    config = MosaicForward("halves", 2, weights, heads_per_thread=heads_per_thread, **of_heads)
     if isinstance(case, CachedCase):
         inputs, options = jax.eval_shape(lambda: cached.inputs_of(case)), case.options
     else:
@@ -155,6 +160,15 @@ def test_each_head_is_loaded_before_the_arithmetic_of_one_before_it(case):
         assert sorted(set(loads)) == [shared + vectors * n for n in range(min(ahead + first, 4), 5)]
 
 
+@pytest.mark.parametrize("apart, step", [(False, 1), (True, 3)])
+def test_how_far_apart_the_heads_of_a_thread_lie(apart, step):
+    case = dataclasses.replace(PLAIN, num_q_heads=6, num_kv_heads=1, head_dim=128)
+    text = code(case, 2, heads_apart=apart)
+    of_q = text[text.rindex("scf.if") :]
+    constants = {int(value) for value in re.findall(r"arith.constant (\d+) : i64", of_q)}
+    assert constants & {128, 2 * 128, 3 * 128} == {128, step * 128}  # of a row, and to the second head
+
+
 @pytest.mark.parametrize("num_q_heads, num_kv_heads, groups", [(4, 2, (2, 1)), (6, 3, (3, 3)), (3, 1, (3, 1))])
 def test_programs_are_as_many_as_groups_need(num_q_heads, num_kv_heads, groups):
     case = dataclasses.replace(PLAIN, num_tokens=800, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads)
@@ -169,7 +183,13 @@ def test_every_number_of_heads_gives_the_same_bits_on_a_gpu(gpu, num_tokens, hea
     case = dataclasses.replace(PLAIN, num_tokens=num_tokens, num_q_heads=8, num_kv_heads=2, packed=True)
     inputs = forms.split_heads(case, forms.inputs_of(case, numpy_inputs(case)))
     inputs = jax.tree.map(jnp.asarray, inputs)
-    configs = [None, *(MosaicForward("halves", 4, w, heads_per_thread=heads) for w in ("first", "after_sum"))]
+    configs = [
+        None,
+        *(
+            MosaicForward("halves", 4, weights, heads_per_thread=heads, heads_apart=apart)
+            for weights, apart in (("first", True), ("after_sum", False))
+        ),
+    ]
     want, *got = (
         jax.jit(functools.partial(_mosaic_gpu.forward, options=forms.options(case), config=config))(inputs)
         for config in configs

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 
-from pallas_qk._fp8 import is_fp8
 from pallas_qk._options import Spec, Target, chunk_lanes, has_halves, next_power_of_2
 
 
@@ -25,7 +24,8 @@ class MosaicForward:
     `heads_per_thread` says how many heads of one token a thread has its lanes of; where it doesn't divide the heads of
     q, or those of k, their largest common divisor. The token's position, row of the table, slot and weights are loaded
     once for all of them. Head `heads_ahead` is loaded before the arithmetic of head 0, the next one before that of head
-    1, and so on: memory stays busy, and registers hold few heads.
+    1, and so on: memory stays busy, and registers hold few heads. `heads_apart` says that they lie as far apart as they
+    can, so that threads side by side read rows side by side; else a thread's heads lie side by side.
     """
 
     layout: str  # "chunks", "halves" or "row"
@@ -35,6 +35,7 @@ class MosaicForward:
     cast_first: bool = True
     heads_per_thread: int = 1
     heads_ahead: int = 1
+    heads_apart: bool = False
 
     def heads_of(self, num_heads: int) -> int:
         """Heads of one token that a thread has, of an axis of so many."""
@@ -83,9 +84,7 @@ def mosaic_forward(
 
     Codes of 8 bits, and in the same run a cache of 16 bits: cast first they take 1.28 us where that takes 1.12 at
     T = 1, 2.56 where it takes 2.46 at 256, and 147.5 where it takes 145.0 at 16384; else 1.60, 2.82, and 142.5 where it
-    takes 144.5. So halves cast first below 16384 rows. With the gate in place chunks take 80.2 us at 16384 both ways,
-    and 78.2 with two heads a thread (copy 76.0), 306.4 against 313.5 at 65536 (copy 299.9). With a cache of 16 bits two
-    heads lose there (83.5 against 83.0 us at 16384), and at T = 1024 with either.
+    takes 144.5. So halves cast first below 16384 rows.
 
     The rotation first: chunks lead a while longer (6.27 against 6.56 us at T = 1024, where the norm first takes 6.34 in
     halves), and with the weights first (6.37 after the gate). They are even at T = 64. Not timed: T = 2048.
@@ -99,10 +98,16 @@ def mosaic_forward(
     wave (by slot 102.4 against 100.3 us at T = 16384, 5.66 against 5.15 at 1024). D = 128, R = 64, no gate, 32/8 heads:
     halves with several heads take 4.38 us at T = 1024 and chunks with one 4.74, and 82.5 and 84.6 at 16384 (copy 80.4).
 
-    The gate in place: halves with eight heads, two of them ahead, lead where turns are many. T = 65536 289.5 us, with
-    one ahead 292.0, chunks with one head 293.1 (copy 284.8); they are even at 16384 (74.5 and 74.7), and behind at 4096
-    (20.3 and 19.9). With a cache of 16 bits 82.9 against 84.1 us at 16384, of 8 bits chunks with four heads 77.7
-    against 78.7 with two.
+    The gate in place, T = 16384: halves with eight heads, two of them ahead, lead where a cache is written. Its dtype
+    is that of the activations: 83.65 us, chunks with four heads 84.05, with one 84.38; 32/2 heads 147.9, 148.4, 150.3;
+    24/4 heads 132.2, 133.9, 133.5. It has 8 bits: 78.8, 78.9, 81.1; 140.5, 143.0, 144.9; 122.5, 126.7, 125.7. Without a
+    cache they are even (75.0, 75.0 and 74.7 us; 292.7, 293.5 and 293.4 at T = 65536), and behind at T = 4096 (20.3 and
+    19.9 with one head in chunks).
+
+    Heads apart gain where turns are many. D = R = 128, no gate, 32/8 heads: 81.7 us against 82.3 at T = 16384 (copy
+    80.1), 22.0 against 22.1 at 4096, 9.47 against 9.41 at 2048, 4.64 against 4.54 at 1024; with T = 65536, in a run
+    before, 321.5 against 325.7 (copy 317.0). R = 64: 81.0 against 81.7 at T = 16384. D = R = 256, 8/4 heads, they are
+    even from 4096 on. In chunks they lose (gate in place, four heads, T = 65536: 294.5 against 293.5).
 
     D = 512, no gate, 16/2 heads: a warp has one row, since 32 lanes a thread leave too few threads. R = 512: halves and
     weights first, with eight heads a thread and k rows among the others 151.6 us at T = 16384, with four 153.5, with
@@ -117,15 +122,17 @@ def mosaic_forward(
     cast_first = not by_slot or num_rows < 16384
     if by_slot and num_rows <= 1024:
         return MosaicForward(layout, rows_per_warp, weights="first", k_first=True)
-    even, heads = spec.num_q_heads % 2 == 0, _heads_per_thread(spec, num_axes)
+    even, heads = spec.num_q_heads % 2 == 0, _heads_per_thread(spec, rows_per_warp, num_axes)
+    apart = heads > 1 and num_rows * d >= 2**24
     halves = layout == "halves" and num_rows >= 64
     pairs = spec.rotation == "pairs" and num_rows >= 32768 and heads > 1
     if r == d and 128 <= d <= 512 and not q_copied and even and (halves or pairs):
         k_last = num_rows >= 131072 if d > 256 else k_copied and num_rows >= 32768
-        return MosaicForward(layout, rows_per_warp, "first", not k_last, cast_first, heads)
+        return MosaicForward(layout, rows_per_warp, "first", not k_last, cast_first, heads, heads_apart=apart)
     k_first = 64 <= num_rows < 65536
     if (d, r, layout) == (128, 64, "halves") and not q_copied and even and heads > 1 and num_rows >= 32768:
-        return MosaicForward(layout, rows_per_warp, "first", k_first and not k_copied, cast_first, heads)
+        k_first = k_first and not k_copied
+        return MosaicForward(layout, rows_per_warp, "first", k_first, cast_first, heads, heads_apart=apart)
     chunks = partners_apart and d // chunk_lanes(d, r) <= 16
     if spec.rotation == "pairs" and 512 <= num_rows < 32768 and has_chunks_of_pairs(d, r, 2 * rows_per_warp):
         return MosaicForward("chunks", 2 * rows_per_warp, weights="after_gate", k_first=True)
@@ -133,11 +140,9 @@ def mosaic_forward(
         return MosaicForward("chunks", twice, weights="first", k_first=True)
     if chunks and num_rows >= 512 and d > 256 and not q_copied:
         return MosaicForward("chunks", rows_per_warp, weights="after_sum", k_first=True)
-    if chunks and not q_copied and num_rows >= 262144:
-        if is_fp8(spec.cache_dtype):
-            return MosaicForward("chunks", twice, "after_gate", heads_per_thread=4)
-        if layout == "halves" and d == 256 and spec.num_q_heads % 8 == 0 and spec.dtype != "float32":
-            return MosaicForward(layout, rows_per_warp, "after_gate", False, cast_first, 8, heads_ahead=2)
+    by_eights = layout == "halves" and d == 256 and spec.num_q_heads % 8 == 0 and spec.dtype != "float32"
+    if chunks and by_eights and not q_copied and num_rows >= 262144:
+        return MosaicForward(layout, rows_per_warp, "after_gate", False, cast_first, 8, heads_ahead=2)
     if chunks and num_rows >= 512 and (num_rows < 16384 or not q_copied):
         return MosaicForward("chunks", twice, weights="after_gate", k_first=k_first)
     after_sum = num_rows >= 65536 and r < d
@@ -145,7 +150,7 @@ def mosaic_forward(
     return MosaicForward(layout, rows_per_warp, weights=weights, k_first=k_first, cast_first=cast_first)
 
 
-def _heads_per_thread(spec: Spec, num_axes: int) -> int:
+def _heads_per_thread(spec: Spec, rows_per_warp: int, num_axes: int) -> int:
     """Heads of one token for a thread where nothing is copied next to q.
 
     They save loads of a table row, which is as long as a row of q where all lanes are rotated, and while one is
@@ -154,12 +159,16 @@ def _heads_per_thread(spec: Spec, num_axes: int) -> int:
     H200, bf16, R = D, no gate, us for 1, 2, 4 and 8 heads, or as many of these as were timed. D = 128, 32/8 heads:
     1.50, 1.50, 1.66 at T = 64; 2.34, 2.24, 2.34, 2.88 at 256; 3.62, 3.14, 3.04, 3.39 at 512; 5.95, 5.06, 4.83, 4.54 at
     1024 (copy 3.78); 9.44, 9.41, 10.2 for 2, 4, 8 at 2048; 22.4, 22.2, 23.5 at 4096 (21.0); 91.0, 85.5, 83.3, 84.7 at
-    16384 (81.1); 334.9, 324.2, 330.2 for 2, 4, 8 at 65536 (318.6). Two heads ahead take 93.9 with four at 16384. D =
-    256, 8/4 heads: 1.38, 1.28, 1.63 at T = 64; 1.92, 1.82, 2.05 at 256; 4.13, 3.84, 3.49, 3.81 at 1024; 14.3, 13.5,
-    12.9 at 4096; 52.9 and 50.7 for 2 and 4 at 16384 (copy 50.7). D = 512, 16/2 heads: 3.17 with one and 3.39 with four
-    at T = 256; 8.99, 8.32, 9.15 for 1, 4, 8 at 1024; 41.2, 39.9, 40.9 at 4096. mRoPE, D = 128: 5.65 and 4.83 for 4 and
-    8 at T = 1024, 98.7, 87.6, 85.7 for 2, 4, 8 at 16384. float32 takes one at 16384 (D = 128 162.2, 164.5, 166.7; D =
-    256 100.0, 101.7, 102.8). On an H100, 32/8 heads, two gain 5.70 to 5.22 us at T = 1024 and 13.34 to 12.67 at 2048.
+    16384 (81.1); 334.9, 324.2, 330.2 for 2, 4, 8 at 65536 (318.6). D = 256, 8/4 heads: 1.38, 1.28, 1.63 at T = 64;
+    1.92, 1.82, 2.05 at 256; 4.13, 3.84, 3.49, 3.81 at 1024; 14.3, 13.5, 12.9 at 4096; 52.9 and 50.7 for 2 and 4 at
+    16384 (copy 50.7). D = 512, 16/2 heads: 3.17 with one and 3.39 with four at T = 256; 8.99, 8.32, 9.15 for 1, 4, 8 at
+    1024; 41.2, 39.9, 40.9 at 4096. mRoPE, D = 128: 5.65 and 4.83 for 4 and 8 at T = 1024, 98.7, 87.6, 85.7 for 2, 4, 8
+    at 16384. float32 takes one at 16384 (D = 128 162.2, 164.5, 166.7; D = 256 100.0, 101.7, 102.8). On an H100, 32/8
+    heads, two gain 5.70 to 5.22 us at T = 1024 and 13.34 to 12.67 at 2048.
+
+    Eight lead in a single wave of programs. D = 128, 64/8 heads, T = 1024, 1152 programs: 8.06 us with four heads and
+    7.74 with eight. 16/8 heads, T = 2048, 768 programs: 5.41 and 5.18. 32/8 heads, T = 2048, 1280 programs: 9.41 and
+    10.5. D = 256, 16/2 heads, T = 2048, 1536 programs: 8.19 and 8.54.
     """
     elements = spec.num_tokens * spec.num_q_heads * spec.head_dim
     if spec.dtype == "float32":
@@ -168,9 +177,14 @@ def _heads_per_thread(spec: Spec, num_axes: int) -> int:
         return 1 if elements < 2**23 else 4 if elements < 2**26 else 8
     if num_axes > 1:
         return 1 if elements < 2**19 else 4 if elements < 2**22 else 8
-    if 2**22 <= elements < 2**23:  # a single wave of programs with eight heads a thread
+    groups_per_program = 4 * rows_per_warp
+    groups = (spec.num_tokens * (n // math.gcd(8, n)) for n in (spec.num_q_heads, spec.num_kv_heads))
+    if elements >= 2**22 and sum(-(-count // groups_per_program) for count in groups) <= _ONE_WAVE:
         return 8
     return 1 if elements < 2**17 else 2 if elements < 2**21 else 4
+
+
+_ONE_WAVE = 9 * 132  # programs with eight heads a thread that an H100 or H200 runs at once
 
 
 @dataclasses.dataclass(frozen=True)

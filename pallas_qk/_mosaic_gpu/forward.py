@@ -179,16 +179,19 @@ def _forward_thread(
 
     def treat(block: Int, work: _Work, num_heads: int):
         size = config.heads_of(num_heads)
+        groups_of_token = num_heads // size
+        apart = groups_of_token if config.heads_apart else 1
         # Each head of a group is the group's first row, of a kind that lies so many heads further on.
-        normed = [work.normed.ahead(head) for head in range(size)]
-        copied = [[kind.ahead(head) for kind in work.copied] for head in range(size)]
-        num_groups = num_tokens * num_heads // size
-        row = block * groups_per_program + thread // layout.threads
+        normed = [work.normed.ahead(head * apart) for head in range(size)]
+        copied = [[kind.ahead(head * apart) for kind in work.copied] for head in range(size)]
+        num_groups = num_tokens * groups_of_token
+        group = block * groups_per_program + thread // layout.threads
         if num_groups % groups_per_program:
-            row = row.minimum(num_groups - 1)
+            group = group.minimum(num_groups - 1)
+        token, row = group // groups_of_token, group
         if size > 1:
-            row = row * size
-        positions = table.positions_of(row // num_heads)
+            row = group + token * (num_heads - groups_of_token) if config.heads_apart else group * size
+        positions = table.positions_of(token)
         table_rows = [table.row(position) for position in positions]
 
         def start_of_row(place: Place) -> Pointer:
@@ -204,7 +207,7 @@ def _forward_thread(
             return start_of_row(kind.source)
 
         places = next((p.slots for kind in (*normed, *copied[0]) for p in kind.targets if p.slots), None)
-        slot = None if places is None else Slot.of(row // num_heads, inputs.slots, inputs.layer, places)
+        slot = None if places is None else Slot.of(token, inputs.slots, inputs.layer, places)
 
         def destinations_of(kind: Rows) -> list[Destination]:
             return [
