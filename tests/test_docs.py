@@ -94,11 +94,23 @@ def assert_rounded(cells: list[str], values: list[float]):
 @pytest.mark.parametrize(
     "page, heading, run, op, columns",
     [
-        (README, "| q/kv heads | tokens | Triton", "20261124T171902Z", "forward", ("oracle", "xla_plain")),
-        (NUMBERS, "| heads | tokens | Triton", "20261124T171902Z", "forward", ("oracle", "xla_plain")),
-        (NUMBERS, "| heads | tokens | autodiff", "20261124T171902Z", "backward", ("xla_plain", "xla")),
-        (NUMBERS, "| heads of 128 | tokens | plain", "20261129T195602Z", "forward_no_gate", ("xla_plain", "xla")),
-        (NUMBERS, "| heads of 128 | tokens | autodiff", "20261129T195602Z", "backward_no_gate", ("xla_plain", "xla")),
+        (README, "| q/kv heads | tokens | Triton", "20261130T071852Z-72913f", "forward", ("oracle", "xla_plain")),
+        (NUMBERS, "| heads | tokens | Triton", "20261130T071852Z-72913f", "forward", ("oracle", "xla_plain")),
+        (NUMBERS, "| heads | tokens | autodiff", "20261130T071852Z-72913f", "backward", ("xla_plain", "xla")),
+        (
+            NUMBERS,
+            "| heads of 128 | tokens | plain",
+            "20261130T071852Z-41acd7",
+            "forward_no_gate",
+            ("xla_plain", "xla"),
+        ),
+        (
+            NUMBERS,
+            "| heads of 128 | tokens | autodiff",
+            "20261130T071852Z-41acd7",
+            "backward_no_gate",
+            ("xla_plain", "xla"),
+        ),
     ],
     ids=["README", "forward", "backward", "forward_no_gate", "backward_no_gate"],
 )
@@ -124,7 +136,7 @@ KINDS_OF_CACHES = ("kv_cache", "kv_cache_gate_in_place", "kv_cache_fp8", "kv_cac
 
 
 def test_times_of_caches_are_those_of_the_record():
-    rows = rows_of_run("20261129T235531Z")
+    rows = rows_of_run("20261130T072107Z")
     columns = [("kv_cache", name) for name in ("oracle", "mosaic_gpu_then_set")]
     columns += [(kind, "mosaic_gpu") for kind in KINDS_OF_CACHES[:3]]
     for tokens, *cells in rows_of_table(NUMBERS, "| tokens | Triton kernel, then"):
@@ -143,7 +155,7 @@ OPTIONS = {
 
 
 def test_times_of_options_are_those_of_the_record():
-    rows = rows_of_run("20261129T155903Z")
+    rows = rows_of_run("20261130T072100Z")
     listed = rows_of_table(NUMBERS, "| option | 64 tokens")
     assert [option for option, *_ in listed] == list(OPTIONS)
     for option, *cells in listed:
@@ -152,7 +164,7 @@ def test_times_of_options_are_those_of_the_record():
 
 
 def test_times_of_wider_heads_are_those_of_the_record():
-    runs = {"512": rows_of_run("20261129T195716Z"), "256": rows_of_run("20261129T195657Z")}
+    runs = {"512": rows_of_run("20261130T072039Z"), "256": rows_of_run("20261130T072014Z")}
     for name, *cells in rows_of_table(NUMBERS, "| heads | forward"):
         heads, _, head_dim = name.split()
         ops = (f"{direction}_no_gate" for direction in ("forward", "backward"))
@@ -184,7 +196,7 @@ def test_times_of_the_projection_with_a_cache_are_those_of_the_record():
 
 
 def test_what_8_bits_cost_and_save_is_in_the_record():
-    rows = rows_of_run("20261129T235531Z")
+    rows = rows_of_run("20261130T072107Z")
 
     def times(tokens: int) -> list[float]:
         return [rows[kind, "mosaic_gpu", "16/2", str(tokens)]["p50_us"] for kind in KINDS_OF_CACHES]
@@ -222,7 +234,7 @@ def test_what_a_model_gains_is_in_the_record(page):
 
 
 def test_host_times_are_those_of_the_record():
-    rows = {(x["op"], x["implementation"], x.get("platform", "")): x for x in record_of("20261129T131850Z")}
+    rows = {(x["op"], x["implementation"], x.get("platform", "")): x for x in record_of("20261130T072544Z")}
     calls = {
         "`fused_qk_rmsnorm_rope_gate`": "forward_host",
         "`fused_qkv_rmsnorm_rope_gate`": "forward_packed_host",
