@@ -177,7 +177,7 @@ def check_arrays(function: Function, inputs: Inputs, sizes: Sizes) -> bool:
         hint = f"{leading}, then rotary_dim; without positions the table has the row of each token"
         _check_broadcasts("cos_sin_cache", inputs.cos_sin_cache, lead, hint, back=(rotary_dim,))
         return split
-    hint = "rotary_dim, each row [cos | sin]"
+    hint = "rotary_dim, which may be left out; each row is [cos | sin]"
     check_shape("cos_sin_cache", inputs.cos_sin_cache, ("max_position", rotary_dim), hint)
     if inputs.cos_sin_cache.shape[0] < 1:
         got = inputs.cos_sin_cache.shape
@@ -186,7 +186,9 @@ def check_arrays(function: Function, inputs: Inputs, sizes: Sizes) -> bool:
         hint = f"one row each for time, height and width, then {leading}; leave mrope_section out for a single row"
         _check_broadcasts("positions", inputs.positions, lead, hint, front=(3,))
     else:
-        hint = f"{leading}; three rows of positions need mrope_section"
+        hint = (
+            f"{leading}{', so tokens come before heads' if split else ''}; three rows of positions need mrope_section"
+        )
         _check_broadcasts("positions", inputs.positions, lead, hint)
     return split
 

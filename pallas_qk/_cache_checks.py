@@ -36,7 +36,7 @@ def arrays_of(kv_cache: object, cache_axes: str) -> tuple[Any, Any]:
         got = f"{len(kv_cache)} of them" if isinstance(kv_cache, list | tuple) else describe(kv_cache)
         raise TypeError(
             f"kv_cache must be the two arrays of k and of v, got {got}. "
-            "Pass a pair, or name the axis c of an array that holds both in cache_axes."
+            "Pass a pair behind positions, or name the axis c of an array that holds both in cache_axes."
         )
     k_cache, v_cache = map(unboxed, kv_cache)
     return k_cache, v_cache
@@ -54,7 +54,7 @@ def check_caches(k_cache: Any, v_cache: Any, cache_axes: str, num_kv_heads: int 
                 f"{name} must be {', '.join((*DTYPES, _fp8.NAMES[0]))} or {_fp8.NAMES[1]}, got {cache.dtype}. "
                 "Make the cache of one of these."
             )
-        hint = f"{cache_axes!r} as cache_axes names them, each at least 1"
+        hint = f"{cache_axes!r} as cache_axes names them, each at least 1; pass cache_axes for another order"
         check_shape(name, cache, _cache_axes.known_shape(cache_axes, num_kv_heads, head_dim), hint)
         if 0 in cache.shape:
             raise ValueError(f"{name} must have at least one place, got shape {cache.shape}. Make it larger.")

@@ -49,7 +49,8 @@ def check_sizes(
 
 def check_static_integer(name: str, value: int) -> None:
     if not _is_integer(value):
-        raise TypeError(f"{name} must be an integer known when tracing, got {describe(value)}. Pass a Python int.")
+        remedy = remedy_of_static(value, "Pass a Python int.")
+        raise TypeError(f"{name} must be an integer known when tracing, got {describe(value)}. {remedy}")
 
 
 def check_count(name: str, value: int) -> None:
@@ -81,7 +82,10 @@ def check_dtype(name: str, dtype: DTypeLike | None, more: tuple[str, ...] = ()) 
 
 def check_dtype_name(name: str, found: str) -> None:
     if found not in DTYPES:
-        raise TypeError(f"{name} must be float16, bfloat16 or float32, got {found}. Cast it with astype.")
+        remedy = "Cast it with astype."
+        if name == "cos_sin_cache" and "int" in found:
+            remedy = "Integers are positions, which stand behind it."
+        raise TypeError(f"{name} must be float16, bfloat16 or float32, got {found}. {remedy}")
 
 
 def check_platform(platform: str | None) -> None:
@@ -119,10 +123,8 @@ def check_norm_beta(norm_beta: float) -> float:
 
 def _check_real(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"{name} must be a real number known when tracing, got {describe(value)}. "
-            "Pass a Python float, and mark it static (static_argnames) in a jit of your own."
-        )
+        remedy = remedy_of_static(value, "Pass a Python float.")
+        raise TypeError(f"{name} must be a real number known when tracing, got {describe(value)}. {remedy}")
 
 
 def check_mrope_section(mrope_section: Sequence[int] | None, rotary_dim: int) -> tuple[int, int, int] | None:
@@ -159,6 +161,7 @@ def check_norm_order(norm_order: str) -> NormOrder:
 
 def check_bool(name: str, value: bool, remedy: str) -> bool:
     if not isinstance(value, bool):
+        remedy = remedy_of_static(value, remedy)
         raise TypeError(f"{name} must be a bool known when tracing, got {describe(value)}. {remedy}")
     return value
 
@@ -206,9 +209,10 @@ def check_copy_gate(copy_gate: bool | str) -> str:
     if isinstance(copy_gate, str) and copy_gate == "never":
         return "handed_on"
     error = ValueError if isinstance(copy_gate, str) else TypeError
+    remedy = "Pass False to leave the gate where it lies, for XLA to fuse into what reads it."
     raise error(
         f"copy_gate must be True, False or 'never', known when tracing, got {describe(copy_gate)}. "
-        "Pass False to leave the gate where it lies, for XLA to fuse into what reads it."
+        f"{remedy_of_static(copy_gate, remedy)}"
     )
 
 
@@ -231,6 +235,12 @@ def _is_one_of(names: tuple[str, ...], value: object) -> bool:
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def remedy_of_static(value: object, remedy: str) -> str:
+    """For an argument that must be known when tracing: `remedy`, or another one where a jit made it an array."""
+    is_traced = isinstance(value, jax.core.Tracer)
+    return "Mark it static (static_argnames) in a jit of your own." if is_traced else remedy
 
 
 def describe(value: Any) -> str:

@@ -103,6 +103,7 @@ def slots_of_rows(
 
     Args:
       places: (batch, ...), such as (batch, n) for n tokens of each sequence and (batch,) for one; any integer dtype.
+        Those of n tokens of one sequence have shape (1, n): (n,) are the places of n sequences.
       cache_length: the number of places in a row.
       sequences: the row of the cache that each token is written to, for tokens in an order of their own, such as those
         of a packed batch, and for sequences that lie in some rows of a larger cache. Its axes are those of `places`,

@@ -392,7 +392,8 @@ def _is_integer(value: object) -> bool:
 
 def _check_integer(name: str, value: Any, least: int) -> None:
     if not _is_integer(value):
-        raise TypeError(f"{name} must be an integer known when tracing, got {value!r:.80}. Pass a Python int.")
+        remedy = _checks.remedy_of_static(value, "Pass a Python int.")
+        raise TypeError(f"{name} must be an integer known when tracing, got {value!r:.80}. {remedy}")
     if operator.index(value) < least:
         raise ValueError(f"{name} must be at least {least}, got {value}. Pass a larger one.")
 

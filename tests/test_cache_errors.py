@@ -26,11 +26,11 @@ AXES = (
 )
 PAIR = (
     "kv_cache must be the two arrays of k and of v, got {}. "
-    "Pass a pair, or name the axis c of an array that holds both in cache_axes."
+    "Pass a pair behind positions, or name the axis c of an array that holds both in cache_axes."
 )
 SHAPE = (
     "kv_cache[{}] must have shape (num_blocks, block_size, 2, 64), got {}. "
-    "Its sizes: 'b s h d' as cache_axes names them, each at least 1."
+    "Its sizes: 'b s h d' as cache_axes names them, each at least 1; pass cache_axes for another order."
 )
 HELD = "{} must be float16, bfloat16, float32, float8_e4m3fn or float8_e5m2, got {}. Make the cache of one of these."
 NO_SCALE = (

@@ -45,7 +45,7 @@ GUIDES = {
     "kv_cache.md": 13,
     "numerics.md": 1,
     "options.md": 10,
-    "porting.md": 20,
+    "porting.md": 21,
     "sharding.md": 4,
     "training.md": 5,
 }

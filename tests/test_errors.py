@@ -31,6 +31,7 @@ FRACTIONS = (
     "positions must be integers, got {}. Cast whole numbers with astype(jnp.int32); of fractions pass the rows of "
     "pallas_qk.rope.cos_sin_rows as cos_sin_cache, and positions=None."
 )
+STATIC = "Mark it static (static_argnames) in a jit of your own."
 FLOATING = "must be float16, bfloat16 or float32, got {}. Cast it with astype."
 SECTION = (
     "mrope_section must be three integers >= 0 that sum to rotary_dim // 2 = 8, got {}. "
@@ -110,8 +111,7 @@ BAD_CALLS = [
     ),
     bad(
         TypeError,
-        "eps must be a real number known when tracing, got '1e-6' of type str. "
-        "Pass a Python float, and mark it static (static_argnames) in a jit of your own.",
+        "eps must be a real number known when tracing, got '1e-6' of type str. Pass a Python float.",
         eps="1e-6",
     ),
     bad(
@@ -181,6 +181,12 @@ BAD_CALLS = [
     ),
     bad(TypeError, "k_weight " + FLOATING.format("int32"), k_weight=((64,), "int32")),
     bad(TypeError, "cos_sin_cache " + FLOATING.format("float64"), cos_sin_cache=np.zeros((8, 16))),
+    bad(
+        TypeError,
+        "cos_sin_cache must be float16, bfloat16 or float32, got int32. Integers are positions, which stand behind it.",
+        cos_sin_cache=((4,), "int32"),
+        positions=((8, 16), "float32"),
+    ),
     bad(TypeError, FRACTIONS.format("float32"), positions=((4,), "float32")),
     bad(TypeError, FRACTIONS.format("bfloat16"), positions=((4,), "bfloat16")),
     bad(TypeError, "positions must be integers, got bool. Pass numbers, not a mask.", positions=((4,), "bool")),
@@ -209,7 +215,8 @@ BAD_CALLS = [
     bad(ValueError, WEIGHT.format("k_weight", "(1, 64)"), k_weight=(1, 64)),
     bad(
         ValueError,
-        "cos_sin_cache must have shape (max_position, 16), got (8, 8). Its sizes: rotary_dim, each row [cos | sin].",
+        "cos_sin_cache must have shape (max_position, 16), got (8, 8). Its sizes: rotary_dim, which may be left out; "
+        "each row is [cos | sin].",
         cos_sin_cache=(8, 8),
     ),
     bad(
@@ -295,7 +302,7 @@ BAD_CALLS = [
     # A single head beside several of k, which tell whether heads are an axis.
     bad(
         ValueError,
-        POSITIONS.format("(4,)", "(4, 1)"),
+        POSITIONS.format("(4,)", "(4, 1)").replace("q_gate;", "q_gate, so tokens come before heads;"),
         num_q_heads=1,
         q_gate=(4, 1, 128),
         k=(4, 2, 64),
@@ -400,11 +407,22 @@ def test_bad_call_of_another_function(function, exception, message, changes):
         getattr(pallas_qk, function)(**given | changes)
 
 
-@pytest.mark.parametrize("name, rule", [("copy_gate", "True, False or 'never',"), ("round_norm", "a bool")])
-def test_a_traced_bool_is_refused(name, rule):
-    message = f"{name} must be {rule} known when tracing, got a traced value bool[]. "
-    with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
-        jax.jit(lambda value: pallas_qk.fused_qk_rmsnorm_rope_gate(**arguments({name: value})))(True)
+@pytest.mark.parametrize(
+    "name, value, rule, traced",
+    [
+        ("copy_gate", True, "True, False or 'never',", "bool[]"),
+        ("round_norm", True, "a bool", "bool[]"),
+        ("eps", 1e-6, "a real number", "float32[]"),
+        ("norm_beta", 1e-6, "a real number", "float32[]"),
+        ("rotary_dim", 16, "an integer", "int32[]"),
+        ("num_q_heads", 2, "an integer", "int32[]"),
+    ],
+)
+def test_a_traced_option_is_refused(name, value, rule, traced):
+    message = f"{name} must be {rule} known when tracing, got a traced value {traced}. {STATIC}"
+    call = jax.jit(lambda value: pallas_qk.fused_qk_rmsnorm_rope_gate(**arguments({name: value})))
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}"):  # a jit adds a note of its own
+        call(value)
 
 
 @pytest.mark.parametrize("name", ["q_gate", "k", "q_weight", "k_weight", "cos_sin_cache", "positions"])
@@ -459,17 +477,6 @@ def test_arrays_in_boxes(name):
     if name != "positions":
         gradient = jax.grad(lambda x: sum(jnp.sum(y.astype(jnp.float32)) for y in call(x)))(given[name])
         assert gradient.shape == given[name].shape and np.asarray(gradient, np.float32).any()
-
-
-@pytest.mark.parametrize("name", ["eps", "norm_beta"])
-def test_traced_scalars_are_refused(name):
-    message = (
-        f"{name} must be a real number known when tracing, got a traced value float32[]. "
-        "Pass a Python float, and mark it static (static_argnames) in a jit of your own."
-    )
-    call = jax.jit(lambda value: pallas_qk.fused_qk_rmsnorm_rope_gate(**arguments({name: value})))
-    with pytest.raises(TypeError, match=f"^{re.escape(message)}"):  # a jit adds a note of its own
-        call(1e-6)
 
 
 def test_torch_tensors_are_pointed_to_the_exchange():

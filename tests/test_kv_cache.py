@@ -360,6 +360,9 @@ def test_a_bad_call_names_rule_value_and_remedy(name, exception, message, change
 
 
 def test_a_traced_size_is_refused():
-    message = STATIC.format("cache_length", "a traced value int32[]")
+    message = (
+        "cache_length must be an integer known when tracing, got a traced value int32[]. "
+        "Mark it static (static_argnames) in a jit of your own."
+    )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}"):  # JAX adds a note of its own
         jax.jit(lambda n: kv_cache.slots_of_rows(zeros(3), n))(8)

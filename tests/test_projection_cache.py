@@ -177,7 +177,7 @@ BAD_CALLS = {
     "heads of the cache": (
         ValueError,
         "kv_cache[0] must have shape (num_blocks, block_size, 2, 256), got (4, 4, 3, 256). Its sizes: 'b s h d' as "
-        "cache_axes names them, each at least 1.",
+        "cache_axes names them, each at least 1; pass cache_axes for another order.",
         {"kv_cache": (jnp.zeros((4, 4, 3, 256), jnp.bfloat16),) * 2},
     ),
     "axes": (

@@ -211,7 +211,7 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
         {"rotary_dim": 16},
         ValueError,
         "cos_sin_cache must have shape (max_position, 16), got (4096, 32). "
-        "Its sizes: rotary_dim, each row [cos | sin].",
+        "Its sizes: rotary_dim, which may be left out; each row is [cos | sin].",
     ),
     "heads of q alone in an axis": (
         {"q_gate": jnp.zeros((6, 4, 128)), "num_q_heads": None, "num_kv_heads": None},
