@@ -6,7 +6,7 @@ VENV ?= .venv
 # The CUDA wheels of JAX where there is an NVIDIA GPU; CUDA=cuda12 for drivers before 580, CUDA= for the CPU alone.
 CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),cuda13)
 EXTRAS ?= torch,transformers,dev,docs$(if $(CUDA),$(comma)$(CUDA))
-PYTEST_FLAGS ?= -n auto
+PYTEST_FLAGS ?= -n auto --dist worksteal
 SECONDS ?= 60
 comma := ,
 

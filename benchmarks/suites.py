@@ -183,6 +183,8 @@ def parity_gpu() -> list[Case]:
         Case(65536, 16, 2, dtype=f16, mrope_section=INTERLEAVED, norm_beta=1.0),
         Case(65536, 16, 2, cache_dtype=f32, weight_dtype=f32),
         Case(65536, 16, 4, 128, 128, f16, cache_dtype=f32),
+        Case(4096, 32, 8, 128, 128, gate=None),
+        Case(16384, 8, 2, 512, 512, f16, gate=None, rotation="pairs"),
     ]
     float32 = [
         Case(129, 5, 2, 80, 40, f32),
@@ -287,6 +289,9 @@ def parity_cached_gpu() -> list[CachedCase]:
         CachedCase(Case(64, 5, 2, 96, 48, f32), "b h s d", e5m2, return_kv=True),
         CachedCase(Case(64, 3, 1, 65, 6, f32), "h b s d", e4m3, return_kv=True),  # no two codes share a store
         CachedCase(Case(65536, 16, 2, packed=True), kv_dtype=e4m3, num_blocks=4200, block_size=16, scale=0.02),
+        CachedCase(
+            Case(16384, 16, 2, packed=True, gate="in_place"), kv_dtype=e4m3, num_blocks=1100, block_size=16, scale=0.02
+        ),
     ]
     slots = [
         CachedCase(Case(100, 3, 1, 64, 32), num_blocks=60, block_size=2, slots_dtype=dtype)

@@ -45,6 +45,7 @@ SPACE: dict[type, dict[str, tuple[Any, ...]]] = {
         "weights": ("first", "after_gate", "after_sum"),
         "k_first": (False, True),
         "heads_per_thread": (1, 2, 4, 8),
+        "heads_apart": (False, True),
     },
     MosaicBackward: {
         "rows_per_warp": (1, 2, 4),
@@ -97,6 +98,8 @@ def space(rule: Config, spec: Spec, sms: int) -> Space:
     for values in itertools.product(*swept.values()):
         fields = dict(zip(swept, values, strict=True))
         per_sm = fields.pop(PER_SM, None)
+        if fields.get("heads_per_thread") == 1 and fields["heads_apart"]:
+            continue  # a thread's only head lies alone, apart or not
         config = dataclasses.replace(rule, **fields)
         if per_sm is not None:
             config = shared(config, per_sm * sms, spec)

@@ -280,7 +280,6 @@ _PTX = {
     "rsqrt.approx.ftz.f32": lambda x: _canonical((1 / np.sqrt(_flushed(x).astype(np.float64))).astype(np.float32)),
     "fma.rn.f32": _fma,
     "mov.b32": _moved,
-    "mov.b16": lambda x: x,
     "mov.b64": lambda x: x,
     "add.rn.bf16x2": _added_pairs(ml_dtypes.bfloat16),
     "add.rn.f16x2": _added_pairs(np.float16),

@@ -1614,8 +1614,8 @@ MUTATIONS = [
         ),
         (
             "mosaic: several heads a thread with the gate in place of few tokens",
-            "by_eights and not q_copied and num_rows >= 262144:",
-            "by_eights and not q_copied:",
+            "if chunks and not q_copied and num_rows >= 262144:",
+            "if chunks and not q_copied:",
             tests_of("choice", "test_a_gate_in_place_has_several_heads_a_thread_where_memory_binds"),
         ),
         (
@@ -1635,6 +1635,12 @@ MUTATIONS = [
             "for count in groups) <= _ONE_WAVE:",
             "for count in groups) > 0:",
             tests_of("choice", "test_several_heads_a_thread"),
+        ),
+        (
+            "mosaic: one head a thread apart",
+            "apart = heads > 1 and num_rows * d >= 2**24",
+            "apart = num_rows * d >= 2**24",
+            tests_of("choice", "test_float32_has_one_head_a_thread"),
         ),
         (
             "mosaic: heads apart in few turns",
@@ -1815,12 +1821,6 @@ MUTATIONS = [
             "arith.mulf(r, f32(-1 / head_dim))",
             "arith.mulf(r, f32(1 / head_dim))",
             GRADIENTS_OF_MOSAIC,
-        ),
-        (
-            "mosaic backward: weights made once, which the first step waits for",
-            "[[in_each_turn(word) for word in words] for words in of_vectors]",
-            "of_vectors",
-            tests_of("mosaic_gpu_vjp", "test_weights_are_made_of_their_words_in_each_step"),
         ),
         (
             "mosaic backward: a partner with its own sign",

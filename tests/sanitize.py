@@ -52,7 +52,7 @@ CASES = (
     Case(5, 3, q_alone=True),
     Case(300, 16, 4, head_dim=128, rotary_dim=128, gate=None),
     Case(1100, 4, 2, head_dim=128, rotary_dim=128, gate=None, mrope_section=(24, 20, 20)),
-    *(Case(num_tokens, 32, 8, head_dim=128, rotary_dim=128, gate=None) for num_tokens in (513, 1025)),
+    *(Case(num_tokens, 32, 8, head_dim=128, rotary_dim=128, gate=None) for num_tokens in (513, 1025, 4097)),
     Case(40, 16, 2, head_dim=512, rotary_dim=512, gate=None),
 )
 

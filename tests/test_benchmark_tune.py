@@ -59,8 +59,9 @@ def test_the_space_holds_the_rules_choice(implementation, direction, form):
 
 
 def test_the_number_of_configurations():
-    """One layout that can't be built leaves a third less; the rule's is none of the others."""
+    """One layout that can't be built leaves a third less; the rule's is none of the others. One head lies alone."""
     all_forward, all_triton = (math.prod(map(len, tune.SPACE[x].values())) for x in (MosaicForward, TritonForward))
+    all_forward = all_forward * 7 // 8
     rule, spec = rule_of(Case(16384), "mosaic_gpu", "forward")
     tried = tune.space(rule, spec, HOPPER_SMS)
     assert len(tried.others) == all_forward - 1 and not tried.left_out
@@ -230,8 +231,8 @@ def test_the_report_is_a_table_with_gpu_and_versions_in_front():
         "- triton, backward, T = 16384: 6 configurations timed, as the rule has them: layout, rows_per_step; "
         "20 not built: halves need powers of two; 1 not built: XlaRuntimeError: no. "
         "Rule: `TritonBackward(layout='halves', rows_per_step=1, q_programs=2800, k_programs=350)`",
-        "- mosaic_gpu, forward, T = 4: 72 configurations timed, as the rule has them: cast_first, heads_ahead, "
-        f"heads_apart. Rule: `{RULE}`",
+        "- mosaic_gpu, forward, T = 4: 72 configurations timed, as the rule has them: cast_first, heads_ahead. "
+        f"Rule: `{RULE}`",
     ]
 
 

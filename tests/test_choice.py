@@ -326,6 +326,7 @@ def test_layouts_of_pairs(num_tokens, head_dim, rotary_dim):
     "num_tokens, q_copied, cache_dtype, heads",
     [
         (16384, False, "float8_e4m3fn", (8, 2)),
+        (32768, False, "float8_e4m3fn", (4, 1)),  # of 12 heads
         (16383, False, "float8_e5m2", (1, 1)),
         (16384, True, "float8_e4m3fn", (1, 1)),
         (16384, False, "bfloat16", (8, 2)),
@@ -333,7 +334,8 @@ def test_layouts_of_pairs(num_tokens, head_dim, rotary_dim):
     ],
 )
 def test_a_gate_in_place_has_several_heads_a_thread_where_memory_binds(num_tokens, q_copied, cache_dtype, heads):
-    spec = Spec(num_tokens, 16, 2, 256, 64, "bfloat16", cache_dtype=cache_dtype)
+    num_q_heads = 12 if num_tokens == 32768 else 16
+    spec = Spec(num_tokens, num_q_heads, 2, 256, 64, "bfloat16", cache_dtype=cache_dtype)
     config = mosaic_forward(spec, q_copied=q_copied, by_slot=True)
     assert (config.heads_per_thread, config.heads_ahead) == heads
 
@@ -433,6 +435,8 @@ def test_float32_has_one_head_a_thread():
         spec = Spec(16384, 32, 8, *sizes, "float32", **how)
         config = mosaic_forward(spec, q_copied=False)
         assert config.heads_per_thread == 1 and config.weights == "after_gate"
+    config = mosaic_forward(Spec(16384, 32, 8, 128, 128, "float32"), q_copied=False)
+    assert config.heads_per_thread == 1 and not config.heads_apart
 
 
 def test_where_k_rows_come_first():

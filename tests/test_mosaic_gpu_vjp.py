@@ -149,17 +149,6 @@ def test_what_is_emitted(case):
         assert order == sorted(order) and len(set(order)) == 2
 
 
-@pytest.mark.parametrize("dtype, words", [("bfloat16", 4), ("float32", 8)])  # of the eight lanes of a thread
-def test_weights_are_made_of_their_words_in_each_step(dtype, words):
-    """So that the first step loads its rows before it waits for them."""
-    case = Case(16384, dtype=dtype)
-    main, _ = map(str, emitted(backward_of(case), *forms.types(case)).kernels)
-    for loop in re.findall(r"scf\.for .*?scf\.yield", main, re.DOTALL):
-        assert len(re.findall(r'llvm\.inline_asm has_side_effects "mov\.b32 ', loop)) == words
-        assert loop.count("add.rn.bf16x2") == (words if dtype == "bfloat16" else 0)
-    assert main.count("add.rn.bf16x2") == (2 * words if dtype == "bfloat16" else 0)
-
-
 def test_the_multiprocessors_are_those_of_the_gpu_lowered_for():
     assert _target.cuda_target().num_sms == 132 or jax.default_backend() == "gpu"
     with on_gpu(num_sms=78):

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from pallas_qk._fp8 import is_fp8
 from pallas_qk._options import Spec, Target, chunk_lanes, has_halves, next_power_of_2
 
 
@@ -24,8 +25,8 @@ class MosaicForward:
     `heads_per_thread` says how many heads of one token a thread has its lanes of; where it doesn't divide the heads of
     q, or those of k, their largest common divisor. The token's position, row of the table, slot and weights are loaded
     once for all of them. Head `heads_ahead` is loaded before the arithmetic of head 0, the next one before that of head
-    1, and so on: memory stays busy, and registers hold few heads. `heads_apart` says that they lie as far apart as they
-    can, so that threads side by side read rows side by side; else a thread's heads lie side by side.
+    1, and so on: memory stays busy, and registers hold few heads. With `heads_apart` the heads of a thread lie as far
+    apart as they can, so that threads side by side read rows side by side. Else the heads of a thread lie side by side.
     """
 
     layout: str  # "chunks", "halves" or "row"
@@ -98,16 +99,19 @@ def mosaic_forward(
     wave (by slot 102.4 against 100.3 us at T = 16384, 5.66 against 5.15 at 1024). D = 128, R = 64, no gate, 32/8 heads:
     halves with several heads take 4.38 us at T = 1024 and chunks with one 4.74, and 82.5 and 84.6 at 16384 (copy 80.4).
 
-    The gate in place, T = 16384: halves with eight heads, two of them ahead, lead where a cache is written. Its dtype
-    is that of the activations: 83.65 us, chunks with four heads 84.05, with one 84.38; 32/2 heads 147.9, 148.4, 150.3;
-    24/4 heads 132.2, 133.9, 133.5. It has 8 bits: 78.8, 78.9, 81.1; 140.5, 143.0, 144.9; 122.5, 126.7, 125.7. Without a
-    cache they are even (75.0, 75.0 and 74.7 us; 292.7, 293.5 and 293.4 at T = 65536), and behind at T = 4096 (20.3 and
-    19.9 with one head in chunks).
+    The gate in place, T = 16384, us of halves with eight heads, two of them ahead, of chunks with four and of chunks
+    with one. With a cache of 16 bits 83.65, 84.05, 84.38, with 32/2 heads 147.9, 148.4, 150.3, with 24/4 heads 132.2,
+    133.9, 133.5. With codes of 8 bits 78.8, 78.9, 81.1, with 32/2 heads 140.5, 143.0, 144.9, with 24/4 heads 122.5,
+    126.7, 125.7. Without a cache they are even (75.0, 75.0, 74.7, and 292.7, 293.5, 293.4 at T = 65536). At T = 4096
+    halves lose (20.3 and 19.9 with one head in chunks). Codes of 8 bits and other numbers of heads, chunks with four
+    and with one: 12/2 heads 124.1 and 127.9 at T = 32768, 4/1 heads 91.3 and 93.8 at 65536, 20/4 heads 110.8 and 109.4
+    at 16384.
 
     Heads apart gain where turns are many. D = R = 128, no gate, 32/8 heads: 81.7 us against 82.3 at T = 16384 (copy
-    80.1), 22.0 against 22.1 at 4096, 9.47 against 9.41 at 2048, 4.64 against 4.54 at 1024; with T = 65536, in a run
-    before, 321.5 against 325.7 (copy 317.0). R = 64: 81.0 against 81.7 at T = 16384. D = R = 256, 8/4 heads, they are
-    even from 4096 on. In chunks they lose (gate in place, four heads, T = 65536: 294.5 against 293.5).
+    80.1), 22.0 against 22.1 at 4096, 9.47 against 9.41 at 2048; in other runs 321.5 against 325.7 at 65536 (copy 317.0)
+    and 4.74 against 4.64 at 1024. R = 64: 81.0 against 81.7 at T = 16384. Pairs: 81.3 against 81.8 there. D = 512, 16/2
+    heads: 149.5 against 149.9 there. D = R = 256, 8/4 heads, and mRoPE: even. In chunks they lose (gate in place, four
+    heads, T = 65536: 294.5 against 293.5). Not timed: halves with eight heads and a cache.
 
     D = 512, no gate, 16/2 heads: a warp has one row, since 32 lanes a thread leave too few threads. R = 512: halves and
     weights first, with eight heads a thread and k rows among the others 151.6 us at T = 16384, with four 153.5, with
@@ -140,9 +144,11 @@ def mosaic_forward(
         return MosaicForward("chunks", twice, weights="first", k_first=True)
     if chunks and num_rows >= 512 and d > 256 and not q_copied:
         return MosaicForward("chunks", rows_per_warp, weights="after_sum", k_first=True)
-    by_eights = layout == "halves" and d == 256 and spec.num_q_heads % 8 == 0 and spec.dtype != "float32"
-    if chunks and by_eights and not q_copied and num_rows >= 262144:
-        return MosaicForward(layout, rows_per_warp, "after_gate", False, cast_first, 8, heads_ahead=2)
+    if chunks and not q_copied and num_rows >= 262144:
+        if layout == "halves" and d == 256 and spec.num_q_heads % 8 == 0 and spec.dtype != "float32":
+            return MosaicForward(layout, rows_per_warp, "after_gate", False, cast_first, 8, heads_ahead=2)
+        if is_fp8(spec.cache_dtype):
+            return MosaicForward("chunks", twice, "after_gate", heads_per_thread=4)
     if chunks and num_rows >= 512 and (num_rows < 16384 or not q_copied):
         return MosaicForward("chunks", twice, weights="after_gate", k_first=k_first)
     after_sum = num_rows >= 65536 and r < d
@@ -166,9 +172,10 @@ def _heads_per_thread(spec: Spec, rows_per_warp: int, num_axes: int) -> int:
     at 16384. float32 takes one at 16384 (D = 128 162.2, 164.5, 166.7; D = 256 100.0, 101.7, 102.8). On an H100, 32/8
     heads, two gain 5.70 to 5.22 us at T = 1024 and 13.34 to 12.67 at 2048.
 
-    Eight lead in a single wave of programs. D = 128, 64/8 heads, T = 1024, 1152 programs: 8.06 us with four heads and
-    7.74 with eight. 16/8 heads, T = 2048, 768 programs: 5.41 and 5.18. 32/8 heads, T = 2048, 1280 programs: 9.41 and
-    10.5. D = 256, 16/2 heads, T = 2048, 1536 programs: 8.19 and 8.54.
+    Eight lead in a single wave of programs. D = 128, 64/8 heads, T = 1024, 1152 programs: 7.97 us with four heads and
+    7.36 with eight. 16/8 heads, T = 2048, 768 programs: 5.41 and 5.18. 32/8 heads, T = 2048, 1280 programs: 9.41 and
+    10.5. D = 256, 16/2 heads, T = 2048, 1536 programs: 8.19 and 8.54. Programs of a normalised v, which come on top,
+    aren't counted. Not timed: such a v.
     """
     elements = spec.num_tokens * spec.num_q_heads * spec.head_dim
     if spec.dtype == "float32":

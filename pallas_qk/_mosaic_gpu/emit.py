@@ -151,13 +151,6 @@ def keep_above(value: Int) -> None:
     llvm.inline_asm(ir.Type.parse("!llvm.void"), [value.value], code, "r", has_side_effects=True)
 
 
-def in_each_turn(word: Int) -> Int:
-    """The word. What is made of it in a loop is made in each turn: LLVM would do so once, before the loop."""
-    bits, register = {16: ("b16", "h"), 32: ("b32", "r")}[word.width]
-    kind, code = word.value.type, f"mov.{bits} $0, $1;"
-    return Int(llvm.inline_asm(kind, [word.value], code, f"={register},{register}", has_side_effects=True))
-
-
 def butterfly(lane: Value, distance: int) -> Value:
     """The lane that the thread whose index differs in one bit holds."""
     return mgpu.shfl_bfly(lane, distance)
