@@ -184,7 +184,7 @@ def parity_gpu() -> list[Case]:
         Case(65536, 16, 2, cache_dtype=f32, weight_dtype=f32),
         Case(65536, 16, 4, 128, 128, f16, cache_dtype=f32),
         Case(4096, 32, 8, 128, 128, gate=None),
-        Case(16384, 8, 2, 512, 512, f16, gate=None, rotation="pairs"),
+        Case(4096, 8, 2, 512, 512, f16, gate=None, rotation="pairs"),
     ]
     float32 = [
         Case(129, 5, 2, 80, 40, f32),
