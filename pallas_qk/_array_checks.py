@@ -26,7 +26,10 @@ def unboxed(x: Any) -> Any:
 def check_array(name: str, array: object) -> None:
     """Refuses what is no array, and an array that is more than its values: masked, reduced over a mesh, on the host."""
     if not isinstance(array, jax.Array | np.ndarray) or isinstance(array, np.ma.MaskedArray):
-        raise TypeError(f"{name} must be a JAX or NumPy array, got {describe(array)}. {_conversion(array)}")
+        remedy = _conversion(array)
+        if name == "cos_sin_cache" and isinstance(array, list | tuple):
+            remedy = "Pass [cos | sin] in one array, as pallas_qk.rope.cos_sin_cache makes it."
+        raise TypeError(f"{name} must be a JAX or NumPy array, got {describe(array)}. {remedy}")
     if not getattr(array.dtype, "isnative", True):  # JAX's own dtypes, such as that of keys, have no byte order
         got = array.dtype.str
         raise TypeError(f"{name} must have this machine's byte order, got {got}. Convert it with astype.")
@@ -197,7 +200,8 @@ def _check_positions_dtype(dtype: np.dtype) -> None:
     if jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"positions must be integers, got {dtype}. Cast whole numbers with astype(jnp.int32); of fractions pass "
-            "the rows of pallas_qk.rope.cos_sin_rows as cos_sin_cache, and positions=None."
+            "the rows of pallas_qk.rope.cos_sin_rows as cos_sin_cache, and positions=None; cos and sin are one array, "
+            "[cos | sin]."
         )
     check_integers("positions", dtype)
 

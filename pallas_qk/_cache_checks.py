@@ -19,7 +19,7 @@ def check_cache_axes(cache_axes: str) -> str:
         raise ValueError(
             "cache_axes must name the axes b, s, h and d, d last, each once; c too where one array holds k and v, "
             f"which (h c), (c h) or (c d) may join; and l, if at all, first, got {cache_axes!r}. "
-            "Pass 'b s h d' for (num_blocks, block_size, num_kv_heads, head_dim)."
+            "Pass 'NHD' or 'HND', or names with spaces: 'b s h d' for (num_blocks, block_size, num_kv_heads, head_dim)."
         )
     return _cache_axes.ALIASES.get(cache_axes, cache_axes)
 
@@ -54,7 +54,9 @@ def check_caches(k_cache: Any, v_cache: Any, cache_axes: str, num_kv_heads: int 
                 f"{name} must be {', '.join((*DTYPES, _fp8.NAMES[0]))} or {_fp8.NAMES[1]}, got {cache.dtype}. "
                 "Make the cache of one of these."
             )
-        hint = f"{cache_axes!r} as cache_axes names them, each at least 1; pass cache_axes for another order"
+        hint = (
+            f"{cache_axes!r} as cache_axes names them, each at least 1; for another order pass its name, such as 'HND'"
+        )
         check_shape(name, cache, _cache_axes.known_shape(cache_axes, num_kv_heads, head_dim), hint)
         if 0 in cache.shape:
             raise ValueError(f"{name} must have at least one place, got shape {cache.shape}. Make it larger.")
@@ -119,7 +121,8 @@ def check_slots_given(slots: object) -> None:
 def check_slots(function: Function, slots: Any, lead: tuple[int, ...]) -> None:
     check_array("slot_mapping", slots)
     check_integers("slot_mapping", slots.dtype)
-    check_shape("slot_mapping", slots, lead, f"the leading axes of {function.array}, so one slot for each token")
+    hint = f"the leading axes of {function.array}, so one slot for each token; places of one sequence are (1, n)"
+    check_shape("slot_mapping", slots, lead, hint)
 
 
 def check_layer(layer: object, cache: jax.Array, cache_axes: str) -> None:

@@ -50,6 +50,8 @@ def check_sizes(
 def check_static_integer(name: str, value: int) -> None:
     if not _is_integer(value):
         remedy = remedy_of_static(value, "Pass a Python int.")
+        if getattr(value, "shape", ()):
+            remedy = "An array too many stands before it. Where a function takes q, k and v, they are one tuple."
         raise TypeError(f"{name} must be an integer known when tracing, got {describe(value)}. {remedy}")
 
 

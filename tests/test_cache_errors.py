@@ -22,7 +22,7 @@ ARRAYS = ("qkv", "q_weight", "k_weight", "cos_sin_cache", "positions", "kv_cache
 AXES = (
     "cache_axes must name the axes b, s, h and d, d last, each once; c too where one array holds k and v, which (h c), "
     "(c h) or (c d) may join; and l, if at all, first, got {!r}. "
-    "Pass 'b s h d' for (num_blocks, block_size, num_kv_heads, head_dim)."
+    "Pass 'NHD' or 'HND', or names with spaces: 'b s h d' for (num_blocks, block_size, num_kv_heads, head_dim)."
 )
 PAIR = (
     "kv_cache must be the two arrays of k and of v, got {}. "
@@ -30,7 +30,7 @@ PAIR = (
 )
 SHAPE = (
     "kv_cache[{}] must have shape (num_blocks, block_size, 2, 64), got {}. "
-    "Its sizes: 'b s h d' as cache_axes names them, each at least 1; pass cache_axes for another order."
+    "Its sizes: 'b s h d' as cache_axes names them, each at least 1; for another order pass its name, such as 'HND'."
 )
 HELD = "{} must be float16, bfloat16, float32, float8_e4m3fn or float8_e5m2, got {}. Make the cache of one of these."
 NO_SCALE = (
@@ -107,7 +107,7 @@ BAD = {
     "slots of another shape": (
         ValueError,
         "slot_mapping must have shape (4,), got (4, 1). "
-        "Its sizes: the leading axes of q_gate, so one slot for each token.",
+        "Its sizes: the leading axes of q_gate, so one slot for each token; places of one sequence are (1, n).",
         {"slot_mapping": jnp.zeros((4, 1), jnp.int32)},
     ),
     "slots of fractions": (

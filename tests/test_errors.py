@@ -29,7 +29,7 @@ SIZES = "Pass the number that this device's arrays hold."
 TO_INT32 = "Cast them with astype(jnp.int32)."
 FRACTIONS = (
     "positions must be integers, got {}. Cast whole numbers with astype(jnp.int32); of fractions pass the rows of "
-    "pallas_qk.rope.cos_sin_rows as cos_sin_cache, and positions=None."
+    "pallas_qk.rope.cos_sin_rows as cos_sin_cache, and positions=None; cos and sin are one array, [cos | sin]."
 )
 STATIC = "Mark it static (static_argnames) in a jit of your own."
 FLOATING = "must be float16, bfloat16 or float32, got {}. Cast it with astype."
@@ -73,6 +73,12 @@ BAD_CALLS = [
         TypeError,
         "num_q_heads must be an integer known when tracing, got 3.0 of type float. Pass a Python int.",
         num_q_heads=3.0,
+    ),
+    bad(
+        TypeError,
+        "num_q_heads must be an integer known when tracing, got a numpy.ndarray of shape (4,) and dtype int32. An "
+        "array too many stands before it. Where a function takes q, k and v, they are one tuple.",
+        num_q_heads=np.zeros(4, np.int32),
     ),
     bad(
         TypeError,
@@ -149,7 +155,7 @@ BAD_CALLS = [
     bad(
         TypeError,
         "cos_sin_cache must be a JAX or NumPy array, got a tuple of length 2 that starts with a numpy.ndarray of shape "
-        "(8,) and dtype float64. Convert it with jnp.asarray.",
+        "(8,) and dtype float64. Pass [cos | sin] in one array, as pallas_qk.rope.cos_sin_cache makes it.",
         cos_sin_cache=lambda: (np.zeros(8), 1.0),
     ),
     bad(

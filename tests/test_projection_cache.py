@@ -165,7 +165,7 @@ BAD_CALLS = {
     "slots": (
         ValueError,
         "slot_mapping must have shape (9,), got (8,). Its sizes: the leading axes of hidden @ weight, so one slot for "
-        "each token.",
+        "each token; places of one sequence are (1, n).",
         {"slot_mapping": jnp.zeros(8, jnp.int32)},
     ),
     "no slots": (
@@ -177,7 +177,7 @@ BAD_CALLS = {
     "heads of the cache": (
         ValueError,
         "kv_cache[0] must have shape (num_blocks, block_size, 2, 256), got (4, 4, 3, 256). Its sizes: 'b s h d' as "
-        "cache_axes names them, each at least 1; pass cache_axes for another order.",
+        "cache_axes names them, each at least 1; for another order pass its name, such as 'HND'.",
         {"kv_cache": (jnp.zeros((4, 4, 3, 256), jnp.bfloat16),) * 2},
     ),
     "axes": (
