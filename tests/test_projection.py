@@ -198,6 +198,19 @@ def test_tokens_over_devices(mode):
 
 # --- errors -------------------------------------------------------------------------------------------------------
 
+
+def test_columns_over_devices_are_refused():
+    """Where that is known when tracing."""
+    with mesh_of({"model": 2}, "explicit, set_mesh") as on:
+        sharded = put(on, arguments(), [(), (None, "model"), (), (), (), ()])
+        message = (
+            "hidden @ weight must hold its last axis whole on each device, got it over 2 devices: its parts don't end "
+            "where shards do. Shard its leading axes, pass a weight whose columns are whole there, or call inside"
+        )
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            op()(*sharded)
+
+
 COLUMNS = "num_q_heads * 2 * head_dim + 2 * num_kv_heads * head_dim"
 BAD_CALLS = {
     "no array": (
