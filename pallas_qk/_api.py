@@ -115,8 +115,8 @@ def fused_qk_rmsnorm_rope_gate(
       "mosaic_gpu" and "triton" give the bits of the Triton kernel that serving stacks run, for float32 where D is above
       32. "xla" on a GPU does so for 16-bit activations and tables where D is a power of two. With other 16-bit
       activations it differs by a unit or two in the last place, in at most 4 elements of 10^4 (the most seen is 41 of
-      10^6, float16 with a float32 table). float32 results lie within 2e-6 of the
-      length of their RoPE pair, or of the element where it isn't rotated, everywhere up to D = 2048.
+      10^6, float16 with a float32 table). float32 results lie within 2e-6 of the length of
+      their RoPE pair, or of the element where it isn't rotated, everywhere up to D = 2048.
       A negative position reads row 0 of the table, with mRoPE in the frequencies that read it. A position past the
       table gives NaN in the elements that read it and nowhere else (but see `norm_order`). Positions are compared in
       their own dtype, and no address outside the table is formed. NumPy's 64-bit positions keep this without x64 only

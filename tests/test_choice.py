@@ -323,18 +323,19 @@ def test_layouts_of_pairs(num_tokens, head_dim, rotary_dim):
 
 
 @pytest.mark.parametrize(
-    "num_tokens, q_copied, cache_dtype, heads",
+    "num_tokens, num_q_heads, q_copied, cache_dtype, heads",
     [
-        (16384, False, "float8_e4m3fn", (8, 2)),
-        (32768, False, "float8_e4m3fn", (4, 1)),  # of 12 heads
-        (16383, False, "float8_e5m2", (1, 1)),
-        (16384, True, "float8_e4m3fn", (1, 1)),
-        (16384, False, "bfloat16", (8, 2)),
-        (16383, False, "bfloat16", (1, 1)),
+        (16384, 16, False, "float8_e4m3fn", (8, 2)),
+        (32768, 12, False, "float8_e4m3fn", (4, 1)),
+        (16383, 16, False, "float8_e5m2", (1, 1)),
+        (16384, 16, True, "float8_e4m3fn", (1, 1)),
+        (16384, 16, False, "bfloat16", (8, 2)),
+        (16383, 16, False, "bfloat16", (1, 1)),
     ],
 )
-def test_a_gate_in_place_has_several_heads_a_thread_where_memory_binds(num_tokens, q_copied, cache_dtype, heads):
-    num_q_heads = 12 if num_tokens == 32768 else 16
+def test_a_gate_in_place_has_several_heads_a_thread_where_memory_binds(
+    num_tokens, num_q_heads, q_copied, cache_dtype, heads
+):
     spec = Spec(num_tokens, num_q_heads, 2, 256, 64, "bfloat16", cache_dtype=cache_dtype)
     config = mosaic_forward(spec, q_copied=q_copied, by_slot=True)
     assert (config.heads_per_thread, config.heads_ahead) == heads

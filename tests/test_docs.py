@@ -97,20 +97,8 @@ def assert_rounded(cells: list[str], values: list[float]):
         (README, "| q/kv heads | tokens | Triton", "20261130T071852Z-72913f", "forward", ("oracle", "xla_plain")),
         (NUMBERS, "| heads | tokens | Triton", "20261130T071852Z-72913f", "forward", ("oracle", "xla_plain")),
         (NUMBERS, "| heads | tokens | autodiff", "20261130T081818Z", "backward", ("xla_plain", "xla")),
-        (
-            NUMBERS,
-            "| heads of 128 | tokens | plain",
-            "20261130T081933Z",
-            "forward_no_gate",
-            ("xla_plain", "xla"),
-        ),
-        (
-            NUMBERS,
-            "| heads of 128 | tokens | autodiff",
-            "20261130T081933Z",
-            "backward_no_gate",
-            ("xla_plain", "xla"),
-        ),
+        (NUMBERS, "| heads of 128 | tokens | plain", "20261130T081933Z", "forward_no_gate", ("xla_plain", "xla")),
+        (NUMBERS, "| heads of 128 | tokens | autodiff", "20261130T081933Z", "backward_no_gate", ("xla_plain", "xla")),
     ],
     ids=["README", "forward", "backward", "forward_no_gate", "backward_no_gate"],
 )

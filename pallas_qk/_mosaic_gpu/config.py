@@ -156,6 +156,9 @@ def mosaic_forward(
     return MosaicForward(layout, rows_per_warp, weights=weights, k_first=k_first, cast_first=cast_first)
 
 
+_ONE_WAVE = 9 * 132  # programs with eight heads a thread that an H100 or H200 runs at once
+
+
 def _heads_per_thread(spec: Spec, rows_per_warp: int, num_axes: int) -> int:
     """Heads of one token for a thread where nothing is copied next to q.
 
@@ -189,9 +192,6 @@ def _heads_per_thread(spec: Spec, rows_per_warp: int, num_axes: int) -> int:
     if elements >= 2**22 and sum(-(-count // groups_per_program) for count in groups) <= _ONE_WAVE:
         return 8
     return 1 if elements < 2**17 else 2 if elements < 2**21 else 4
-
-
-_ONE_WAVE = 9 * 132  # programs with eight heads a thread that an H100 or H200 runs at once
 
 
 @dataclasses.dataclass(frozen=True)
