@@ -140,6 +140,11 @@ OPERATIONS = {
         lambda case: minimum_bytes(dataclasses.replace(case, rotary_dim=0)),
         2.5,
     ),
+    "forward_float32_table": Operation(
+        functools.partial(check_with, cache_dtype="float32"),
+        lambda case: minimum_bytes(dataclasses.replace(case, cache_dtype="float32")),
+        2.5,
+    ),
     "forward_no_weights": Operation(functools.partial(check_with, weights=False), minimum_bytes, 2.5),
     "forward_v_norm": Operation(check_v_norm, lambda case: minimum_bytes(dataclasses.replace(case, packed=True)), 3.5),
     "backward": Operation(check_backward, functools.partial(minimum_bytes, direction="backward"), 5.0),

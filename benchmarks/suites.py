@@ -46,6 +46,7 @@ SUITES = {
             "forward_unrounded_norm",
             "forward_rotation_first",
             "forward_no_table",
+            "forward_float32_table",
             "forward_no_weights",
             "forward_v_norm",
         ),

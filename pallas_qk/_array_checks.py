@@ -50,6 +50,8 @@ def check_array(name: str, array: object) -> None:
 
 
 def _conversion(value: object) -> str:
+    if value is None:
+        return "Pass one."
     if isinstance(value, np.ma.MaskedArray):
         return "Pass its filled()."
     if isinstance(value, jax.Ref):

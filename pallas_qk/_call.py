@@ -25,13 +25,11 @@ def call(function: Function, inputs: Inputs, *values: Any, **more: Any) -> Outpu
     _mesh_checks.check_process()
     inputs = Inputs(*map(_array_checks.unboxed, inputs))
     signature = _passed.signature_of(function, inputs, values, (*more, *more.values()))
-    static = _passed.found(signature)
-    is_new = static is None
-    if is_new:
-        static = checked(function, inputs, *values, **more)
-    outputs: Outputs = _run(with_arrays(inputs), name=function.name, **static)
-    if is_new:
-        _passed.keep(signature, static)
+    outputs: Outputs = _passed.run(
+        signature,
+        lambda: checked(function, inputs, *values, **more),
+        lambda static: _run(with_arrays(inputs), name=function.name, **static),
+    )
     return outputs
 
 
@@ -54,6 +52,9 @@ def checked(
     return_kv: bool = True,
 ) -> dict[str, Any]:
     """The static arguments of `_run`. It reads no element of an array, and nothing else that `_passed` leaves out."""
+    given = dict(zip(("num_q_heads", "num_kv_heads", "head_dim", "rotary_dim"), sizes, strict=True))
+    numbers = {"eps": eps, **given, "mrope_section": mrope_section, "norm_beta": norm_beta}
+    _checks.check_known(numbers | {"round_norm": round_norm, "v_norm": v_norm})
     rotated = inputs.cos_sin_cache is not None
     q_alone = inputs.k is None and not (function.packed or function.separate_v)
     every = filled(function, inputs, sizes, q_alone=q_alone)

@@ -3,7 +3,7 @@
 import numbers
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, cast, get_args
+from typing import Any, NoReturn, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -47,12 +47,30 @@ def check_sizes(
     return tuple(map(operator.index, (num_q_heads, num_kv_heads, head_dim, rotary_dim)))
 
 
+def check_known(values: Mapping[str, Any]) -> None:
+    """That no jit has traced one of the numbers and choices: they decide what is compiled. It names all at once."""
+    traced = {
+        name: x for name, value in values.items() for x in jax.tree.leaves(value) if _is_traced(x) and not x.shape
+    }
+    if traced:
+        *names, last = traced
+        all_of_them = f"{', '.join(names)} and {last}" if names else last
+        raise TypeError(
+            f"{all_of_them} must be known when tracing, got {', '.join(map(describe, traced.values()))}. "
+            f"Mark {'them' if names else 'it'} static (static_argnames) in a jit of your own."
+        )
+
+
 def check_static_integer(name: str, value: int) -> None:
-    if not _is_integer(value):
-        remedy = remedy_of_static(value, "Pass a Python int.")
-        if getattr(value, "shape", ()):
-            remedy = "An array too many stands before it. Where a function takes q, k and v, they are one tuple."
-        raise TypeError(f"{name} must be an integer known when tracing, got {describe(value)}. {remedy}")
+    if not is_integer(value):
+        _refuse_number(name, "an integer", value, "Pass a Python int.")
+
+
+def _refuse_number(name: str, kind: str, value: Any, remedy: str) -> NoReturn:
+    check_known({name: value})
+    if getattr(value, "shape", ()):
+        remedy = "An array too many stands before it. Where a function takes q, k and v, they are one tuple."
+    raise TypeError(f"{name} must be {kind} known when tracing, got {describe(value)}. {remedy}")
 
 
 def check_count(name: str, value: int) -> None:
@@ -63,7 +81,7 @@ def check_count(name: str, value: int) -> None:
 
 
 def check_num_tokens(num_tokens: int) -> int:
-    if not _is_integer(num_tokens):
+    if not is_integer(num_tokens):
         raise TypeError(f"num_tokens must be an integer, got {describe(num_tokens)}. Pass a Python int.")
     if num_tokens < 0:
         raise ValueError(f"num_tokens must be at least 0, got {num_tokens}. Pass the size of the tokens' axis.")
@@ -101,7 +119,7 @@ def check_platform(platform: str | None) -> None:
 def check_eps(eps: float) -> float:
     """`eps` as a Python float."""
     _check_real("eps", eps)
-    if _is_integer(eps) and eps >= 1:
+    if is_integer(eps) and eps >= 1:
         raise ValueError(
             f"eps must be a small float, got the integer {eps}. Pass it in front of num_q_heads, such as 1e-6."
         )
@@ -125,8 +143,7 @@ def check_norm_beta(norm_beta: float) -> float:
 
 def _check_real(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        remedy = remedy_of_static(value, "Pass a Python float.")
-        raise TypeError(f"{name} must be a real number known when tracing, got {describe(value)}. {remedy}")
+        _refuse_number(name, "a real number", value, "Pass a Python float.")
 
 
 def check_mrope_section(mrope_section: Sequence[int] | None, rotary_dim: int) -> tuple[int, int, int] | None:
@@ -135,7 +152,7 @@ def check_mrope_section(mrope_section: Sequence[int] | None, rotary_dim: int) ->
         return None
     rule = f"mrope_section must be three integers >= 0 that sum to rotary_dim // 2 = {rotary_dim // 2}"
     remedy = "Pass the counts of time, height and width frequencies, such as (11, 11, 10) for rotary_dim=64."
-    if not isinstance(mrope_section, list | tuple) or not all(_is_integer(n) for n in mrope_section):
+    if not isinstance(mrope_section, list | tuple) or not all(is_integer(n) for n in mrope_section):
         raise TypeError(f"{rule}, got {describe(mrope_section)}. {remedy}")
     section = tuple(operator.index(n) for n in mrope_section)
     if len(section) != 3 or min(section) < 0 or sum(section) != rotary_dim // 2:
@@ -163,7 +180,7 @@ def check_norm_order(norm_order: str) -> NormOrder:
 
 def check_bool(name: str, value: bool, remedy: str) -> bool:
     if not isinstance(value, bool):
-        remedy = remedy_of_static(value, remedy)
+        check_known({name: value})
         raise TypeError(f"{name} must be a bool known when tracing, got {describe(value)}. {remedy}")
     return value
 
@@ -210,11 +227,11 @@ def check_copy_gate(copy_gate: bool | str) -> str:
         return "in_place"
     if isinstance(copy_gate, str) and copy_gate == "never":
         return "handed_on"
+    check_known({"copy_gate": copy_gate})
     error = ValueError if isinstance(copy_gate, str) else TypeError
-    remedy = "Pass False to leave the gate where it lies, for XLA to fuse into what reads it."
     raise error(
         f"copy_gate must be True, False or 'never', known when tracing, got {describe(copy_gate)}. "
-        f"{remedy_of_static(copy_gate, remedy)}"
+        "Pass False to leave the gate where it lies, for XLA to fuse into what reads it."
     )
 
 
@@ -235,19 +252,19 @@ def _is_one_of(names: tuple[str, ...], value: object) -> bool:
     return isinstance(value, str) and value in names  # an array is compared element by element
 
 
-def _is_integer(value: object) -> bool:
+def is_integer(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def remedy_of_static(value: object, remedy: str) -> str:
-    """For an argument that must be known when tracing: `remedy`, or another one where a jit made it an array."""
-    is_traced = isinstance(value, jax.core.Tracer)
-    return "Mark it static (static_argnames) in a jit of your own." if is_traced else remedy
+def _is_traced(value: object) -> bool:
+    return isinstance(value, jax.core.Tracer)
 
 
 def describe(value: Any) -> str:
     """What an error says of a value that it can't take; never reads a device."""
-    if isinstance(value, jax.core.Tracer):
+    if value is None:
+        return "None"
+    if _is_traced(value):
         return f"a traced value {value.aval.str_short()}"
     kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
     if hasattr(value, "shape") and hasattr(value, "dtype"):

@@ -6,7 +6,7 @@ traced array, has no signature and is checked at each call.
 """
 
 import functools
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import jax
@@ -56,15 +56,15 @@ def _is_concrete(kind: type) -> bool:
     return issubclass(kind, jax.Array)
 
 
-def found(signature: Hashable | None) -> Any:
-    """What was kept of a call with this signature, or None."""
-    return None if signature is None else _kept.get(signature)
-
-
-def keep(signature: Hashable | None, result: Any) -> None:
-    """Keeps what the checks of a call have found, once it has run."""
-    if signature is None:
-        return
-    if len(_kept) >= _MOST:
-        _kept.clear()
-    _kept[signature] = result
+def run(signature: Hashable | None, check: Callable[[], Any], call: Callable[[Any], Any]) -> Any:
+    """`call` of what `check` finds, which is kept once the call has run, and found anew where nothing is kept."""
+    found = None if signature is None else _kept.get(signature)
+    if found is not None:
+        return call(found)
+    found = check()
+    result = call(found)
+    if signature is not None:
+        if len(_kept) >= _MOST:
+            _kept.clear()
+        _kept[signature] = found
+    return result

@@ -62,11 +62,11 @@ def call(
     function = _OfProduct(f"{NAME}_cache" if cache_axes else NAME, packed=True)
     values, cache = (eps, sizes, mrope_section, norm_beta, mrope_layout), (cache_axes, return_kv)
     signature = _passed.signature_of(function, (hidden, weight), inputs, values, (implementation, *cache))
-    found: Call | None = _passed.found(signature)
-    call = found or _checked(function, hidden, weight, inputs, values, implementation, *cache)
-    outputs: Outputs = _run(hidden, weight, _call.with_arrays(inputs), name=function.name, call=call)
-    if found is None:
-        _passed.keep(signature, call)
+    outputs: Outputs = _passed.run(
+        signature,
+        lambda: _checked(function, hidden, weight, inputs, values, implementation, *cache),
+        lambda call: _run(hidden, weight, _call.with_arrays(inputs), name=function.name, call=call),
+    )
     return outputs
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pallas_qk._array_checks import Function, check_array, wrong_last_axes
+from pallas_qk._array_checks import Function, check_array, check_shape, wrong_last_axes
 from pallas_qk._checks import check_count
 from pallas_qk._rows import WEIGHTS, Inputs
 
@@ -49,7 +49,9 @@ def _shape(name: str, array: jax.Array | np.ndarray) -> tuple[int, ...]:
 def _length_of_weights(inputs: Inputs) -> int:
     for name in WEIGHTS:
         if (weight := getattr(inputs, name)) is not None:
-            return _shape(name, weight)[-1]
+            shape = _shape(name, weight)
+            check_shape(name, weight, ("head_dim",), "the elements of a head; weights stand in front of the table")
+            return shape[0]
     raise ValueError("head_dim must be given without weights, got None. Pass the number of elements of a head.")
 
 
@@ -136,11 +138,15 @@ def _heads_of_axes(
                 f"got shapes {shapes[0]} and {shapes[1]}. Check the tokens and head_dim = {of_k}{origin}."
             )
     counts = [x.count(by_axis) for x in arrays]
+    exchanged = [x._replace(array=y.array).count(by_axis) for x, y in zip(arrays, reversed(arrays), strict=True)]
     for x, count in zip(arrays, counts, strict=True):
         if not count:
             remedy = "num_kv_heads, head_dim, as one axis or two"
             if x.name != "k":
-                remedy = function.sizes(is_other=bool(x._replace(width=of_other).count(by_axis)))
+                is_other = x._replace(width=of_other).count(by_axis) and not all(exchanged)
+                remedy = function.sizes(is_other=bool(is_other))
+            if all(exchanged):
+                remedy += f"; {function.array} stands in front of k"
             raise x.wrong(by_axis, f"{remedy}; head_dim = {of_k}{origin}")
     return counts[0], counts[1] if inputs.k is not None else 0
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
 import operator
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -386,14 +385,8 @@ def _pick_layer_type(rope_parameters: Mapping[str, Any] | None, layer_type: str 
     return dict(entries[layer_type])
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 def _check_integer(name: str, value: Any, least: int) -> None:
-    if not _is_integer(value):
-        remedy = _checks.remedy_of_static(value, "Pass a Python int.")
-        raise TypeError(f"{name} must be an integer known when tracing, got {value!r:.80}. {remedy}")
+    _checks.check_static_integer(name, value)
     if operator.index(value) < least:
         raise ValueError(f"{name} must be at least {least}, got {value}. Pass a larger one.")
 
@@ -404,7 +397,7 @@ def _check_segment(segment: Any) -> int | tuple[int, ...]:
     remedy = "Of image_grid_thw, divide h and w by spatial_merge_size with //."
     is_grid = isinstance(segment, list | tuple) or (isinstance(segment, np.ndarray) and segment.ndim == 1)
     sizes = tuple(segment) if is_grid else (segment,)
-    if len(sizes) != (3 if is_grid else 1) or not all(map(_is_integer, sizes)):
+    if len(sizes) != (3 if is_grid else 1) or not all(map(_checks.is_integer, sizes)):
         raise TypeError(f"{rule}, got {segment!r:.80}. {remedy}")
     if min(sizes) < is_grid:
         raise ValueError(f"{rule}, got {segment}. {remedy}")
@@ -434,7 +427,7 @@ def _check_mrope(
         return None
     rule = f"mrope_section must be integers >= 0 that sum to len(inv_freq) = {num_frequencies}"
     remedy = "Pass how many frequencies read each row of positions, such as (11, 11, 10) for 32 frequencies."
-    if not isinstance(mrope_section, list | tuple) or not all(map(_is_integer, mrope_section)):
+    if not isinstance(mrope_section, list | tuple) or not all(map(_checks.is_integer, mrope_section)):
         raise TypeError(f"{rule}, got {mrope_section!r:.80}. {remedy}")
     section = [operator.index(count) for count in mrope_section]
     if min(section, default=0) < 0 or sum(section) != num_frequencies:

@@ -230,6 +230,12 @@ MUTATIONS = [
             BAD_CALL,
         ),
         (
+            "checks: traced options are named one at a time",
+            "    if traced:\n        *names, last = traced\n",
+            "    if traced:\n        *names, last = list(traced)[:1]\n",
+            tests_of("errors", "test_traced_options_are_refused_together"),
+        ),
+        (
             "copy_gate=False copies the gate",
             'return "in_place"',
             'return "copied"',
@@ -293,6 +299,12 @@ MUTATIONS = [
             "sizes: heads of which a part is left over",
             "last // self.width * (last % self.width == 0)",
             "last // self.width",
+            tests_of("sizes", "test_what_does_not_fit_is_refused"),
+        ),
+        (
+            "sizes: k in front of q isn't told",
+            "if all(exchanged):",
+            "if False:",
             tests_of("sizes", "test_what_does_not_fit_is_refused"),
         ),
         (
@@ -435,7 +447,7 @@ MUTATIONS = [
         ),
         (
             "every call is checked",
-            "_kept[signature] = result",
+            "_kept[signature] = found",
             "pass",
             tests_of("passed", "test_an_equal_call_is_not_checked_again"),
         ),

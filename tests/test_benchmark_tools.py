@@ -232,6 +232,7 @@ def test_the_op_without_gates_is_timed_only_if_it_is_right(monkeypatch, as_users
     "op, skipped",
     [
         ("forward_pairs", []),
+        ("forward_float32_table", []),
         *((f"forward_{name}", ["xla_plain"]) for name in ("rotation_first", "no_table", "no_weights", "v_norm")),
     ],
 )
@@ -321,6 +322,7 @@ def test_bytes_of_blocks():
             (4 * 4 + 2 * 2) * row + table_row,
         ),
         "forward_no_table": (4 * 4 + 2 * 2) * row,
+        "forward_float32_table": (4 * 4 + 2 * 2) * row + 2 * table_row,
         "forward_v_norm": (4 * 4 + 4 * 2) * row + table_row,
         "backward": (5 * 4 + 3 * 2) * row,
         "forward_no_gate": (2 * 4 + 2 * 2) * row + table_row,

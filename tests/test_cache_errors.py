@@ -101,7 +101,7 @@ BAD = {
     },
     "a cache that is no array": (
         TypeError,
-        "kv_cache[1] must be a JAX or NumPy array, got None of type NoneType. Convert it with jnp.asarray.",
+        "kv_cache[1] must be a JAX or NumPy array, got None. Pass one.",
         {"kv_cache": (zeros(5, 4, 2, 64), None)},
     ),
     "slots of another shape": (
@@ -122,7 +122,7 @@ BAD = {
     ),
     "no slots": (
         TypeError,
-        "slot_mapping must be an array, got None of type NoneType. It stands between kv_cache and eps: make it with "
+        "slot_mapping must be an array, got None. It stands between kv_cache and eps: make it with "
         "pallas_qk.kv_cache.slots_of_rows or slots_of_pages.",
         {"slot_mapping": None},
     ),

@@ -31,7 +31,6 @@ FRACTIONS = (
     "positions must be integers, got {}. Cast whole numbers with astype(jnp.int32); of fractions pass the rows of "
     "pallas_qk.rope.cos_sin_rows as cos_sin_cache, and positions=None; cos and sin are one array, [cos | sin]."
 )
-STATIC = "Mark it static (static_argnames) in a jit of your own."
 FLOATING = "must be float16, bfloat16 or float32, got {}. Cast it with astype."
 SECTION = (
     "mrope_section must be three integers >= 0 that sum to rotary_dim // 2 = 8, got {}. "
@@ -79,6 +78,12 @@ BAD_CALLS = [
         "num_q_heads must be an integer known when tracing, got a numpy.ndarray of shape (4,) and dtype int32. An "
         "array too many stands before it. Where a function takes q, k and v, they are one tuple.",
         num_q_heads=np.zeros(4, np.int32),
+    ),
+    bad(
+        TypeError,
+        "eps must be a real number known when tracing, got a numpy.ndarray of shape (4,) and dtype int32. An array too "
+        "many stands before it. Where a function takes q, k and v, they are one tuple.",
+        eps=np.zeros(4, np.int32),
     ),
     bad(
         TypeError,
@@ -275,7 +280,7 @@ BAD_CALLS = [
             "Pass False to keep float32 between norm and rotation.",
             round_norm=round_norm,
         )
-        for round_norm, described in ((1, "1 of type int"), ("no", "'no' of type str"), (None, "None of type NoneType"))
+        for round_norm, described in ((1, "1 of type int"), ("no", "'no' of type str"), (None, "None"))
     ),
     bad(
         TypeError,
@@ -391,7 +396,7 @@ QKV_WITHOUT_GATES = (
         (
             "fused_qkv_rmsnorm_rope_gate",
             TypeError,
-            "copy_gate must be True, False or 'never', known when tracing, got None of type NoneType. "
+            "copy_gate must be True, False or 'never', known when tracing, got None. "
             "Pass False to leave the gate where it lies, for XLA to fuse into what reads it.",
             {"copy_gate": None},
         ),
@@ -414,21 +419,29 @@ def test_bad_call_of_another_function(function, exception, message, changes):
 
 
 @pytest.mark.parametrize(
-    "name, value, rule, traced",
+    "options, rule",
     [
-        ("copy_gate", True, "True, False or 'never',", "bool[]"),
-        ("round_norm", True, "a bool", "bool[]"),
-        ("eps", 1e-6, "a real number", "float32[]"),
-        ("norm_beta", 1e-6, "a real number", "float32[]"),
-        ("rotary_dim", 16, "an integer", "int32[]"),
-        ("num_q_heads", 2, "an integer", "int32[]"),
+        ({"copy_gate": True}, "copy_gate must be known when tracing, got a traced value bool[]. Mark it"),
+        ({"round_norm": True}, "round_norm must be known when tracing, got a traced value bool[]. Mark it"),
+        ({"eps": 1e-6}, "eps must be known when tracing, got a traced value float32[]. Mark it"),
+        ({"rotary_dim": 16}, "rotary_dim must be known when tracing, got a traced value int32[]. Mark it"),
+        (
+            {"num_kv_heads": 2, "eps": 1e-6},
+            "eps and num_kv_heads must be known when tracing, got a traced value float32[], a traced value int32[]. "
+            "Mark them",
+        ),
+        (
+            {"num_q_heads": 3, "norm_beta": 1.0, "mrope_section": MROPE},
+            "num_q_heads, mrope_section and norm_beta must be known when tracing, got a traced value int32[], a traced "
+            "value int32[], a traced value float32[]. Mark them",
+        ),
     ],
 )
-def test_a_traced_option_is_refused(name, value, rule, traced):
-    message = f"{name} must be {rule} known when tracing, got a traced value {traced}. {STATIC}"
-    call = jax.jit(lambda value: pallas_qk.fused_qk_rmsnorm_rope_gate(**arguments({name: value})))
+def test_traced_options_are_refused_together(options, rule):
+    call = jax.jit(lambda options: pallas_qk.fused_qk_rmsnorm_rope_gate(**arguments(options)))
+    message = f"{rule} static (static_argnames) in a jit of your own."
     with pytest.raises(TypeError, match=f"^{re.escape(message)}"):  # a jit adds a note of its own
-        call(value)
+        call(options)
 
 
 @pytest.mark.parametrize("name", ["q_gate", "k", "q_weight", "k_weight", "cos_sin_cache", "positions"])

@@ -170,7 +170,7 @@ BAD_CALLS = {
     ),
     "no slots": (
         TypeError,
-        "slot_mapping must be an array, got None of type NoneType. It stands between kv_cache and eps: make it with "
+        "slot_mapping must be an array, got None. It stands between kv_cache and eps: make it with "
         "pallas_qk.kv_cache.slots_of_rows or slots_of_pages.",
         {"slot_mapping": None},
     ),

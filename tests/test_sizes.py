@@ -246,6 +246,18 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
         "q_gate must have shape (..., num_q_heads, 64), got (6, 4, 128). Its sizes: num_q_heads, 2 * head_dim, as one "
         "axis or two; head_dim = 32, the length of the weights.",
     ),
+    "k in front of q_gate": (
+        {"q_gate": jnp.zeros((6, 2, 64)), "k": jnp.zeros((6, 4, 128)), "num_q_heads": None, "num_kv_heads": None},
+        ValueError,
+        "q_gate must have shape (..., num_q_heads, 128), got (6, 2, 64). Its sizes: num_q_heads, 2 * head_dim, as one "
+        "axis or two; q_gate stands in front of k; head_dim = 64.",
+    ),
+    "a table in front of the weights": (
+        {"q_weight": jnp.zeros((32, 16)), "k_weight": jnp.arange(6), "head_dim": None},
+        ValueError,
+        "q_weight must have shape (head_dim,), got (32, 16). Its sizes: the elements of a head; weights stand in front "
+        "of the table.",
+    ),
     "heads of unequal lengths": (
         {"q_gate": jnp.zeros((6, 4, 256)), "k": jnp.zeros((6, 2, 64)), "num_q_heads": None, "num_kv_heads": None},
         ValueError,
