@@ -1,6 +1,7 @@
 """The checks of the arrays of a call: what they are, their dtypes and shapes, by the rows that lie in them."""
 
 import functools
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_qk._checks import check_dtype_name, describe
+from pallas_qk._checks import MAKE_TABLE, check_dtype_name, describe
 from pallas_qk._options import Options
 from pallas_qk._rows import Inputs, Source, rows_of, sources_of
 
@@ -27,8 +28,8 @@ def check_array(name: str, array: object) -> None:
     """Refuses what is no array, and an array that is more than its values: masked, reduced over a mesh, on the host."""
     if not isinstance(array, jax.Array | np.ndarray) or isinstance(array, np.ma.MaskedArray):
         remedy = _conversion(array)
-        if name == "cos_sin_cache" and isinstance(array, list | tuple):
-            remedy = "Pass [cos | sin] in one array, as pallas_qk.rope.cos_sin_cache makes it."
+        if name == "cos_sin_cache" and isinstance(array, list | tuple | numbers.Real):
+            remedy = MAKE_TABLE
         raise TypeError(f"{name} must be a JAX or NumPy array, got {describe(array)}. {remedy}")
     if not getattr(array.dtype, "isnative", True):  # JAX's own dtypes, such as that of keys, have no byte order
         got = array.dtype.str
@@ -291,6 +292,9 @@ def _check_broadcasts(
     fits = start <= end and got[:start] == front and got[end:] == back and len(own) <= len(lead)
     if not fits or any(a not in (1, b) for a, b in zip(reversed(own), reversed(lead), strict=False)):
         rule = f"{name} must have shape {_written((*front, *lead, *back))}, or one that broadcasts to it"
+        if fits and own == lead[: len(own)]:  # axes that broadcast are the first, as in NumPy
+            index = [":"] * (start + len(own)) + ["None"] * (len(lead) - len(own))
+            remedy += f"; {name}[{', '.join(index)}] has an axis for each"
         raise ValueError(f"{rule}, got {got}. Its sizes: {remedy}.")
 
 

@@ -3,7 +3,7 @@
 import numbers
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, cast, get_args
+from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from pallas_qk._options import MropeLayout, NormOrder, RotationName
 
 DTYPES = ("float16", "bfloat16", "float32")  # of activations, weights and tables, each for itself
+MAKE_TABLE = "pallas_qk.rope.cos_sin_cache makes it, with rows [cos | sin]; positions stand behind it."
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _LARGEST = float(np.finfo(np.float32).max)  # the op computes in float32
 
@@ -23,7 +24,7 @@ def check_sizes(
     """The four sizes as Python ints. Where nothing is `rotated`, rotary_dim is 0, and num_kv_heads where q is alone."""
     sizes = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     for name, value in (sizes | {"rotary_dim": rotary_dim}).items():
-        check_static_integer(name, value)
+        _check_size(name, value)
     if q_alone:
         if num_kv_heads != 0:
             raise ValueError(
@@ -54,28 +55,34 @@ def check_known(values: Mapping[str, Any]) -> None:
     }
     if traced:
         *names, last = traced
-        all_of_them = f"{', '.join(names)} and {last}" if names else last
+        all_of_them, them = (f"{', '.join(names)} and {last}", "them") if names else (last, "it")
         raise TypeError(
             f"{all_of_them} must be known when tracing, got {', '.join(map(describe, traced.values()))}. "
-            f"Mark {'them' if names else 'it'} static (static_argnames) in a jit of your own."
+            f"Name {them} in static_argnames of your jax.jit, or hold {them} in a lambda."
         )
 
 
-def check_static_integer(name: str, value: int) -> None:
+def check_static_integer(name: str, value: int, remedy: str = "Pass a Python int.") -> None:
     if not is_integer(value):
-        _refuse_number(name, "an integer", value, "Pass a Python int.")
+        check_known({name: value})
+        raise TypeError(f"{name} must be an integer known when tracing, got {describe(value)}. {remedy}")
 
 
-def _refuse_number(name: str, kind: str, value: Any, remedy: str) -> NoReturn:
-    check_known({name: value})
+def _check_size(name: str, value: int) -> None:
+    remedy = "Pass a Python int; the order is num_q_heads, num_kv_heads, head_dim, rotary_dim."
+    check_static_integer(name, value, _remedy_of_number(value, remedy))
+
+
+def _remedy_of_number(value: object, remedy: str) -> str:
+    """Of one that stands behind the arrays of a call."""
     if getattr(value, "shape", ()):
-        remedy = "An array too many stands before it. Where a function takes q, k and v, they are one tuple."
-    raise TypeError(f"{name} must be {kind} known when tracing, got {describe(value)}. {remedy}")
+        return "An array too many stands before it. Where a function takes q, k and v, they are one tuple."
+    return remedy
 
 
 def check_count(name: str, value: int) -> None:
     """Of heads, or of elements of a head."""
-    check_static_integer(name, value)
+    _check_size(name, value)
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}. Pass the number that this device's arrays hold.")
 
@@ -103,8 +110,8 @@ def check_dtype(name: str, dtype: DTypeLike | None, more: tuple[str, ...] = ()) 
 def check_dtype_name(name: str, found: str) -> None:
     if found not in DTYPES:
         remedy = "Cast it with astype."
-        if name == "cos_sin_cache" and "int" in found:
-            remedy = "Integers are positions, which stand behind it."
+        if name == "cos_sin_cache":
+            remedy = MAKE_TABLE if "int" in found else f"{remedy} {MAKE_TABLE}"
         raise TypeError(f"{name} must be float16, bfloat16 or float32, got {found}. {remedy}")
 
 
@@ -143,7 +150,9 @@ def check_norm_beta(norm_beta: float) -> float:
 
 def _check_real(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        _refuse_number(name, "a real number", value, "Pass a Python float.")
+        check_known({name: value})
+        remedy = _remedy_of_number(value, "Pass a Python float.")
+        raise TypeError(f"{name} must be a real number known when tracing, got {describe(value)}. {remedy}")
 
 
 def check_mrope_section(mrope_section: Sequence[int] | None, rotary_dim: int) -> tuple[int, int, int] | None:
@@ -271,13 +280,13 @@ def describe(value: Any) -> str:
         return f"a {kind} of shape {tuple(value.shape)} and dtype {value.dtype}"
     if isinstance(value, Mapping):
         return f"a {kind} with the keys {list(value)!r:.80}"
-    if _holds_arrays(value):
+    if _is_long(value):
         return f"a {kind} of length {len(value)} that starts with {describe(value[0])}"
     return f"{value!r:.80} of type {kind}"
 
 
-def _holds_arrays(value: object) -> bool:
-    """Whose representation would show, and so read, all of their elements."""
+def _is_long(value: object) -> bool:
+    """Of a sequence whose representation would show, and so read, the elements of arrays, or more than eight values."""
     if isinstance(value, list | tuple):
-        return any(hasattr(x, "dtype") or isinstance(x, Mapping) or _holds_arrays(x) for x in value)
+        return len(value) > 8 or any(hasattr(x, "dtype") or isinstance(x, Mapping) or _is_long(x) for x in value)
     return False

@@ -292,7 +292,8 @@ def _narrowed(array: jax.Array | np.ndarray, dtype: np.dtype) -> jax.Array | np.
 
 
 def _check_size(name: str, size: int) -> int:
-    _checks.check_static_integer(name, size)
+    remedy = "Places stand in front of it." if getattr(size, "shape", ()) else "Pass a Python int."
+    _checks.check_static_integer(name, size, remedy)
     if not 1 <= size <= _LARGEST:
         raise ValueError(f"{name} must be from 1 to {_LARGEST}, got {size}. Pass the size of that axis of the cache.")
     return operator.index(size)

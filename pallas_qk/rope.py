@@ -408,8 +408,7 @@ def _check_segment(segment: Any) -> int | tuple[int, ...]:
 def _check_frequencies(inv_freq: np.ndarray, attention_factor: float) -> tuple[np.ndarray, float]:
     remedy = "Pass both results of inv_frequencies."
     if not isinstance(inv_freq, np.ndarray) or inv_freq.dtype.kind != "f":
-        found = f"a {type(inv_freq).__name__} of {getattr(inv_freq, 'dtype', 'no dtype')}"
-        raise TypeError(f"inv_freq must be a NumPy array of floats, got {found}. {remedy}")
+        raise TypeError(f"inv_freq must be a NumPy array of floats, got {_checks.describe(inv_freq)}. {remedy}")
     if inv_freq.ndim != 1 or not inv_freq.size or not np.isfinite(inv_freq).all():
         raise ValueError(
             f"inv_freq must have shape (rotary_dim // 2,) and be finite, got {inv_freq!r:.80} of shape "

@@ -669,7 +669,7 @@ def test_suites_cover_what_they_say():
     assert [(task.op, task.case.num_tokens) for task in suites.timed(["options"])] == [
         (op, num_tokens) for op in suites.SUITES["options"].ops for num_tokens in (64, 1024, 16384)
     ]
-    assert len(suites.SUITES["options"].ops) == 7 and set(suites.SUITES["options"].ops) <= set(operations.OPERATIONS)
+    assert len(suites.SUITES["options"].ops) == 8 and set(suites.SUITES["options"].ops) <= set(operations.OPERATIONS)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ def bad(exception, message, **changes):
     return pytest.param(exception, message, changes, id=f"{next(iter(changes))}-{len(message)}")
 
 
+ORDER = "Pass a Python int; the order is num_q_heads, num_kv_heads, head_dim, rotary_dim."
+MAKE_TABLE = "pallas_qk.rope.cos_sin_cache makes it, with rows [cos | sin]; positions stand behind it."
 SIZES = "Pass the number that this device's arrays hold."
 TO_INT32 = "Cast them with astype(jnp.int32)."
 FRACTIONS = (
@@ -64,13 +66,18 @@ ROWS = (
     "then rotary_dim; without positions the table has the row of each token."
 )
 
+
+def with_axes(message: str, array: str) -> str:
+    return f"{message[:-1]}; {array} has an axis for each."
+
+
 BAD_CALLS = [
     bad(ValueError, f"num_q_heads must be at least 1, got 0. {SIZES}", num_q_heads=0),
     bad(ValueError, f"num_kv_heads must be at least 1, got -1. {SIZES}", num_kv_heads=-1),
     bad(ValueError, f"head_dim must be at least 1, got 0. {SIZES}", head_dim=0),
     bad(
         TypeError,
-        "num_q_heads must be an integer known when tracing, got 3.0 of type float. Pass a Python int.",
+        f"num_q_heads must be an integer known when tracing, got 3.0 of type float. {ORDER}",
         num_q_heads=3.0,
     ),
     bad(
@@ -87,7 +94,7 @@ BAD_CALLS = [
     ),
     bad(
         TypeError,
-        "num_kv_heads must be an integer known when tracing, got True of type bool. Pass a Python int.",
+        f"num_kv_heads must be an integer known when tracing, got True of type bool. {ORDER}",
         num_kv_heads=True,
     ),
     bad(ValueError, ROTARY.format(0), rotary_dim=0),
@@ -160,7 +167,7 @@ BAD_CALLS = [
     bad(
         TypeError,
         "cos_sin_cache must be a JAX or NumPy array, got a tuple of length 2 that starts with a numpy.ndarray of shape "
-        "(8,) and dtype float64. Pass [cos | sin] in one array, as pallas_qk.rope.cos_sin_cache makes it.",
+        f"(8,) and dtype float64. {MAKE_TABLE}",
         cos_sin_cache=lambda: (np.zeros(8), 1.0),
     ),
     bad(
@@ -191,10 +198,15 @@ BAD_CALLS = [
         q_weight=((64,), "float8_e4m3fn"),
     ),
     bad(TypeError, "k_weight " + FLOATING.format("int32"), k_weight=((64,), "int32")),
-    bad(TypeError, "cos_sin_cache " + FLOATING.format("float64"), cos_sin_cache=np.zeros((8, 16))),
+    bad(TypeError, f"cos_sin_cache {FLOATING.format('float64')} {MAKE_TABLE}", cos_sin_cache=np.zeros((8, 16))),
     bad(
         TypeError,
-        "cos_sin_cache must be float16, bfloat16 or float32, got int32. Integers are positions, which stand behind it.",
+        f"cos_sin_cache must be a JAX or NumPy array, got 10000000.0 of type float. {MAKE_TABLE}",
+        cos_sin_cache=1e7,
+    ),
+    bad(
+        TypeError,
+        f"cos_sin_cache must be float16, bfloat16 or float32, got int32. {MAKE_TABLE}",
         cos_sin_cache=((4,), "int32"),
         positions=((8, 16), "float32"),
     ),
@@ -204,7 +216,7 @@ BAD_CALLS = [
     bad(TypeError, f"positions must be integers, got timedelta64[s]. {TO_INT32}", positions=np.zeros(4, "m8[s]")),
     # What is more, or less, than an array of numbers.
     bad(TypeError, "q_weight " + FLOATING.format("key<fry>"), q_weight=keys(64)),
-    bad(TypeError, "cos_sin_cache " + FLOATING.format("key<fry>"), cos_sin_cache=keys(8, 16)),
+    bad(TypeError, f"cos_sin_cache {FLOATING.format('key<fry>')} {MAKE_TABLE}", cos_sin_cache=keys(8, 16)),
     bad(TypeError, "k must have the dtype of q_gate, bfloat16, got key<fry>. Cast one to the other.", k=keys(4, 128)),
     bad(TypeError, f"positions must be integers, got key<fry>. {TO_INT32}", positions=keys(4)),
     bad(
@@ -319,7 +331,37 @@ BAD_CALLS = [
         k=(4, 2, 64),
         positions=(4, 1),
     ),
-    bad(ValueError, POSITIONS.format("(4, 1)", "(4,)"), num_q_heads=1, q_gate=(4, 1, 128), k=(4, 1, 128)),
+    # Axes that broadcast are the first.
+    bad(
+        ValueError,
+        with_axes(POSITIONS.format("(4, 1)", "(4,)"), "positions[:, None]"),
+        num_q_heads=1,
+        q_gate=(4, 1, 128),
+        k=(4, 1, 128),
+    ),
+    bad(
+        ValueError,
+        with_axes(POSITIONS.format("(2, 3, 1)", "(2,)"), "positions[:, None, None]"),
+        q_gate=(2, 3, 1, 384),
+        k=(2, 3, 1, 128),
+        positions=(2,),
+    ),
+    bad(
+        ValueError,
+        with_axes(THREE_ROWS.format("(3, 2, 1)", "(3, 2)"), "positions[:, :, None]"),
+        q_gate=(2, 1, 384),
+        k=(2, 1, 128),
+        positions=(3, 2),
+        mrope_section=MROPE,
+    ),
+    bad(
+        ValueError,
+        with_axes(ROWS.format("(2, 1, 16)", "(2, 16)"), "cos_sin_cache[:, None]"),
+        q_gate=(2, 1, 384),
+        k=(2, 1, 128),
+        positions=None,
+        cos_sin_cache=(2, 16),
+    ),
 ]
 
 
@@ -419,27 +461,27 @@ def test_bad_call_of_another_function(function, exception, message, changes):
 
 
 @pytest.mark.parametrize(
-    "options, rule",
+    "options, names, got",
     [
-        ({"copy_gate": True}, "copy_gate must be known when tracing, got a traced value bool[]. Mark it"),
-        ({"round_norm": True}, "round_norm must be known when tracing, got a traced value bool[]. Mark it"),
-        ({"eps": 1e-6}, "eps must be known when tracing, got a traced value float32[]. Mark it"),
-        ({"rotary_dim": 16}, "rotary_dim must be known when tracing, got a traced value int32[]. Mark it"),
-        (
-            {"num_kv_heads": 2, "eps": 1e-6},
-            "eps and num_kv_heads must be known when tracing, got a traced value float32[], a traced value int32[]. "
-            "Mark them",
-        ),
+        ({"copy_gate": True}, "copy_gate", "bool[]"),
+        ({"round_norm": True}, "round_norm", "bool[]"),
+        ({"eps": 1e-6}, "eps", "float32[]"),
+        ({"rotary_dim": 16}, "rotary_dim", "int32[]"),
+        ({"num_kv_heads": 2, "eps": 1e-6}, "eps and num_kv_heads", "float32[], a traced value int32[]"),
         (
             {"num_q_heads": 3, "norm_beta": 1.0, "mrope_section": MROPE},
-            "num_q_heads, mrope_section and norm_beta must be known when tracing, got a traced value int32[], a traced "
-            "value int32[], a traced value float32[]. Mark them",
+            "num_q_heads, mrope_section and norm_beta",
+            "int32[], a traced value int32[], a traced value float32[]",
         ),
     ],
 )
-def test_traced_options_are_refused_together(options, rule):
+def test_traced_options_are_refused_together(options, names, got):
     call = jax.jit(lambda options: pallas_qk.fused_qk_rmsnorm_rope_gate(**arguments(options)))
-    message = f"{rule} static (static_argnames) in a jit of your own."
+    them = "it" if len(options) == 1 else "them"
+    message = (
+        f"{names} must be known when tracing, got a traced value {got}. "
+        f"Name {them} in static_argnames of your jax.jit, or hold {them} in a lambda."
+    )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}"):  # a jit adds a note of its own
         call(options)
 

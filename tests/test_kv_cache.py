@@ -294,6 +294,13 @@ BAD_CALLS = [
     ("pages", TypeError, STATIC.format("block_size", "16.0 of type float"), {"block_size": 16.0}),
     ("pages", TypeError, STATIC.format("block_size", "True of type bool"), {"block_size": True}),
     ("rows", TypeError, STATIC.format("cache_length", "None"), {"cache_length": None}),
+    (
+        "rows",
+        TypeError,
+        "cache_length must be an integer known when tracing, got a numpy.ndarray of shape (3,) and dtype int32. Places "
+        "stand in front of it.",
+        {"cache_length": zeros(3)},
+    ),
     ("pages", TypeError, DTYPE.format("places", "float32"), {"places": zeros(3, 4, dtype="float32")}),
     ("pages", TypeError, MASK.format("places"), {"places": zeros(3, 4, dtype="bool")}),
     ("pages", TypeError, DTYPE.format("block_tables", "bfloat16"), {"block_tables": jnp.zeros((3, 2), jnp.bfloat16)}),
@@ -362,7 +369,7 @@ def test_a_bad_call_names_rule_value_and_remedy(name, exception, message, change
 def test_a_traced_size_is_refused():
     message = (
         "cache_length must be known when tracing, got a traced value int32[]. "
-        "Mark it static (static_argnames) in a jit of your own."
+        "Name it in static_argnames of your jax.jit, or hold it in a lambda."
     )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}"):  # JAX adds a note of its own
         jax.jit(lambda n: kv_cache.slots_of_rows(zeros(3), n))(8)

@@ -504,7 +504,7 @@ LLAMA3 = {"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor
         (
             lambda: rope.cos_sin_cache([1.0], max_position=1),
             TypeError,
-            "NumPy array of floats, got a list of no dtype.",
+            "NumPy array of floats, got [1.0] of type list.",
         ),
         (lambda: rope.cos_sin_cache(jnp.ones(4), max_position=1), TypeError, "inv_freq must be a NumPy array"),
         (lambda: rope.cos_sin_cache(ONE[None], max_position=1), ValueError, "of shape (1, 1)."),

@@ -294,7 +294,8 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
     "a table, and a head_dim that is none": (
         {"head_dim": "64", "rotary_dim": None},
         TypeError,
-        "head_dim must be an integer known when tracing, got '64' of type str. Pass a Python int.",
+        "head_dim must be an integer known when tracing, got '64' of type str. Pass a Python int; the order is "
+        "num_q_heads, num_kv_heads, head_dim, rotary_dim.",
     ),
 }
 
