@@ -137,7 +137,7 @@ def compiled() -> list[Case]:
 
 
 def parity_gpu() -> list[Case]:
-    """The cases of `verify` on a GPU: D, R, heads, T, dtypes, mRoPE and norm_beta, options, 3.2e9 elements in all.
+    """The cases of `verify` on a GPU: D, R, heads, T, dtypes, mRoPE and norm_beta, options, 3.5e9 elements in all.
 
     Four large cases hold most of the elements; the small ones are there for their shapes. R = 6, 20, 24 and 40 leave
     tiles of 1, 2 and 4 lanes.

@@ -137,13 +137,14 @@ OPTIONS = {
     "`round_norm=False`": "forward_unrounded_norm",
     '`norm_order="rotation_first"`': "forward_rotation_first",
     "no table": "forward_no_table",
+    "a float32 table": "forward_float32_table",
     "no weights": "forward_no_weights",
     "`v_norm=True`": "forward_v_norm",
 }
 
 
 def test_times_of_options_are_those_of_the_record():
-    rows = rows_of_run("20261130T072100Z")
+    rows = rows_of_run("20261130T123620Z")
     listed = rows_of_table(NUMBERS, "| option | 64 tokens")
     assert [option for option, *_ in listed] == list(OPTIONS)
     for option, *cells in listed:
