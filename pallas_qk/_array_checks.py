@@ -1,6 +1,7 @@
 """The checks of the arrays of a call: what they are, their dtypes and shapes, by the rows that lie in them."""
 
 import functools
+import math
 import numbers
 import operator
 from collections.abc import Sequence
@@ -292,7 +293,7 @@ def _check_broadcasts(
     fits = start <= end and got[:start] == front and got[end:] == back and len(own) <= len(lead)
     if not fits or any(a not in (1, b) for a, b in zip(reversed(own), reversed(lead), strict=False)):
         rule = f"{name} must have shape {_written((*front, *lead, *back))}, or one that broadcasts to it"
-        if fits and own == lead[: len(own)]:  # axes that broadcast are the first, as in NumPy
+        if fits and own == lead[: len(own)] and math.prod(lead[len(own) :]) == 1:  # NumPy aligns the last axes
             index = [":"] * (start + len(own)) + ["None"] * (len(lead) - len(own))
             remedy += f"; {name}[{', '.join(index)}] has an axis for each"
         raise ValueError(f"{rule}, got {got}. Its sizes: {remedy}.")

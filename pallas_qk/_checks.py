@@ -1,5 +1,6 @@
 """The checks of a call's values that are no arrays: sizes, numbers, names, and how an error describes a value."""
 
+import math
 import numbers
 import operator
 from collections.abc import Mapping, Sequence
@@ -49,10 +50,9 @@ def check_sizes(
 
 
 def check_known(values: Mapping[str, Any]) -> None:
-    """That no jit has traced one of the numbers and choices: they decide what is compiled. It names all at once."""
-    traced = {
-        name: x for name, value in values.items() for x in jax.tree.leaves(value) if _is_traced(x) and not x.shape
-    }
+    """That no jit has traced one of these numbers and choices, which decide what is compiled; names all that are."""
+    parts = {name: value if isinstance(value, list | tuple) else [value] for name, value in values.items()}
+    traced = {name: x for name, part in parts.items() for x in part if _is_traced(x) and not x.shape}
     if traced:
         *names, last = traced
         all_of_them, them = (f"{', '.join(names)} and {last}", "them") if names else (last, "it")
@@ -74,8 +74,8 @@ def _check_size(name: str, value: int) -> None:
 
 
 def _remedy_of_number(value: object, remedy: str) -> str:
-    """Of one that stands behind the arrays of a call."""
-    if getattr(value, "shape", ()):
+    """What to do about a number that stands behind the arrays of a call: `remedy`, where it isn't one of them."""
+    if math.prod(getattr(value, "shape", ())) > 1:
         return "An array too many stands before it. Where a function takes q, k and v, they are one tuple."
     return remedy
 
@@ -125,7 +125,7 @@ def check_platform(platform: str | None) -> None:
 
 def check_eps(eps: float) -> float:
     """`eps` as a Python float."""
-    _check_real("eps", eps)
+    _check_real("eps", eps, _remedy_of_number(eps, "Pass a Python float."))
     if is_integer(eps) and eps >= 1:
         raise ValueError(
             f"eps must be a small float, got the integer {eps}. Pass it in front of num_q_heads, such as 1e-6."
@@ -139,7 +139,7 @@ def check_eps(eps: float) -> float:
 
 def check_norm_beta(norm_beta: float) -> float:
     """`norm_beta` as a Python float."""
-    _check_real("norm_beta", norm_beta)
+    _check_real("norm_beta", norm_beta, "Pass a Python float.")
     if not abs(norm_beta) <= _LARGEST:
         raise ValueError(
             f"norm_beta must be a finite float32, got {norm_beta}. "
@@ -148,10 +148,9 @@ def check_norm_beta(norm_beta: float) -> float:
     return float(norm_beta) + 0.0  # without a -0.0, whose sum with a weight of -0.0 would be another
 
 
-def _check_real(name: str, value: object) -> None:
+def _check_real(name: str, value: object, remedy: str) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         check_known({name: value})
-        remedy = _remedy_of_number(value, "Pass a Python float.")
         raise TypeError(f"{name} must be a real number known when tracing, got {describe(value)}. {remedy}")
 
 
@@ -286,7 +285,7 @@ def describe(value: Any) -> str:
 
 
 def _is_long(value: object) -> bool:
-    """Of a sequence whose representation would show, and so read, the elements of arrays, or more than eight values."""
+    """Whether it is a sequence whose text would show, and so read, elements of arrays, or more than eight values."""
     if isinstance(value, list | tuple):
         return len(value) > 8 or any(hasattr(x, "dtype") or isinstance(x, Mapping) or _is_long(x) for x in value)
     return False

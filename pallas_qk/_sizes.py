@@ -138,17 +138,21 @@ def _heads_of_axes(
                 f"got shapes {shapes[0]} and {shapes[1]}. Check the tokens and head_dim = {of_k}{origin}."
             )
     counts = [x.count(by_axis) for x in arrays]
-    exchanged = [x._replace(array=y.array).count(by_axis) for x, y in zip(arrays, reversed(arrays), strict=True)]
     for x, count in zip(arrays, counts, strict=True):
         if not count:
             remedy = "num_kv_heads, head_dim, as one axis or two"
             if x.name != "k":
-                is_other = x._replace(width=of_other).count(by_axis) and not all(exchanged)
-                remedy = function.sizes(is_other=bool(is_other))
-            if all(exchanged):
-                remedy += f"; {function.array} stands in front of k"
+                exchanged = function.gated and by_axis and _fit_exchanged(arrays)
+                is_other = not exchanged and bool(x._replace(width=of_other).count(by_axis))
+                remedy = function.sizes(is_other=is_other) + (f"; {x.name} stands in front of k" if exchanged else "")
             raise x.wrong(by_axis, f"{remedy}; head_dim = {of_k}{origin}")
     return counts[0], counts[1] if inputs.k is not None else 0
+
+
+def _fit_exchanged(arrays: list["_Heads"]) -> bool:
+    """Whether each array has the heads of the other one, with axes of heads of which no number is given."""
+    exchanged = [x._replace(array=y.array) for x, y in zip(arrays, reversed(arrays), strict=True)]
+    return len(arrays) > 1 and all(x.given is None and x.count(by_axis=True) for x in exchanged)
 
 
 class _Heads(NamedTuple):

@@ -303,8 +303,8 @@ MUTATIONS = [
         ),
         (
             "sizes: k in front of q isn't told",
-            "if all(exchanged):",
-            "if False:",
+            "exchanged = function.gated and by_axis and _fit_exchanged(arrays)",
+            "exchanged = False",
             tests_of("sizes", "test_what_does_not_fit_is_refused"),
         ),
         (

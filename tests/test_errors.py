@@ -94,6 +94,17 @@ BAD_CALLS = [
     ),
     bad(
         TypeError,
+        "eps must be a real number known when tracing, got a numpy.ndarray of shape (1,) and dtype float64. Pass a "
+        "Python float.",
+        eps=np.array([1e-6]),
+    ),
+    bad(
+        TypeError,
+        "eps must be a real number known when tracing, got a dict with the keys [1, 'a']. Pass a Python float.",
+        eps={1: 1e-6, "a": 3},
+    ),
+    bad(
+        TypeError,
         f"num_kv_heads must be an integer known when tracing, got True of type bool. {ORDER}",
         num_kv_heads=True,
     ),
@@ -341,11 +352,12 @@ BAD_CALLS = [
     ),
     bad(
         ValueError,
-        with_axes(POSITIONS.format("(2, 3, 1)", "(2,)"), "positions[:, None, None]"),
-        q_gate=(2, 3, 1, 384),
-        k=(2, 3, 1, 128),
+        with_axes(POSITIONS.format("(2, 1, 1)", "(2,)"), "positions[:, None, None]"),
+        q_gate=(2, 1, 1, 384),
+        k=(2, 1, 1, 128),
         positions=(2,),
     ),
+    bad(ValueError, POSITIONS.format("(2, 3, 1)", "(2,)"), q_gate=(2, 3, 1, 384), k=(2, 3, 1, 128), positions=(2,)),
     bad(
         ValueError,
         with_axes(THREE_ROWS.format("(3, 2, 1)", "(3, 2)"), "positions[:, :, None]"),

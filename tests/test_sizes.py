@@ -252,6 +252,12 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
         "q_gate must have shape (..., num_q_heads, 128), got (6, 2, 64). Its sizes: num_q_heads, 2 * head_dim, as one "
         "axis or two; q_gate stands in front of k; head_dim = 64.",
     ),
+    "k of one head in front of q": (
+        {"q_gate": jnp.zeros((6, 64)), "k": jnp.zeros((6, 256)), "num_q_heads": None, "num_kv_heads": None},
+        ValueError,
+        "q_gate must have shape (..., num_q_heads * 128) or (..., num_q_heads, 128), got (6, 64). Its sizes: "
+        "num_q_heads, 2 * head_dim, as one axis or two; fused_qk_rmsnorm_rope takes q without gates; head_dim = 64.",
+    ),
     "a table in front of the weights": (
         {"q_weight": jnp.zeros((32, 16)), "k_weight": jnp.arange(6), "head_dim": None},
         ValueError,
