@@ -36,8 +36,8 @@ def arrays_of(kv_cache: object, cache_axes: str) -> tuple[Any, Any]:
         got = f"{len(kv_cache)} of them" if isinstance(kv_cache, list | tuple) else describe(kv_cache)
         raise TypeError(
             f"kv_cache must be the two arrays of k and of v, got {got}. "
-            "Pass a pair behind positions, or name the axis c of an array that holds both in cache_axes. "
-            "q, k and v are one tuple too."
+            "Pass q, k and v as one tuple, and a pair of caches behind positions, or name the axis c of an array that "
+            "holds both in cache_axes."
         )
     k_cache, v_cache = map(unboxed, kv_cache)
     return k_cache, v_cache

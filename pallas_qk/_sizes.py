@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from pallas_qk._array_checks import Function, check_array, check_shape, wrong_last_axes
-from pallas_qk._checks import check_count
+from pallas_qk._checks import check_count, check_dtype_name
 from pallas_qk._rows import WEIGHTS, Inputs
 
 Sizes = tuple[int | None, int | None, int | None, int | None]  # num_q_heads, num_kv_heads, head_dim, rotary_dim
@@ -15,10 +15,11 @@ Sizes = tuple[int | None, int | None, int | None, int | None]  # num_q_heads, nu
 def filled(function: Function, inputs: Inputs, sizes: Sizes, *, q_alone: bool) -> tuple[int, int, int, int]:
     """The four sizes. What was given is kept, so that the checks of shapes tell what doesn't fit it."""
     num_q_heads, num_kv_heads, head_dim, rotary_dim = sizes
+    origin = ", the length of the weights" if head_dim is None else ""
     if head_dim is None:
         head_dim = _length_of_weights(inputs)
     if rotary_dim is None:
-        rotary_dim = 0 if inputs.cos_sin_cache is None else _width_of_table(inputs.cos_sin_cache, head_dim)
+        rotary_dim = 0 if inputs.cos_sin_cache is None else _width_of_table(inputs.cos_sin_cache, head_dim, origin)
     if q_alone and num_kv_heads is None:
         num_kv_heads = 0
     if num_q_heads is not None and num_kv_heads is not None:
@@ -33,7 +34,6 @@ def filled(function: Function, inputs: Inputs, sizes: Sizes, *, q_alone: bool) -
     if function.packed:
         heads = _heads_of_packed(function, inputs.q, num_q_heads, num_kv_heads, of_q, of_other, head_dim)
     else:
-        origin = ", the length of the weights" if sizes[2] is None else ""
         heads = _heads_of_axes(function, inputs, num_q_heads, num_kv_heads, of_q, of_other, head_dim, origin)
     return *heads, head_dim, rotary_dim
 
@@ -50,18 +50,21 @@ def _length_of_weights(inputs: Inputs) -> int:
     for name in WEIGHTS:
         if (weight := getattr(inputs, name)) is not None:
             shape = _shape(name, weight)
-            check_shape(name, weight, ("head_dim",), "the elements of a head; weights stand in front of the table")
+            hint = "the elements of a head; weights stand behind q and k, and in front of the table"
+            check_shape(name, weight, ("head_dim",), hint)
             return shape[0]
     raise ValueError("head_dim must be given without weights, got None. Pass the number of elements of a head.")
 
 
-def _width_of_table(table: jax.Array | np.ndarray, head_dim: int) -> int:
+def _width_of_table(table: jax.Array | np.ndarray, head_dim: int, origin: str) -> int:
+    """`origin` says where `head_dim` is from."""
     check_count("head_dim", head_dim)
     shape = _shape("cos_sin_cache", table)
+    check_dtype_name("cos_sin_cache", str(table.dtype))  # before the shape: it tells positions from a table
     if shape[-1] % 2 or not 0 < shape[-1] <= head_dim:
         raise ValueError(
-            f"cos_sin_cache must have rows of a positive even length <= head_dim = {head_dim}, got shape {shape}. "
-            f"Make it for heads of this size: pallas_qk.rope.inv_frequencies takes head_dim={head_dim}."
+            f"cos_sin_cache must have rows of a positive even length <= head_dim = {head_dim}{origin}, got shape "
+            f"{shape}. Make it for heads of this size: pallas_qk.rope.inv_frequencies takes head_dim={head_dim}."
         )
     return shape[-1]
 

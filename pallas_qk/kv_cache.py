@@ -90,7 +90,8 @@ def slots_of_pages(
     elif places.shape[: len(lead)] != lead:
         raise ValueError(
             f"places must have the leading axes of block_tables, {lead}, got shape {places.shape}. "
-            "Name the row of each token with sequences where the tokens have an order of their own."
+            "A row of block_tables has the pages of one sequence. Name the row of each token with sequences where "
+            "tokens have an order of their own."
         )
     slots: jax.Array = _run(_slots_of_pages, size, places, sequences, block_tables)
     return slots

@@ -26,8 +26,8 @@ AXES = (
 )
 PAIR = (
     "kv_cache must be the two arrays of k and of v, got {}. "
-    "Pass a pair behind positions, or name the axis c of an array that holds both in cache_axes. q, k and v are one "
-    "tuple too."
+    "Pass q, k and v as one tuple, and a pair of caches behind positions, or name the axis c of an array that holds "
+    "both in cache_axes."
 )
 SHAPE = (
     "kv_cache[{}] must have shape (num_blocks, block_size, 2, 64), got {}. "

@@ -274,7 +274,8 @@ TABLE_OF_ROWS = (
 )
 LEAD = (
     "places must have the leading axes of block_tables, {}, got shape {}. "
-    "Name the row of each token with sequences where the tokens have an order of their own."
+    "A row of block_tables has the pages of one sequence. Name the row of each token with sequences where tokens have "
+    "an order of their own."
 )
 LEADING = (
     "sequences must have leading axes of places, {}, got shape {}. "

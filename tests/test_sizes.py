@@ -261,8 +261,8 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
     "a table in front of the weights": (
         {"q_weight": jnp.zeros((32, 16)), "k_weight": jnp.arange(6), "head_dim": None},
         ValueError,
-        "q_weight must have shape (head_dim,), got (32, 16). Its sizes: the elements of a head; weights stand in front "
-        "of the table.",
+        "q_weight must have shape (head_dim,), got (32, 16). Its sizes: the elements of a head; weights stand behind q "
+        "and k, and in front of the table.",
     ),
     "heads of unequal lengths": (
         {"q_gate": jnp.zeros((6, 4, 256)), "k": jnp.zeros((6, 2, 64)), "num_q_heads": None, "num_kv_heads": None},
@@ -286,6 +286,17 @@ BAD: dict[str, tuple[dict, type[Exception], str]] = {
         {"cos_sin_cache": jnp.zeros((32, 128)), "rotary_dim": None},
         ValueError,
         TABLE.format("(32, 128)"),
+    ),
+    "a table for longer heads than the weights have": (
+        {"cos_sin_cache": jnp.zeros((32, 128)), "rotary_dim": None, "head_dim": None},
+        ValueError,
+        TABLE.format("(32, 128)").replace("= 64, got", "= 64, the length of the weights, got"),
+    ),
+    "positions of an odd number in the place of the table": (
+        {"cos_sin_cache": jnp.arange(7), "rotary_dim": None},
+        TypeError,
+        "cos_sin_cache must be float16, bfloat16 or float32, got int32. "
+        "pallas_qk.rope.cos_sin_cache makes it, with rows [cos | sin]; positions stand behind it.",
     ),
     "a table of an odd width": (
         {"cos_sin_cache": jnp.zeros((32, 7)), "rotary_dim": None},
