@@ -75,7 +75,7 @@ def _check_size(name: str, value: int) -> None:
 
 def _remedy_of_number(value: object, remedy: str) -> str:
     """What to do about a number that stands behind the arrays of a call: `remedy`, where it isn't one of them."""
-    if math.prod(getattr(value, "shape", ())) > 1:
+    if math.prod(getattr(value, "shape", ())) != 1:
         return "An array too many stands before it. Where a function takes q, k and v, they are one tuple."
     return remedy
 

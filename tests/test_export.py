@@ -12,6 +12,7 @@ from jax import export
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import pallas_qk
 from tests import forms, lowering
 from tests.cases import Case, make_cotangents, make_inputs
 from tests.compare import assert_same
@@ -168,6 +169,14 @@ def test_gpu_kernels_refuse_an_open_number_of_tokens(name):
     )
     with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
         export.export(jax.jit(op(name)), platforms=["cuda"])(*open_inputs())
+
+
+def test_an_array_too_many_of_an_open_size_is_told():
+    """The check compares no open size by its order, which JAX can't tell."""
+    *args, positions = open_inputs()
+    message = "eps must be a real number known when tracing, got a traced value int32[tokens]. An array too many "
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
+        export.export(jax.jit(pallas_qk.fused_qk_rmsnorm_rope_gate), platforms=["cpu"])(*args, positions, positions)
 
 
 @pytest.mark.parametrize("name", [*GPU_IMPLEMENTATIONS, None])
