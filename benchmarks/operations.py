@@ -117,6 +117,12 @@ def check_backward(case: Case, inputs: Inputs, providers: Mapping[str, Builder])
     return check(case, builds, lambda name, got: gradients.op_agreement(case, got, want))
 
 
+def _with(**options: Any) -> Operation:
+    """The forward with other options."""
+    check = functools.partial(check_with, **options)
+    return Operation(check, lambda case: minimum_bytes(dataclasses.replace(case, **options)), 2.5)
+
+
 def _cached(memory: float, gate: str = "copied", kv_dtype: str | None = None) -> Operation:
     """The op that writes a KV cache."""
     check = functools.partial(kv_cache.check_cache, gate=gate, kv_dtype=kv_dtype)
@@ -132,20 +138,12 @@ def _projection_cache(kv_dtype: str | None = None) -> Operation:
 # Inputs, two results and the copy's two buffers lie in memory at once; float32 gradients take twice as much.
 OPERATIONS = {
     "forward": Operation(check_forward, minimum_bytes, 2.5),
-    "forward_pairs": Operation(functools.partial(check_with, rotation="pairs"), minimum_bytes, 2.5),
-    "forward_unrounded_norm": Operation(functools.partial(check_with, round_norm=False), minimum_bytes, 2.5),
-    "forward_rotation_first": Operation(functools.partial(check_with, norm_order="rotation_first"), minimum_bytes, 2.5),
-    "forward_no_table": Operation(
-        functools.partial(check_with, rotary_dim=0),
-        lambda case: minimum_bytes(dataclasses.replace(case, rotary_dim=0)),
-        2.5,
-    ),
-    "forward_float32_table": Operation(
-        functools.partial(check_with, cache_dtype="float32"),
-        lambda case: minimum_bytes(dataclasses.replace(case, cache_dtype="float32")),
-        2.5,
-    ),
-    "forward_no_weights": Operation(functools.partial(check_with, weights=False), minimum_bytes, 2.5),
+    "forward_pairs": _with(rotation="pairs"),
+    "forward_unrounded_norm": _with(round_norm=False),
+    "forward_rotation_first": _with(norm_order="rotation_first"),
+    "forward_no_table": _with(rotary_dim=0),
+    "forward_float32_table": _with(cache_dtype="float32"),
+    "forward_no_weights": _with(weights=False),
     "forward_v_norm": Operation(check_v_norm, lambda case: minimum_bytes(dataclasses.replace(case, packed=True)), 3.5),
     "backward": Operation(check_backward, functools.partial(minimum_bytes, direction="backward"), 5.0),
     "forward_no_gate": Operation(check_no_gate, lambda case: minimum_bytes(dataclasses.replace(case, gate=None)), 4.0),

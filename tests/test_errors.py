@@ -342,7 +342,7 @@ BAD_CALLS = [
         k=(4, 2, 64),
         positions=(4, 1),
     ),
-    # Axes that broadcast are the first.
+    # NumPy aligns the last axes.
     bad(
         ValueError,
         with_axes(POSITIONS.format("(4, 1)", "(4,)"), "positions[:, None]"),
